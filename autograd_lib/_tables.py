@@ -1,0 +1,44 @@
+"""Tables as text and as HTML: how every report of the library prints itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+Row = Sequence[str]
+
+_SHOWN = 60  # a report on thousands of parameters shows the first and the last of them
+
+
+def _shorten(rows: Sequence[Row], width: int) -> list[Row]:
+    if len(rows) <= _SHOWN:
+        return list(rows)
+    half = _SHOWN // 2
+    gap = [f"… {len(rows) - 2 * half} more …", *[""] * (width - 1)]
+    return [*rows[:half], gap, *rows[-half:]]
+
+
+def text_table(title: str, header: Row, rows: Sequence[Row]) -> str:
+    """Align `rows` under `header`: the first column to the left, the others to the right."""
+    lines = [header, *_shorten(rows, len(header))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    aligned = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    ]
+    return "\n".join([title, *aligned])
+
+
+def html_table(title: str, header: Row, rows: Sequence[Row]) -> str:
+    """The same table as HTML, with the title as its caption."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in _shorten(rows, len(header))
+    )
+    return (
+        f'<table class="report"><caption>{escape(title)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
