@@ -13,15 +13,18 @@ from autograd_lib.gradients import (
     get_gradient_norms,
     missing_gradients,
 )
+from autograd_lib.widgets import Explorer, explore
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutogradUtils",
+    "Explorer",
     "GradientStatistics",
     "check_gradients_exist",
     "compute_gradient_statistics",
     "enable_gradients",
+    "explore",
     "get_gradient_norms",
     "missing_gradients",
 ]
