@@ -1,0 +1,494 @@
+"""Side-by-side timing and memory whose ratios come with the noise they were measured in.
+
+The clock, its CUDA synchronization and the inner loop are those of `torch.utils.benchmark.Timer`;
+what is added is the comparison: interleaved rounds, pairwise ratios, an A/A run and peak bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.benchmark import Timer
+
+from autograd_lib._tables import html_table, text_table
+from autograd_lib.memory import peak_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Comparison", "Ratio", "compare"]
+
+Thunk = Callable[[], object]
+Verdict = Literal["baseline", "tie", "faster", "slower"]
+Array = npt.NDArray[np.float64]
+
+_FORMAT = {"format": "autograd_lib.Comparison", "version": 1}
+_LEAST_ROUNDS = 5  # below this the bootstrap interval of a median is a formality
+_RESAMPLES = 2000
+_SAMPLE_SECONDS = 0.01  # a thousand times what reading the clock and synchronizing take
+_MOST_WARMUP_SAMPLES = 50
+_QUIET_SECONDS = 2.0  # a comparison shorter than this shows no progress
+
+
+class Ratio(NamedTuple):
+    """A median ratio of times with its 95 % bootstrap interval; below 1 is faster."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return "{} [{}, {}]".format(*map(_digits, self))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """What `compare` measured; prints as a table, in a notebook as HTML, and draws itself.
+
+    Attributes:
+        names: The candidates, in the order in which they were given.
+        baseline: The candidate that the ratios refer to.
+        samples: Seconds per call, array of shape [rounds, candidates], float64.
+        repeat: Seconds per call of the baseline's second entry (the A/A run), shape [rounds].
+        peak_bytes: Bytes above what stood before one call, by name; empty with `memory=False`.
+        environment: `torch`, `python`, `device`, `cpu`, `threads` and `date` (ISO 8601, UTC).
+    """
+
+    names: tuple[str, ...]
+    baseline: str
+    samples: Array
+    repeat: Array
+    peak_bytes: dict[str, int]
+    environment: dict[str, str | int]
+
+    @cached_property
+    def medians(self) -> dict[str, float]:
+        """Median seconds per call, by name."""
+        return dict(zip(self.names, np.median(self.samples, axis=0).tolist(), strict=True))
+
+    @cached_property
+    def ratios(self) -> dict[str, Ratio]:
+        """Time relative to the baseline, by name: the median over rounds of the round's ratio."""
+        base = self.samples[:, self.names.index(self.baseline)]
+        columns = zip(self.names, self.samples.T, strict=True)
+        return {name: _median_ratio(column / base) for name, column in columns}
+
+    @cached_property
+    def noise(self) -> Ratio:
+        """The ratio of the baseline to itself, which only noise keeps from 1."""
+        return _median_ratio(self.repeat / self.samples[:, self.names.index(self.baseline)])
+
+    @property
+    def noise_band(self) -> tuple[float, float]:
+        """The A/A interval widened to be symmetric about 1 (in the logarithm)."""
+        # The raw interval may miss 1 by chance; a band that does would call equal times different.
+        width = max(abs(math.log(self.noise.low)), abs(math.log(self.noise.high)))
+        return math.exp(-width), math.exp(width)
+
+    def verdict(self, name: str) -> Verdict:
+        """Say whether `name` is faster or slower than the baseline, if that can be said.
+
+        Args:
+            name: One of `names`.
+
+        Returns:
+            "baseline"; "faster" or "slower" where the whole interval of the ratio lies outside
+            `noise_band`; "tie" otherwise, which means: not told apart here, not: equal.
+
+        Raises:
+            ValueError: If there is no such candidate.
+        """
+        if name not in self.names:
+            raise ValueError(f"verdict: expected one of {list(self.names)}, got {name!r}")
+        low, high = self.noise_band
+        ratio = self.ratios[name]
+        if name == self.baseline:
+            return "baseline"
+        return "faster" if ratio.high < low else "slower" if ratio.low > high else "tie"
+
+    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+        """Title, header, and a row for each candidate and for the A/A run."""
+        env = self.environment
+        threads = f"{env['threads']} thread" + "s" * (env["threads"] != 1)
+        title = f"{len(self.samples)} rounds, {threads}, torch {env['torch']}, {env['device']}"
+        header = ["candidate", "median", "ratio [95 %]", "verdict"]
+        rows = []
+        for name in self.names:
+            verdict = self.verdict(name)
+            ratio = "1" if verdict == "baseline" else str(self.ratios[name])
+            rows.append([name, _seconds(self.medians[name]), ratio, verdict])
+        again = _seconds(float(np.median(self.repeat)))
+        rows.append([f"{self.baseline} again (A/A)", again, str(self.noise), "noise"])
+        if self.peak_bytes:
+            peaks = [*(_bytes(self.peak_bytes[name]) for name in self.names), ""]
+            rows = [[*row, peak] for row, peak in zip(rows, peaks, strict=True)]
+            header.append("peak")
+        return title, header, rows
+
+    def __repr__(self) -> str:
+        return text_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw each ratio with its interval over the noise band; ties are hollow, claims filled.
+
+        Args:
+            ax: Where to draw; a new figure if None.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib import pyplot as plt  # noqa: PLC0415 - an optional dependency
+        except ImportError as err:
+            raise ImportError(
+                "Comparison.plot needs matplotlib: pip install 'autograd_lib[plot]'"
+            ) from err
+        if ax is None:
+            height = 1.2 + 0.4 * len(self.names)
+            ax = plt.subplots(figsize=(6, height), layout="constrained")[1]
+        band = self.noise_band
+        ax.axvspan(*band, color="0.5", alpha=0.3, linewidth=0, label="A/A noise")
+        ax.axvline(1, color="0.5", linewidth=1)
+        for row, name in enumerate(self.names):
+            ratio = self.ratios[name]
+            filled = self.verdict(name) in ("faster", "slower")
+            reach = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+            face = "C0" if filled else "none"
+            ax.errorbar([ratio.median], [row], xerr=reach, fmt="oC0", mfc=face, capsize=3)
+        ends = [end for ratio in self.ratios.values() for end in ratio]
+        if max(ends) > 10 * min(ends):
+            ax.set_xscale("log")
+        ax.set_yticks(range(len(self.names)), self.names)
+        ax.set_ylim(len(self.names) - 0.5, -0.5)  # the first candidate on top, as in the table
+        ax.set_ylabel("candidate")
+        ax.set_xlabel(f"time per call / time per call of {self.baseline} (ratio)")
+        ax.legend(loc="best")
+        return ax
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write everything measured to `path`, whole or not at all.
+
+        Medians, ratios and noise are written too, for readers other than `from_json`, which
+        derives them from the samples again.
+
+        Args:
+            path: A file in an existing directory; replaced if it exists.
+        """
+        record = _FORMAT | {
+            "environment": self.environment,
+            "names": self.names,
+            "baseline": self.baseline,
+            "medians": self.medians,
+            "ratios": {name: ratio._asdict() for name, ratio in self.ratios.items()},
+            "noise": self.noise._asdict(),
+            "peak_bytes": self.peak_bytes,
+            "samples": self.samples.tolist(),
+            "repeat": self.repeat.tolist(),
+        }
+        path = Path(path)
+        # In the same directory, so that the replacement is one rename; not by `tempfile`, whose
+        # files only their owner may read.
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Comparison:
+        """Read what `to_json` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            A comparison with the same samples, peaks and environment, and so the same verdicts.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = {key: record.get(key) for key in _FORMAT} if isinstance(record, dict) else record
+        if found != _FORMAT:
+            raise ValueError(
+                f"from_json: expected {_FORMAT}, got {found!r:.80} in {os.fspath(path)!r}; "
+                "read files that Comparison.to_json of this version wrote"
+            )
+        return cls(
+            names=tuple(record["names"]),
+            baseline=record["baseline"],
+            samples=np.array(record["samples"], dtype=np.float64),
+            repeat=np.array(record["repeat"], dtype=np.float64),
+            peak_bytes=record["peak_bytes"],
+            environment=record["environment"],
+        )
+
+
+def compare(
+    candidates: Mapping[str, Thunk],
+    *,
+    baseline: str | None = None,
+    rounds: int = 24,
+    threads: int | None = None,
+    memory: bool = True,
+) -> Comparison:
+    """Time the candidates against one another and measure the peak memory of each.
+
+    Every candidate is called until it gets no faster, then timed once in each round beside all
+    others, in an order balanced for position and predecessor. A ratio is formed within a round, so
+    that what slows the whole machine cancels; its interval is the 95 % percentile bootstrap of the
+    median over rounds (Efron & Tibshirani, 1993, chapter 13). The baseline is entered twice: the
+    ratio of its two entries, the A/A run, is the noise, and nothing inside it is called faster or
+    slower. The order of `candidates` has no influence on the measurement once `baseline` is named.
+
+    Within a sample the garbage collector is off, as in `timeit`; young garbage is collected between
+    samples, so that no candidate pays for another's. Only the current accelerator is synchronized.
+    The schedule and the bootstrap have their own seeded generator: the global random states are
+    touched by the candidates alone. In a terminal, a comparison of more than two seconds shows its
+    progress on standard error.
+
+    Args:
+        candidates: Name to function of no arguments, called many times; what it returns is dropped.
+        baseline: The name the ratios refer to; the first one if None.
+        rounds: How many samples of each candidate, at least 5. A sample is one call, or as many as
+            fill 10 ms. With n candidates the order is balanced exactly after every n + 1 rounds
+            if n is odd, every 2 (n + 1) if it is even.
+        threads: Threads within an operation during the comparison; as they stand if None (the
+            `Timer` of PyTorch takes 1).
+        memory: Whether to measure `peak_bytes` too, which costs two more calls of each.
+
+    Returns:
+        The `Comparison`.
+
+    Raises:
+        TypeError: If `candidates` is not a mapping from strings to callables.
+        ValueError: If it is empty, or an option is out of range.
+        Exception: Whatever a candidate raises, with a note that names the candidate.
+
+    Warns:
+        RuntimeWarning: If a candidate still got faster when its warm-up ended.
+
+    Example:
+        >>> x = torch.ones(100)
+        >>> result = compare({"sum": lambda: x.sum(), "dot": lambda: x @ x}, rounds=6)
+        >>> result.names, result.samples.shape, result.verdict("sum")
+        (('sum', 'dot'), (6, 2), 'baseline')
+    """
+    _check(candidates, baseline, rounds, threads)
+    baseline = next(iter(candidates)) if baseline is None else baseline
+    names = sorted(candidates)  # whatever order the caller wrote, the schedule is the same
+    entries = [*names, baseline]
+    samples = np.empty((rounds, len(entries)))
+    with _threads(threads), _progress() as show:
+        numbers = {}
+        for name in names:
+            show(f"warming up {name}")
+            with _naming(name):
+                numbers[name] = _warm_up(candidates[name], name)
+        for index, order in enumerate(_schedule(len(entries), rounds)):
+            show(f"round {index + 1} of {rounds}")
+            for entry in order:
+                name = entries[entry]
+                with _naming(name):
+                    samples[index, entry] = _sample(candidates[name], numbers[name])
+        peaks = {}
+        for name in names if memory else ():
+            show(f"peak memory of {name}")
+            with _naming(name):
+                peaks[name] = peak_bytes(candidates[name])
+        environment = _environment()
+    columns = [names.index(name) for name in candidates]
+    return Comparison(
+        tuple(candidates), baseline, samples[:, columns], samples[:, -1], peaks, environment
+    )
+
+
+def _check(candidates: object, baseline: object, rounds: int, threads: int | None) -> None:
+    if not isinstance(candidates, Mapping):
+        raise TypeError(
+            "compare: expected a mapping from names to functions of no arguments, "
+            f"got {type(candidates).__name__}; write compare({{'name': function}})"
+        )
+    for name, thunk in candidates.items():
+        if not isinstance(name, str):
+            raise TypeError(f"compare: expected names that are strings, got {name!r}")
+        if not callable(thunk):
+            raise TypeError(
+                f"compare: expected candidate {name!r} to be a function of no arguments, "
+                f"got {type(thunk).__name__}; wrap the expression in a lambda"
+            )
+    if not candidates:
+        raise ValueError("compare: expected at least one candidate, got an empty mapping")
+    if baseline is not None and baseline not in candidates:
+        raise ValueError(f"compare: expected baseline in {list(candidates)}, got {baseline!r}")
+    if rounds < _LEAST_ROUNDS:
+        raise ValueError(
+            f"compare: expected rounds >= {_LEAST_ROUNDS}, got {rounds}; "
+            "fewer give no interval worth the name"
+        )
+    if threads is not None and threads < 1:
+        raise ValueError(
+            f"compare: expected threads >= 1, got {threads}; None keeps the current number"
+        )
+
+
+def _measure(thunk: Thunk, number: int) -> float:
+    """Seconds per call over `number` calls."""
+    # `_timeit` is what every loop of Timer samples with. The public `timeit` calls twice more
+    # before each sample, which triples the price of a slow step; `_sample` does that where it pays.
+    timer = Timer("thunk()", globals={"thunk": thunk}, num_threads=torch.get_num_threads())
+    return timer._timeit(number) / number
+
+
+def _sample(thunk: Thunk, number: int) -> float:
+    """One sample for the record: garbage collected and, for a short call, caches warm again."""
+    gc.collect(1)
+    if number > 1:
+        thunk()
+    return _measure(thunk, number)
+
+
+def _warm_up(thunk: Thunk, name: str) -> int:
+    """Call until two samples in a row are no faster; return how many calls make a sample."""
+    number, best, settled = 1, math.inf, 0
+    for _ in range(_MOST_WARMUP_SAMPLES):
+        seconds = _measure(thunk, number)
+        if number * seconds < _SAMPLE_SECONDS / 2:  # too short to judge by
+            number = min(10 * number, math.ceil(_SAMPLE_SECONDS / seconds))
+            continue
+        settled = settled + 1 if seconds > 0.95 * best else 0
+        best = min(best, seconds)
+        if settled == 2:
+            break
+    else:
+        warnings.warn(
+            f"compare: candidate {name!r} still got faster after {_MOST_WARMUP_SAMPLES} warm-up "
+            "samples; its times are not those of a steady state",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return max(1, math.ceil(_SAMPLE_SECONDS / best)) if best < math.inf else number
+
+
+def _schedule(entries: int, rounds: int) -> npt.NDArray[np.int64]:
+    """Orders of shape [rounds, entries], balanced for position and for the entry just before.
+
+    Williams (1949): within a square each entry stands once at each place and follows each other
+    entry once; an odd number of entries needs the mirrored square as well.
+    """
+    steps = np.arange(entries)
+    zigzag = np.where(steps % 2, (steps + 1) // 2, -(steps // 2))  # 0, 1, -1, 2, -2, ...
+    square = (zigzag + steps[:, None]) % entries
+    if entries % 2:
+        square = np.concatenate([square, square[:, ::-1]])
+    rng = np.random.default_rng(0)
+    blocks = [
+        rng.permutation(entries)[rng.permutation(square)]
+        for _ in range(math.ceil(rounds / len(square)))
+    ]
+    return np.concatenate(blocks)[:rounds]
+
+
+def _median_ratio(ratios: Array) -> Ratio:
+    """The median of ratios of shape [rounds], with its percentile bootstrap interval."""
+    draws = np.random.default_rng(0).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as err:
+        err.add_note(f"compare: raised by candidate {name!r}; nothing was recorded")
+        raise
+
+
+@contextlib.contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if threads is None else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Give a function that shows one line on a terminal, which is wiped at the end."""
+    start, shown = time.monotonic(), 0
+
+    def show(text: str) -> None:
+        nonlocal shown
+        if sys.stderr.isatty() and time.monotonic() - start > _QUIET_SECONDS:
+            line = f"compare: {text}"
+            sys.stderr.write(f"\r{line.ljust(shown)}")
+            sys.stderr.flush()
+            shown = len(line)
+
+    try:
+        yield show
+    finally:
+        if shown:
+            sys.stderr.write(f"\r{'':{shown}}\r")
+            sys.stderr.flush()
+
+
+def _environment() -> dict[str, str | int]:
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # Linux keeps the model's name here alone
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = cpu if accelerator is None else accelerator.type
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, never in scientific notation."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def _seconds(value: float) -> str:
+    scale, unit = next(
+        pair for pair in ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (0, "ns")) if value >= pair[0]
+    )
+    return f"{_digits(value / (scale or 1e-9))} {unit}"
+
+
+def _bytes(value: int) -> str:
+    power = min(3, max(0, value.bit_length() - 1) // 10)
+    return f"{value / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
