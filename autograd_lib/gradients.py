@@ -45,8 +45,10 @@ _WIDER = {
     torch.complex32: torch.complex64,
 }
 
-# What is known of a piece of a gradient. `spread` is ||x - mean||; the rest is what it says.
-_FIELDS = ("numel", "norm", "real", "imag", "spread", "min", "max", "abs_max", "zero", "nan", "inf")
+# What is known of each piece of the gradients, and of each gradient once its pieces are merged:
+# arrays by field. `real` and `imag` are the parts of the mean, `spread` is the norm of x - mean.
+_Table = dict[str, np.ndarray]
+_STATISTICS = ("norm", "real", "imag", "spread", "min", "max", "abs_max", "zero", "nan", "inf")
 
 
 class GradientStatistics(Mapping[str, Any]):
@@ -202,17 +204,16 @@ def get_gradient_norms(model: nn.Module) -> dict[str, float]:
         {'weight': 15.0, 'bias': 3.0}
     """
     names, grads = _gradients("get_gradient_norms", model)
-    return dict(
-        zip(names, _collect(grads, _norm_of_rows)[:, _FIELDS.index("norm")].tolist(), strict=True)
-    )
+    table = _collect(grads, ["norm"], lambda rows: [_norm(rows)])
+    return dict(zip(names, table["norm"].tolist(), strict=True))
 
 
 def compute_gradient_statistics(model: nn.Module) -> GradientStatistics:
     """Summarize the gradient of every parameter of `model`.
 
     What `get_gradient_norms` says of shared, sparse, complex, half-precision and distributed
-    gradients holds here too. The mean and the standard deviation are computed in two passes, so a
-    gradient that is large and nearly constant keeps its digits.
+    gradients holds here too. The standard deviation never comes from a difference that cancels, so
+    it keeps its digits where a gradient is large and nearly constant.
 
     Args:
         model: a module, usually after `backward()`.
@@ -234,10 +235,12 @@ def compute_gradient_statistics(model: nn.Module) -> GradientStatistics:
         (5.0, -4.0, 3.0, 3)
     """
     names, grads = _gradients("compute_gradient_statistics", model)
-    table = _collect(grads, _statistics_of_rows)
+    table = _collect(grads, _STATISTICS, _statistics_of_rows)
+    columns = [
+        dict(zip(table, row, strict=True)) for row in np.stack([*table.values()], 1).tolist()
+    ]
     parameters = {}
-    for name, grad, row in zip(names, grads, table.tolist(), strict=True):
-        piece = dict(zip(_FIELDS, row, strict=True))
+    for name, grad, piece in zip(names, grads, columns, strict=True):
         numel = piece["numel"]
         entry = {key: piece[key] for key in ("norm", "min", "max", "abs_max")}
         entry["mean"] = complex(piece["real"], piece["imag"])
@@ -250,8 +253,7 @@ def compute_gradient_statistics(model: nn.Module) -> GradientStatistics:
         else:
             entry["mean"] = piece["real"]
         parameters[name] = entry
-    norms = table[:, _FIELDS.index("norm")]
-    total = _root_sum_squares(np.zeros(len(norms), dtype=int), norms, 1).item()
+    total = _root_sum_squares(np.zeros(len(grads), dtype=int), table["norm"], 1).item()
     return GradientStatistics(total, parameters)
 
 
@@ -287,25 +289,32 @@ def _gradients(operation: str, model: nn.Module) -> tuple[list[str], list[Tensor
 
 
 @torch.no_grad()
-def _collect(grads: Sequence[Tensor], reduce_rows: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """Reduce every gradient to one row of a float64 table with a column for each field."""
+def _collect(
+    grads: Sequence[Tensor],
+    fields: Sequence[str],
+    reduce_rows: Callable[[Tensor], Sequence[Tensor]],
+) -> _Table:
+    """Reduce every gradient to one entry of each array of a float64 table."""
+    local = [_local_values(grad) for grad in grads]
     reduced: dict[torch.device, list[Tensor]] = {}
     owners: dict[torch.device, list[int]] = {}
-    local_values, implicit_zeros = [], []
-    for grad in grads:
-        values, zeros = _local_values(grad)
-        local_values.append(values)
-        implicit_zeros.append(zeros)
-    for rows_of, rows in _blocks(local_values):
-        reduced.setdefault(rows.device, []).append(reduce_rows(rows))
+    lengths: dict[torch.device, list[int]] = {}
+    for rows_of, rows in _blocks([values for values, _ in local]):
+        reduced.setdefault(rows.device, []).append(torch.stack([*reduce_rows(rows)]))
         owners.setdefault(rows.device, []).extend(rows_of)
+        lengths.setdefault(rows.device, []).extend([rows.shape[1]] * len(rows_of))
     # The only host synchronization, one for each device that holds gradients. Concatenation
     # promotes to float64 where some gradient has that dtype (on MPS none can).
-    pieces = [torch.cat(blocks, dim=1).cpu().double().numpy().T for blocks in reduced.values()]
-    pieces.append(_pieces_of_zeros(implicit_zeros))
+    parts = [torch.cat(blocks, dim=1).cpu().double().numpy() for blocks in reduced.values()]
+    # Zeros that a sparse gradient does not store make one more piece of it.
+    zeros = np.array([count for _, count in local], dtype=float)
+    values = np.concatenate([*parts, np.zeros((len(fields), len(grads)))], axis=1)
+    pieces = dict(zip(fields, values, strict=True))
+    pieces["numel"] = np.array([*itertools.chain(*lengths.values()), *zeros])
+    if "zero" in pieces:
+        pieces["zero"][len(pieces["zero"]) - len(grads) :] = zeros
     owner = np.array([*itertools.chain(*owners.values()), *range(len(grads))], dtype=int)
-    table = _merge(owner, np.concatenate(pieces), len(grads))
-    return _gather(grads, table)
+    return _gather(grads, _merge(owner, pieces, len(grads)))
 
 
 def _is_distributed(grad: Tensor) -> TypeGuard[DTensor]:
@@ -355,21 +364,18 @@ def _blocks(grads: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
             yield list(owner), rows.to(_WIDER.get(dtype, dtype))
 
 
-def _statistics_of_rows(rows: Tensor) -> Tensor:
-    """Reduce each row to all its fields, `[fields, rows]`."""
+def _statistics_of_rows(rows: Tensor) -> list[Tensor]:
+    """Reduce each row to the fields of `_STATISTICS`."""
     if rows.is_complex():
         low = high = abs_max = rows.abs().amax(1)
     else:
         low, high = rows.amin(1), rows.amax(1)  # together a tenth of torch.aminmax(dim=1) on CPU
         abs_max = torch.maximum(low.abs(), high.abs())
-    numel = rows.shape[1]
     norm = _norm(rows)
-    mean = rows.sum(1) / numel
+    mean = rows.sum(1) / rows.shape[1]
     spread = _spread(rows, norm, mean)
     real, imag = torch.view_as_real(mean + 0j).unbind(1)
-    size = torch.full_like(norm, numel)
-    counts = _count(rows, abs_max)
-    return torch.stack([size, norm, real, imag, spread, low, high, abs_max, *counts])
+    return [norm, real, imag, spread, low, high, abs_max, *_count(rows, abs_max)]
 
 
 def _spread(rows: Tensor, norm: Tensor, mean: Tensor) -> Tensor:
@@ -379,15 +385,6 @@ def _spread(rows: Tensor, norm: Tensor, mean: Tensor) -> Tensor:
         if (2 * level < square).all():  # else the difference would cancel
             return (square - level).sqrt().to(norm.dtype)
     return _norm(rows - mean[:, None])
-
-
-def _norm_of_rows(rows: Tensor) -> Tensor:
-    """Reduce each row to its norm and leave the other fields zero."""
-    norm = _norm(rows)
-    fields = norm.new_zeros(len(_FIELDS), len(norm))
-    fields[_FIELDS.index("numel")] = rows.shape[1]
-    fields[_FIELDS.index("norm")] = norm
-    return fields
 
 
 def _on_cpu(rows: Tensor) -> bool:
@@ -420,17 +417,10 @@ def _count(rows: Tensor, abs_max: Tensor) -> list[Tensor]:
     return counts + [torch.zeros_like(abs_max)] * (3 - len(counts))
 
 
-def _pieces_of_zeros(counts: Sequence[int]) -> np.ndarray:
-    pieces = np.zeros((len(counts), len(_FIELDS)))
-    pieces[:, [_FIELDS.index("numel"), _FIELDS.index("zero")]] = np.reshape(counts, (-1, 1))
-    return pieces
-
-
-def _merge(owner: np.ndarray, pieces: np.ndarray, n: int) -> np.ndarray:
-    """Merge the rows of `pieces` that belong to one of `n` gradients, by `owner`."""
-    kept = pieces[:, 0] > 0
-    owner, pieces = owner[kept], pieces[kept]
-    piece = dict(zip(_FIELDS, pieces.T, strict=True))
+def _merge(owner: np.ndarray, pieces: _Table, n: int) -> _Table:
+    """Merge the pieces that belong to one of `n` gradients, by `owner`."""
+    kept = pieces["numel"] > 0
+    owner, piece = owner[kept], {field: values[kept] for field, values in pieces.items()}
 
     def total(values: np.ndarray) -> np.ndarray:
         return np.bincount(owner, weights=values, minlength=n)
@@ -440,25 +430,25 @@ def _merge(owner: np.ndarray, pieces: np.ndarray, n: int) -> np.ndarray:
         ufunc.at(out, owner, values)
         return out
 
+    merged = {"numel": total(piece["numel"]), "norm": _root_sum_squares(owner, piece["norm"], n)}
+    if len(piece) == len(merged):
+        return merged
     with np.errstate(invalid="ignore"):  # inf - inf, 0 / 0: NaN is the answer
-        numel = total(piece["numel"])
+        numel = merged["numel"]
         mean = {part: total(piece[part] * piece["numel"]) / numel for part in ("real", "imag")}
         # Chan, Golub & LeVeque (1983): deviations within the pieces and between their means.
         shift = np.hypot(*(piece[part] - mean[part][owner] for part in ("real", "imag")))
-        merged = {
-            "numel": numel,
-            "norm": _root_sum_squares(owner, piece["norm"], n),
+        within = _root_sum_squares(owner, piece["spread"], n)
+        between = _root_sum_squares(owner, shift * np.sqrt(piece["numel"]), n)
+        return {
+            **merged,
             **mean,
-            "spread": np.hypot(
-                _root_sum_squares(owner, piece["spread"], n),
-                _root_sum_squares(owner, shift * np.sqrt(piece["numel"]), n),
-            ),
+            "spread": np.hypot(within, between),
             "min": np.where(numel > 0, extreme(np.minimum, piece["min"], np.inf), np.nan),
             "max": np.where(numel > 0, extreme(np.maximum, piece["max"], -np.inf), np.nan),
             "abs_max": extreme(np.maximum, piece["abs_max"], 0.0),
             **{key: total(piece[key]) for key in ("zero", "nan", "inf")},
         }
-    return np.stack([merged[key] for key in _FIELDS], axis=1)
 
 
 def _root_sum_squares(owner: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
@@ -469,18 +459,21 @@ def _root_sum_squares(owner: np.ndarray, values: np.ndarray, n: int) -> np.ndarr
     return out
 
 
-def _gather(grads: Sequence[Tensor], table: np.ndarray) -> np.ndarray:
+def _gather(grads: Sequence[Tensor], table: _Table) -> _Table:
     """Merge what every process knows of the gradients that are distributed over it."""
     meshes: dict[DeviceMesh, list[int]] = {}
     for i, grad in enumerate(grads):
         if _is_distributed(grad):
             meshes.setdefault(grad.device_mesh, []).append(i)
     for mesh, index in meshes.items():
-        pieces = torch.from_numpy(table[index]).to(mesh.device_type)
+        own = np.stack([values[index] for values in table.values()], axis=1)
+        pieces = torch.from_numpy(own).to(mesh.device_type)
         for dim in range(mesh.ndim):
             gathered = [torch.empty_like(pieces) for _ in range(mesh.size(dim))]
             torch.distributed.all_gather(gathered, pieces, group=mesh.get_group(dim))
             pieces = torch.cat(gathered)
         owner = np.tile(np.arange(len(index)), len(pieces) // len(index))
-        table[index] = _merge(owner, pieces.cpu().numpy(), len(index))
+        columns = dict(zip(table, pieces.cpu().numpy().T, strict=True))
+        for field, values in _merge(owner, columns, len(index)).items():
+            table[field][index] = values
     return table

@@ -21,6 +21,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def mlp() -> tuple[nn.Module, Tensor]:
     layers = [layer for _ in range(100) for layer in (nn.Linear(64, 64), nn.ReLU())]
+    for layer in layers[::2]:
+        nn.init.kaiming_normal_(layer.weight)  # or the gradients would vanish
     return nn.Sequential(*layers[:-1]), torch.randn(32, 64)
 
 
@@ -83,7 +85,7 @@ def main() -> None:
             for candidate in candidates.values():  # the same answers first
                 total = math.hypot(*loop_of_norms(model).values())
                 result = candidate(model)
-                entries = result["parameters"] if "parameters" in result else result
+                entries = result.get("parameters", result)
                 norms = [e["norm"] if isinstance(e, dict) else e for e in entries.values()]
                 assert math.isclose(math.hypot(*norms), total, rel_tol=1e-4)
             comparison = compare(

@@ -39,7 +39,8 @@ def encoder(width: int = 16, layers: int = 2) -> nn.TransformerEncoder:
 
 def cnn() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
+        *[nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()],
+        *[nn.Flatten(), nn.Linear(144, 10)],
     )
 
 

@@ -1,0 +1,393 @@
+"""The discipline of the chapters: what nbval does not look at, checked here.
+
+Each rule is a function from a notebook to the complaints it has. Every chapter is put to every
+rule, and every rule to a chapter that was broken on purpose, so that no rule can go blunt.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat import NotebookNode
+
+import autograd_lib
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "book"
+_spec = importlib.util.spec_from_file_location("notebooks", BOOK / "_tools" / "notebooks.py")
+notebooks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(notebooks)
+
+Rule = Callable[[NotebookNode], Iterator[str]]
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def opening(cell: NotebookNode) -> str:
+    return repr(cell.source[:50])
+
+
+# How a chapter is stored.
+
+
+def stored_executed(notebook: NotebookNode) -> Iterator[str]:
+    """Without an execution count nbval does not compare the output of a cell."""
+    for number, cell in enumerate(code_cells(notebook), 1):
+        if cell.execution_count != number:
+            yield f"cell {number} has execution count {cell.execution_count}: {opening(cell)}"
+
+
+def stored_normalized(notebook: NotebookNode) -> Iterator[str]:
+    """No pictures, no frames, no widget state, no stray metadata."""
+    if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
+        yield "the kernel is not python3"
+    for cell, stored in zip(notebook.cells, notebooks.normalize(notebook).cells, strict=True):
+        if cell != stored:
+            yield f"not as `make notebooks` stores it: {opening(cell)}"
+
+
+def no_empty_cells(notebook: NotebookNode) -> Iterator[str]:
+    for i, cell in enumerate(notebook.cells):
+        if not cell.source.strip():
+            yield f"cell {i} of all is empty"
+
+
+def no_addresses(notebook: NotebookNode) -> Iterator[str]:
+    """Outputs that hold an address or a path differ at every run or on every machine."""
+    pattern = re.compile(
+        r"0x[0-9a-f]{6,}|/(?:home|tmp|root|Users|usr|opt|work)/|site-packages|[A-Z]:\\"
+    )
+    for cell in code_cells(notebook):
+        if found := pattern.search(str(cell.outputs)):
+            yield f"output with {found.group()!r}: {opening(cell)}"
+
+
+def outputs_are_compared(notebook: NotebookNode) -> Iterator[str]:
+    cells = code_cells(notebook)
+    ignored = [cell for cell in cells if {"nbval-ignore-output", "nbval-skip"} & set(tags(cell))]
+    if len(ignored) > 0.05 * len(cells):
+        yield f"{len(ignored)} of {len(cells)} cells are not compared; at most 5 % may be"
+    for cell in cells:
+        if "%%" in cell.source[:2] or re.search(r"NBVAL_\w+", cell.source):
+            yield f"magic that changes what is compared: {opening(cell)}"
+
+
+# What a reader sees.
+
+
+def figures_have_alt_text(notebook: NotebookNode) -> Iterator[str]:
+    """A person's words, twenty characters at least, no file name, on every picture."""
+
+    def bad(alt: str) -> bool:
+        return len(alt) < 20 or re.search(r"\.(?:png|svg|jpe?g)\b", alt) is not None
+
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            for alt in re.findall(r"!\[(.*?)\]\(", cell.source):
+                if bad(alt):
+                    yield f"alt text {alt!r}: {opening(cell)}"
+        elif "<Figure size" in str(cell.outputs):
+            own = cell.metadata.get("mystnb", {})
+            if bad(own.get("image", {}).get("alt", "")):
+                yield f"a figure without alt text: {opening(cell)}"
+            if not own.get("figure", {}).get("caption"):
+                yield f"a figure without a caption: {opening(cell)}"
+
+
+def imports_the_library(notebook: NotebookNode) -> Iterator[str]:
+    if not re.search(
+        r"^(?:from|import) autograd_lib", code_cells(notebook)[0].source, re.MULTILINE
+    ):
+        yield "the first code cell does not import autograd_lib"
+
+
+def opens_and_ends_as_a_chapter(notebook: NotebookNode) -> Iterator[str]:
+    first, last = notebook.cells[0], notebook.cells[-1]
+    for part in ("# ", "**You will be able to**", "**You need**", "**It takes**"):
+        if part not in first.source:
+            yield f"the first cell lacks {part!r}"
+    headings = re.findall(r"^## .*", last.source, re.MULTILINE)
+    if headings != ["## What to remember", "## Sources"]:
+        yield f"the last cell has the headings {headings}"
+    if "{cite" not in last.source.partition("## Sources")[2]:
+        yield "the sources cite nothing from the bibliography"
+
+
+def short_cells(notebook: NotebookNode) -> Iterator[str]:
+    for cell in code_cells(notebook):
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        if len(lines) > 15:
+            yield f"{len(lines)} lines of code: {opening(cell)}"
+
+
+CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1|(?<!`)`[^`\n]+`(?!`)|\$\$.*?\$\$|\$[^$\n]+\$", re.S | re.M)
+ROLE = re.compile(r"\{[\w:]+\}`[^`]*`")
+
+
+def numbers_are_claims(notebook: NotebookNode) -> Iterator[str]:
+    """A number in prose is glued in, or stands beside an assertion that holds it."""
+    cells = notebook.cells
+    for i, cell in enumerate(cells):
+        if cell.cell_type != "markdown" or i == 0:
+            continue
+        prose = ROLE.sub("", cell.source)
+        prose = re.sub(r"^#+ .*|^\s*:?\w+: .*|\]\([^)]*\)", "", CODE.sub("", prose), flags=re.M)
+        beside = [c for c in cells[max(0, i - 2) : i + 3] if c.cell_type == "code"]
+        asserted = "\n".join(c.source for c in beside if "assert" in c.source)
+        versions = re.compile(r"(?:PyTorch|torch|Python) \d+(?:\.\d+)*")
+        for number in re.findall(r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d", versions.sub("", prose)):
+            if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", asserted):
+                yield f"{number} is asserted by no cell beside: {opening(cell)}"
+
+
+def names_link_to_the_reference(notebook: NotebookNode) -> Iterator[str]:
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            prose = ROLE.sub("", cell.source)
+            for name in re.findall(r"(?<!`)`([A-Za-z_]+)[^`\n]*`(?!`)", prose):
+                if name in autograd_lib.__all__:
+                    yield f"{name} in prose without a link to its reference: {opening(cell)}"
+
+
+# Exercises: stub, check, solution.
+
+
+def exercises(notebook: NotebookNode) -> list[tuple[NotebookNode, ...]]:
+    """The cells (stub, check, solution) of each exercise."""
+    found = {
+        kind: [cell for cell in code_cells(notebook) if kind in tags(cell)]
+        for kind in ("exercise", "check", "solution")
+    }
+    return list(zip(*found.values(), strict=True))
+
+
+def three_exercises_with_hidden_solutions(notebook: NotebookNode) -> Iterator[str]:
+    announced = sum(len(re.findall(r"^### Exercise", c.source, re.M)) for c in notebook.cells)
+    complete = len(exercises(notebook))
+    if complete < 3 or announced != complete:
+        yield f"{announced} exercises are announced, {complete} have stub, check and solution"
+    for _, _, solution in exercises(notebook):
+        if "hide-cell" not in tags(solution):
+            yield f"a solution in plain sight: {opening(solution)}"
+
+
+def checks_bite(notebook: NotebookNode) -> Iterator[str]:
+    """A check fails on the stub and passes on the solution, from the imports alone."""
+    imports = code_cells(notebook)[0].source
+    for stub, check, solution in exercises(notebook):
+        name = re.search(r"^def (\w+)", stub.source, re.M).group(1)
+        scope: dict = {}
+        with warnings.catch_warnings():  # of the packages that a chapter imports
+            warnings.simplefilter("ignore")
+            exec(imports, scope)
+        exec(check.source, scope)
+        exec(stub.source, scope)
+        try:
+            scope[f"check_{name}"](scope[name])
+        except Exception:
+            exec(solution.source, scope)
+            if f"check_{name}({name})" not in solution.source:
+                yield f"the solution of {name} does not run its check"
+        else:
+            yield f"the check of {name} accepts the stub"
+
+
+RULES: list[Rule] = [
+    stored_executed,
+    stored_normalized,
+    no_empty_cells,
+    no_addresses,
+    outputs_are_compared,
+    figures_have_alt_text,
+    imports_the_library,
+    opens_and_ends_as_a_chapter,
+    short_cells,
+    numbers_are_claims,
+    names_link_to_the_reference,
+    three_exercises_with_hidden_solutions,
+    checks_bite,
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_book(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(BOOK)  # where a chapter's kernel runs
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("path", notebooks.chapters(), ids=lambda path: path.stem)
+def test_chapter(path: Path, rule: Rule) -> None:
+    assert list(rule(read(path))) == []
+
+
+def test_every_chapter_is_in_the_contents() -> None:
+    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    files = [chapter["file"] for part in contents["parts"] for chapter in part["chapters"]]
+    listed = {file for file in files if (ROOT / f"{file}.ipynb").exists()}
+    assert listed == {f"book/{path.stem}" for path in notebooks.chapters()}
+
+
+# Each rule against a chapter broken on purpose.
+
+
+def first_code(notebook: NotebookNode, wanted: Callable[[NotebookNode], bool]) -> NotebookNode:
+    return next(cell for cell in code_cells(notebook) if wanted(cell))
+
+
+def add_markdown(notebook: NotebookNode, text: str) -> None:
+    notebook.cells.insert(3, nbformat.v4.new_markdown_cell(text))
+
+
+def unexecuted(notebook: NotebookNode) -> None:
+    code_cells(notebook)[3].execution_count = None
+
+
+def stored_image(notebook: NotebookNode) -> None:
+    drawn = first_code(notebook, lambda c: "<Figure size" in str(c.outputs))
+    drawn.outputs[-1].data["image/png"] = "iVBORw0KGgo="
+
+
+def stored_frames(notebook: NotebookNode) -> None:
+    drawn = first_code(notebook, lambda c: "<!-- frames -->" in str(c.outputs))
+    data = drawn.outputs[-1].data
+    data["text/html"] = data["text/html"].replace("<!-- frames -->", "<!-- frames --><img>")
+
+
+def other_kernel(notebook: NotebookNode) -> None:
+    notebook.metadata.kernelspec.name = "my-venv"
+
+
+def empty_cell(notebook: NotebookNode) -> None:
+    notebook.cells.append(nbformat.v4.new_code_cell(" "))
+
+
+def address(notebook: NotebookNode) -> None:
+    printed = first_code(notebook, lambda c: c.outputs and "text" in c.outputs[0])
+    printed.outputs[0].text = "<Linear object at 0x7f4655114f10>"
+
+
+def path_in_output(notebook: NotebookNode) -> None:
+    printed = first_code(notebook, lambda c: c.outputs and "text" in c.outputs[0])
+    printed.outputs[0].text = "/home/reader/book/basics.py:3: UserWarning"
+
+
+def many_ignored(notebook: NotebookNode) -> None:
+    for cell in code_cells(notebook)[:5]:
+        cell.metadata.tags = ["nbval-ignore-output"]
+
+
+def no_alt_text(notebook: NotebookNode) -> None:
+    del first_code(notebook, lambda c: "mystnb" in c.metadata).metadata["mystnb"]["image"]
+
+
+def file_name_as_alt_text(notebook: NotebookNode) -> None:
+    drawn = first_code(notebook, lambda c: "mystnb" in c.metadata)
+    drawn.metadata["mystnb"]["image"]["alt"] = "figures/the-gradient-flow.png"
+
+
+def markdown_image(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "![](picture.png)")
+
+
+def no_library(notebook: NotebookNode) -> None:
+    code_cells(notebook)[0].source = "import torch"
+
+
+def no_opening(notebook: NotebookNode) -> None:
+    notebook.cells[0].source = "# A chapter"
+
+
+def no_ending(notebook: NotebookNode) -> None:
+    del notebook.cells[-1]
+
+
+def long_cell(notebook: NotebookNode) -> None:
+    code_cells(notebook)[1].source = "x = 1\n" * 21
+
+
+def number_in_prose(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "This makes training 37 times as fast.")
+
+
+def percentage_in_prose(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "It reaches 98.4 % of the digits.")
+
+
+def bare_name(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "Call `compute_gradient_statistics(model)` after `backward()`.")
+
+
+def solution_in_sight(notebook: NotebookNode) -> None:
+    exercises(notebook)[0][2].metadata.tags = ["solution"]
+
+
+def exercise_without_check(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "### Exercise 9: on your own")
+
+
+def check_accepts_the_stub(notebook: NotebookNode) -> None:
+    check = exercises(notebook)[0][1]
+    check.source = re.sub(r":\n.*", ":\n    assert answer", check.source, flags=re.S)
+
+
+def check_refuses_the_solution(notebook: NotebookNode) -> None:
+    _, check, _ = exercises(notebook)[0]
+    check.source += "\n    assert False"
+
+
+@pytest.mark.parametrize(
+    ("rule", "breakage"),
+    [
+        (stored_executed, unexecuted),
+        (stored_normalized, stored_image),
+        (stored_normalized, stored_frames),
+        (stored_normalized, other_kernel),
+        (no_empty_cells, empty_cell),
+        (no_addresses, address),
+        (no_addresses, path_in_output),
+        (outputs_are_compared, many_ignored),
+        (figures_have_alt_text, no_alt_text),
+        (figures_have_alt_text, file_name_as_alt_text),
+        (figures_have_alt_text, markdown_image),
+        (imports_the_library, no_library),
+        (opens_and_ends_as_a_chapter, no_opening),
+        (opens_and_ends_as_a_chapter, no_ending),
+        (short_cells, long_cell),
+        (numbers_are_claims, number_in_prose),
+        (numbers_are_claims, percentage_in_prose),
+        (names_link_to_the_reference, bare_name),
+        (three_exercises_with_hidden_solutions, solution_in_sight),
+        (three_exercises_with_hidden_solutions, exercise_without_check),
+        (checks_bite, check_accepts_the_stub),
+    ],
+    ids=lambda value: value.__name__,
+)
+def test_rule_bites(rule: Rule, breakage: Callable[[NotebookNode], None]) -> None:
+    notebook = read(BOOK / "basics.ipynb")
+    breakage(notebook)
+    assert list(rule(notebook))
+
+
+def test_a_check_that_refuses_the_solution_is_noticed() -> None:
+    notebook = read(BOOK / "basics.ipynb")
+    check_refuses_the_solution(notebook)
+    with pytest.raises(AssertionError):
+        list(checks_bite(notebook))

@@ -1,0 +1,67 @@
+"""The public face of the library: what it exports, what importing it loads, what it documents."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import autograd_lib
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = [module.name for module in pkgutil.iter_modules(autograd_lib.__path__)]
+OPTIONAL = ("matplotlib", "ipywidgets", "yaml", "pydantic", "scipy", "jax", "tensorflow", "sklearn")
+
+
+def test_every_module_s_public_names_are_exported() -> None:
+    public = [name for name in MODULES if not name.startswith("_")]
+    names = {n for m in public for n in importlib.import_module(f"autograd_lib.{m}").__all__}
+    assert sorted(names) == autograd_lib.__all__
+
+
+def test_no_public_name_is_a_module_s_name() -> None:
+    """`from autograd_lib import compare` must never depend on what was imported before."""
+    assert not set(autograd_lib.__all__) & set(MODULES)
+
+
+def test_importing_loads_no_optional_package() -> None:
+    loaded = f"import sys, autograd_lib; print(*[m for m in {OPTIONAL} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", autograd_lib.__all__)
+def test_public_names_are_documented(name: str) -> None:
+    """A sentence first; a function has an example, which the doctests run."""
+    thing = getattr(autograd_lib, name)
+    doc = inspect.getdoc(thing)
+    assert doc
+    assert doc.splitlines()[0].rstrip().endswith((".", ":"))
+    if inspect.isfunction(thing):
+        assert ">>>" in doc
+        assert "Raises:" in doc
+    if inspect.isclass(thing):
+        for method, value in vars(thing).items():
+            if not method.startswith("_") and inspect.isfunction(value):
+                assert inspect.getdoc(value), f"{name}.{method}"
+
+
+# May be imported by their siblings, from the ground up.
+ORDER = ["_tables", "gradients", "memory", "benchmark", "widgets"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    tree = ast.parse((ROOT / "autograd_lib" / f"{module}.py").read_text())
+    imported = {
+        node.module.removeprefix("autograd_lib.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("autograd_lib")
+    }
+    assert imported <= set(ORDER[: ORDER.index(module)])
