@@ -18,6 +18,12 @@ def _shorten(rows: Sequence[Row], width: int) -> list[Row]:
     return [*rows[:half], gap, *rows[-half:]]
 
 
+def readable_bytes(count: int) -> str:
+    """Write a number of bytes with its unit: B, KiB, MiB or GiB."""
+    power = min(max(count.bit_length() - 1, 0) // 10, 3)
+    return f"{count / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
 def text_table(title: str, header: Row, rows: Sequence[Row]) -> str:
     """Align `rows` under `header`: the first column to the left, the others to the right."""
     lines = [header, *_shorten(rows, len(header))]

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.benchmark import Timer
 
-from autograd_lib._tables import html_table, text_table
+from autograd_lib._tables import html_table, readable_bytes, text_table
 from autograd_lib.memory import peak_bytes
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ class Comparison:
         again = _seconds(float(np.median(self.repeat)))
         rows.append([f"{self.baseline} again (A/A)", again, str(self.noise), "noise"])
         if self.peak_bytes:
-            peaks = [*(_bytes(self.peak_bytes[name]) for name in self.names), ""]
+            peaks = [*(readable_bytes(self.peak_bytes[name]) for name in self.names), ""]
             rows = [[*row, peak] for row, peak in zip(rows, peaks, strict=True)]
             header.append("peak")
         return title, header, rows
@@ -358,6 +357,9 @@ def _check(candidates: object, baseline: object, rounds: int, threads: int | Non
 
 def _measure(thunk: Thunk, number: int) -> float:
     """Seconds per call over `number` calls."""
+    # Not at the top: the import brings setuptools along and takes half as long as that of torch.
+    from torch.utils.benchmark import Timer  # noqa: PLC0415
+
     # `_timeit` is what every loop of Timer samples with. The public `timeit` calls twice more
     # before each sample, which triples the price of a slow step; `_sample` does that where it pays.
     timer = Timer("thunk()", globals={"thunk": thunk}, num_threads=torch.get_num_threads())
@@ -487,8 +489,3 @@ def _seconds(value: float) -> str:
         pair for pair in ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (0, "ns")) if value >= pair[0]
     )
     return f"{_digits(value / (scale or 1e-9))} {unit}"
-
-
-def _bytes(value: int) -> str:
-    power = min(3, max(0, value.bit_length() - 1) // 10)
-    return f"{value / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,13 @@ def test_public_names_are_documented(name: str) -> None:
         for method, value in vars(thing).items():
             if not method.startswith("_") and inspect.isfunction(value):
                 assert inspect.getdoc(value), f"{name}.{method}"
+
+
+def test_the_readme_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
 
 
 # May be imported by their siblings, from the ground up.
