@@ -7,7 +7,6 @@ itself: no kernel, no network, no widget manager.
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 import io
 import itertools
@@ -16,23 +15,26 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from numbers import Real
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Explorer", "explore"]
 
-_MOST_FRAMES = 400  # some 5 KiB each: more would make a page that is slow to load
+_MOST_FRAMES = 400  # some 4 KiB each: more would make a page that is slow to load
 
 # Runs once for each figure, on the element before the script itself.
 _SCRIPT = """(() => {
   const figure = document.currentScript.closest("figure");
-  const {shape, labels, frames, alts} = JSON.parse(figure.querySelector("script").textContent);
+  const {shape, labels, lines, frames, alts} =
+    JSON.parse(figure.querySelector("script").textContent);
   const picture = figure.querySelector("img");
   const controls = [...figure.querySelectorAll("input, select")];
   const show = () => {
     const at = controls.reduce((index, control, i) => index * shape[i] + Number(control.value), 0);
-    picture.src = "data:image/svg+xml;base64," + frames[at];
+    const svg = frames[at].map(line => lines[line]).join("\\n");
+    picture.src = "data:image/svg+xml," + encodeURIComponent(svg);
     picture.alt = alts[at];
     controls.forEach((control, i) => {
       const label = labels[i][control.value];
@@ -93,12 +95,18 @@ class Explorer:
 
     def to_html(self) -> str:
         """Return the figure as HTML that stands alone: pictures, controls and script."""
-        encoded = [base64.b64encode(frame.encode()).decode() for frame in self.frames]
         first = self._index(self._start)
+        # Most lines of the pictures are the same in all of them: each is written once.
+        lines: dict[str, int] = {}
+        frames = [
+            [lines.setdefault(line, len(lines)) for line in frame.splitlines()]
+            for frame in self.frames
+        ]
         state = {
             "shape": [len(v) for v in self.values],
             "labels": self._labels,
-            "frames": encoded,
+            "lines": list(lines),
+            "frames": frames,
             "alts": self.alts,
         }
         controls = "".join(
@@ -113,7 +121,7 @@ class Explorer:
         return (
             '<figure class="frames"><!-- frames -->'
             f'<img alt="{escape(self.alts[first])}" '
-            f'src="data:image/svg+xml;base64,{encoded[first]}">'
+            f'src="{_data_url(self.frames[first])}">'
             f'<div class="frames-controls">{controls}</div>'
             f'<script type="application/json">{data}</script>'
             f"<script>{_SCRIPT}</script><!-- /frames --></figure>"
@@ -145,15 +153,18 @@ class Explorer:
 
         def show(_: Any = None) -> None:
             at = self._index(control.value for control in controls)
-            encoded = base64.b64encode(self.frames[at].encode()).decode()
             picture.value = (
-                f'<img alt="{escape(self.alts[at])}" src="data:image/svg+xml;base64,{encoded}">'
+                f'<img alt="{escape(self.alts[at])}" src="{_data_url(self.frames[at])}">'
             )
 
         for control in controls:
             control.observe(show, "value")
         show()
         return ipywidgets.VBox([picture, *controls])
+
+
+def _data_url(svg: str) -> str:
+    return "data:image/svg+xml," + quote(svg)
 
 
 def _html_control(name: str, values: Sequence[Any], labels: Sequence[str], start: int) -> str:
