@@ -131,7 +131,8 @@ def opens_and_ends_as_a_chapter(notebook: NotebookNode) -> Iterator[str]:
 
 
 def short_cells(notebook: NotebookNode) -> Iterator[str]:
-    for cell in code_cells(notebook):
+    """At most fifteen lines of code; the imports at the top may be more."""
+    for cell in code_cells(notebook)[1:]:
         lines = [line for line in cell.source.splitlines() if line.strip()]
         if len(lines) > 15:
             yield f"{len(lines)} lines of code: {opening(cell)}"
