@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import matplotlib as mpl
 import nbformat
 import pytest
 import yaml
@@ -228,9 +229,11 @@ RULES: list[Rule] = [
 
 
 @pytest.fixture(autouse=True)
-def _in_the_book(monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_the_book(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(BOOK)  # where a chapter's kernel runs
+    with mpl.rc_context():  # the chapters set the style of their figures
+        yield
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
