@@ -42,7 +42,7 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab book
 
 serve: book ## the built book on http://localhost:8000
-	$(BIN)/python -m http.server -d _build/html
+	$(BIN)/python -m http.server --bind 127.0.0.1 -d _build/html
 
 bench: $(INSTALLED) ## run the benchmarks, writing benchmarks/results/
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
