@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -232,9 +232,11 @@ class Comparison:
         """
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         found = {key: record.get(key) for key in _FORMAT} if isinstance(record, dict) else record
-        if found != _FORMAT:
+        missing = {field.name for field in fields(cls)} - set(record) if found == _FORMAT else {}
+        if found != _FORMAT or missing:
             raise ValueError(
-                f"from_json: expected {_FORMAT}, got {found!r:.80} in {os.fspath(path)!r}; "
+                f"from_json: expected {_FORMAT}, got {found!r:.80} in {os.fspath(path)!r}"
+                f"{f' without {sorted(missing)}' if missing else ''}; "
                 "read files that Comparison.to_json of this version wrote"
             )
         return cls(
@@ -290,6 +292,7 @@ def compare(
 
     Warns:
         RuntimeWarning: If a candidate still got faster when its warm-up ended.
+        UserWarning: As `peak_bytes` does, if a candidate frees memory that stood before it.
 
     Example:
         >>> x = torch.ones(100)
@@ -342,16 +345,16 @@ def _check(candidates: object, baseline: object, rounds: int, threads: int | Non
             )
     if not candidates:
         raise ValueError("compare: expected at least one candidate, got an empty mapping")
-    if baseline is not None and baseline not in candidates:
+    if baseline is not None and baseline not in list(candidates):
         raise ValueError(f"compare: expected baseline in {list(candidates)}, got {baseline!r}")
-    if rounds < _LEAST_ROUNDS:
+    if not isinstance(rounds, int) or rounds < _LEAST_ROUNDS:
         raise ValueError(
-            f"compare: expected rounds >= {_LEAST_ROUNDS}, got {rounds}; "
+            f"compare: expected rounds >= {_LEAST_ROUNDS}, got {rounds!r}; "
             "fewer give no interval worth the name"
         )
-    if threads is not None and threads < 1:
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise ValueError(
-            f"compare: expected threads >= 1, got {threads}; None keeps the current number"
+            f"compare: expected threads >= 1, got {threads!r}; None keeps the current number"
         )
 
 

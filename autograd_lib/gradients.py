@@ -9,6 +9,7 @@ and a large one is never copied whole.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import sys
@@ -39,12 +40,6 @@ __all__ = [
 # cache, and a row is short enough for a running sum in float32 to keep its digits; elsewhere
 # reductions are trees, and a block is large enough to hide the launch of its kernels.
 _CPU_SIZES, _DEVICE_SIZES = (2**14, 2**19), (2**19, 2**24)
-_WIDER = {
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-    torch.complex32: torch.complex64,
-}
-
 # What is known of each piece of the gradients, and of each gradient once its pieces are merged:
 # arrays by field. `real` and `imag` are the parts of the mean, `spread` is the norm of x - mean.
 _Table = dict[str, np.ndarray]
@@ -335,6 +330,8 @@ def _local_values(grad: Tensor) -> tuple[Tensor, int]:
         # Of equal copies along a replicated mesh dimension the first one counts.
         copy = any(i > 0 and p.is_replicate() for i, p in zip(coordinate, whole, strict=False))
         return (local.flatten()[:0] if copy else local), 0
+    if grad.is_mkldnn:
+        grad = grad.to_dense()
     if grad.layout is torch.strided:
         return grad, 0
     values = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad.values()
@@ -352,16 +349,23 @@ def _blocks(grads: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
             whole = len(flat) // row * row
             rest = flat[whole:]
             for rows in flat[:whole].view(-1, row).split(block // row):
-                yield [i] * len(rows), rows.to(_WIDER.get(grad.dtype, grad.dtype))
+                yield [i] * len(rows), _widened(rows)
         if rest.numel():
             piles.setdefault((rest.device, rest.dtype, rest.shape), []).append((i, rest))
-    for (_, dtype, shape), pile in piles.items():
+    for (_, _, shape), pile in piles.items():
         block = (_CPU_SIZES if _on_cpu(pile[0][1]) else _DEVICE_SIZES)[1]
         at_once = max(1, block // shape.numel())
         for start in range(0, len(pile), at_once):
             owner, parts = zip(*pile[start : start + at_once], strict=True)
             rows = torch.stack(parts).reshape(len(parts), -1)
-            yield list(owner), rows.to(_WIDER.get(dtype, dtype))
+            yield list(owner), _widened(rows)
+
+
+def _widened(rows: Tensor) -> Tensor:
+    """The rows in float32 at least; off the CPU in float64, which costs no time there."""
+    if _on_cpu(rows) or rows.device.type == "mps":  # MPS has no float64
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return rows.to(torch.promote_types(rows.dtype, torch.float64))
 
 
 def _statistics_of_rows(rows: Tensor) -> list[Tensor]:
@@ -371,11 +375,15 @@ def _statistics_of_rows(rows: Tensor) -> list[Tensor]:
     else:
         low, high = rows.amin(1), rows.amax(1)  # together a tenth of torch.aminmax(dim=1) on CPU
         abs_max = torch.maximum(low.abs(), high.abs())
+    if _on_cpu(rows) and ((abs_max > 1e30) & abs_max.isfinite()).any():
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float64))  # a sum could overflow
     norm = _norm(rows)
     mean = rows.sum(1) / rows.shape[1]
     spread = _spread(rows, norm, mean)
     real, imag = torch.view_as_real(mean + 0j).unbind(1)
-    return [norm, real, imag, spread, low, high, abs_max, *_count(rows, abs_max)]
+    fields = [norm, real, imag, spread, low, high, abs_max, *_count(rows, abs_max)]
+    widest = functools.reduce(torch.promote_types, (field.dtype for field in fields))
+    return [field.to(widest) for field in fields]
 
 
 def _spread(rows: Tensor, norm: Tensor, mean: Tensor) -> Tensor:
@@ -383,7 +391,7 @@ def _spread(rows: Tensor, norm: Tensor, mean: Tensor) -> Tensor:
     if _on_cpu(rows):
         square, level = norm.double() ** 2, mean.abs().double() ** 2 * rows.shape[1]
         if (2 * level < square).all():  # else the difference would cancel
-            return (square - level).sqrt().to(norm.dtype)
+            return (square - level).sqrt()
     return _norm(rows - mean[:, None])
 
 
@@ -402,7 +410,10 @@ def _norm(rows: Tensor) -> Tensor:
     # To a largest modulus in [1, 2), by a power of two: exact, and no square over- or underflows.
     scale = torch.ldexp(torch.ones_like(abs_max), torch.frexp(abs_max).exponent - 1)
     scale = torch.where(abs_max.isfinite(), scale, 1)
-    return torch.linalg.vector_norm(rows / scale[:, None], dim=1) * scale
+    norm = torch.linalg.vector_norm(rows / scale[:, None], dim=1)
+    if rows.device.type == "mps":
+        return norm * scale
+    return norm.double() * scale.double()  # may be beyond float32
 
 
 def _count(rows: Tensor, abs_max: Tensor) -> list[Tensor]:
@@ -463,7 +474,7 @@ def _gather(grads: Sequence[Tensor], table: _Table) -> _Table:
     """Merge what every process knows of the gradients that are distributed over it."""
     meshes: dict[DeviceMesh, list[int]] = {}
     for i, grad in enumerate(grads):
-        if _is_distributed(grad):
+        if _is_distributed(grad) and grad.device_mesh.get_coordinate() is not None:
             meshes.setdefault(grad.device_mesh, []).append(i)
     for mesh, index in meshes.items():
         own = np.stack([values[index] for values in table.values()], axis=1)

@@ -336,6 +336,7 @@ def _note_arguments(model: nn.Module, saved: SavedTensors) -> Iterator[None]:
     if compiled is not None:  # after model.compile() module hooks are ignored
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            saved._mark(saved._parameters, [*model.parameters(), *model.buffers()])
             saved._mark(saved._inputs, (args, kwargs))
             return compiled(*args, **kwargs)
 
@@ -348,6 +349,8 @@ def _note_arguments(model: nn.Module, saved: SavedTensors) -> Iterator[None]:
 
     def note(_: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():  # a graph compiled in the block keeps no trace of it
+            # under torch.func.functional_call these are not those that the block began with
+            saved._mark(saved._parameters, [*model.parameters(), *model.buffers()])
             saved._mark(saved._inputs, (args, kwargs))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
@@ -435,7 +438,8 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
         yield from _parts(torch._C._functorch.get_unwrapped(tensor))
     elif is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
+            if isinstance(part := getattr(tensor, name), Tensor):  # a DTensor lists its mesh too
+                yield from _parts(part)
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in _COMPRESSED:
@@ -485,6 +489,16 @@ def peak_bytes(step: Callable[[], object]) -> int:
             f"peak_bytes: expected a function without arguments, got {type(step).__name__}; "
             "pass `lambda: model(x).sum().backward()`, not its result"
         )
+    with _one_profiler:
+        return _peak_bytes(step)
+
+
+# PyTorch's profiler and the process's stderr exist once: threads take turns. A call from within
+# `step` gets past this, to the error that it deserves.
+_one_profiler = threading.RLock()
+
+
+def _peak_bytes(step: Callable[[], object]) -> int:
     if torch._C._autograd._profiler_enabled():
         raise RuntimeError(
             "peak_bytes: a profiler is running already, and PyTorch allows only one at a time; "
@@ -514,7 +528,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
             "is not what step needs by itself; free that memory before the call or at the end of "
             "step (zero_grad after the optimizer's step, not before the forward)",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     if used := {device.index for device, _, _ in events if device.type == "cuda"}:
         return sum(torch.cuda.max_memory_allocated(i) - before.get(i, 0) for i in used)
@@ -598,7 +612,8 @@ def _held_by_python() -> list[tuple[StorageWeakRef, int]]:
 def _silent_stderr() -> Iterator[None]:
     # The profiler of 2.13 announces its start and stop on the process's stderr, with times that
     # would end up in the stored output of a notebook; KINETO_LOG_LEVEL is read only once.
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.flush()
     try:
         kept = os.dup(2)
     except OSError:  # a process without stderr

@@ -77,7 +77,7 @@ class Explorer:
 
     @property
     def _labels(self) -> list[list[str]]:
-        return [[v if isinstance(v, str) else f"{v:g}" for v in vs] for vs in self.values]
+        return [[v if isinstance(v, str) else f"{v:.10g}" for v in vs] for vs in self.values]
 
     def _index(self, positions: Iterable[int]) -> int:
         index = 0
@@ -216,6 +216,7 @@ def explore(
         >>> explore(draw, alt=lambda power: f"A curve of power {power} through 0.", power=[1, 2])
         Explorer(power: 2 values)
     """
+    values = {name: _as_list(name, choices) for name, choices in values.items()}
     _check_values(values)
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("explore: drawing needs Matplotlib; pip install 'autograd_lib[plot]'")
@@ -224,9 +225,24 @@ def explore(
         for combination in itertools.product(*values.values())
     ]
     frames = [_svg(draw(**combination)) for combination in combinations]
-    alts = [alt(**combination) for combination in combinations]
+    alts = [_words(alt(**combination)) for combination in combinations]
     start = [0 if isinstance(v[0], str) else len(v) // 2 for v in values.values()]
     return Explorer(list(values), list(values.values()), frames, alts, start)
+
+
+def _as_list(name: str, choices: Any) -> list[Any]:
+    if not isinstance(choices, Iterable):
+        raise TypeError(f"explore: expected {name!r} to be a list of values, got {choices!r}")
+    return list(choices)
+
+
+def _words(alt: object) -> str:
+    if not isinstance(alt, str):
+        raise TypeError(
+            f"explore: expected alt to return a string, got {type(alt).__name__}; say in words "
+            "what one sees"
+        )
+    return alt
 
 
 def _check_values(values: dict[str, Sequence[Any]]) -> None:
@@ -261,11 +277,13 @@ def _svg(figure: Figure) -> str:
             "end it with `return figure`"
         )
     text = io.StringIO()
-    # Text stays text: a tenth of the size of outlines. The salt makes ids the same at every run.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "autograd_lib"}):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    if figure.canvas.manager is not None:  # one of pyplot's, which keeps it open otherwise
-        import matplotlib.pyplot as plt  # noqa: PLC0415
+    try:
+        # Text stays text: a tenth of the size of outlines. The salt keeps ids as they were.
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "autograd_lib"}):
+            figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    finally:
+        if figure.canvas.manager is not None:  # one of pyplot's, which keeps it open otherwise
+            import matplotlib.pyplot as plt  # noqa: PLC0415
 
-        plt.close(figure)
+            plt.close(figure)
     return text.getvalue()

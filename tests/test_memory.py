@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import (
     _CachingTorchDispatchMode,
@@ -891,3 +894,39 @@ def test_checkpointing_lowers_the_peak_and_recomputation_is_in_it():
     assert peak_bytes(plain) == 18 * MIB  # 16 outputs and two gradients in flight
     recomputed = peak_bytes(checkpointed)
     assert saved.total_bytes < recomputed < 12 * MIB
+
+
+def test_parameters_that_stand_in_are_parameters() -> None:
+    """torch.func.functional_call computes with tensors that the block did not begin with."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    with saved_tensors(model) as saved:
+        torch.func.functional_call(model, parameters, torch.ones(3, 4)).sum()
+    assert saved.total_bytes == 3 * 8 * 4  # the output of tanh
+    assert saved.parameter_bytes == 2 * 8 * 4  # the second weight
+    assert saved.input_bytes == 3 * 4 * 4
+
+
+def test_distributed_tensors() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        for name, parameter in list(model.named_parameters()):
+            module, _, leaf = name.rpartition(".")
+            shared = distribute_tensor(parameter.detach(), mesh, [Replicate()])
+            setattr(model.get_submodule(module), leaf, nn.Parameter(shared))
+        with saved_tensors(model) as saved:
+            model(distribute_tensor(torch.ones(3, 4), mesh, [Replicate()])).sum()
+        assert saved.total_bytes == 3 * 8 * 4
+        assert saved.input_bytes == 3 * 4 * 4
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_peaks_in_two_threads() -> None:
+    """The profiler exists once in a process: the threads must take turns."""
+    with ThreadPoolExecutor(2) as pool:
+        peaks = list(pool.map(lambda _: peak_bytes(lambda: torch.ones(1024).exp()), range(4)))
+    assert peaks == [8192] * 4

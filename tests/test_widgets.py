@@ -136,6 +136,7 @@ def test_values_may_be_numpy_integers() -> None:
     [
         ({}, ValueError, "at least one control"),
         ({"x": []}, ValueError, "'x' has no values"),
+        ({"x": 3}, TypeError, "'x' to be a list of values, got 3"),
         ({"x": [1, "a"]}, TypeError, "'x' must be all numbers or all strings"),
         ({"x": range(21), "y": range(20)}, ValueError, "420 combinations of values are more than"),
     ],
@@ -155,3 +156,22 @@ def test_random_state_is_left_alone() -> None:
     before = torch.get_rng_state()
     make()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_alt_must_be_words() -> None:
+    with pytest.raises(TypeError, match="alt to return a string, got NoneType"):
+        explore(lambda x: draw(x, "line"), alt=lambda x: None, x=[1.0])
+
+
+def test_figures_are_closed_where_drawing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        explore(lambda x: plt.subplots()[0], alt=lambda x: "", x=[1.0])
+    assert plt.get_fignums() == []
+
+
+def test_labels_tell_values_apart() -> None:
+    explorer = explore(
+        lambda n: draw(n, "line"), alt=lambda n: "", n=(n for n in [1234567, 1234568])
+    )
+    assert explorer._labels == [["1234567", "1234568"]]
