@@ -4,7 +4,19 @@ Gradients read, saved memory counted, training steps compared side by side; ever
 importable from here. Importing loads torch, NumPy and the standard library only.
 """
 
+from autograd_lib.activations import low_memory_gelu, low_memory_relu, low_memory_silu
 from autograd_lib.benchmark import Comparison, Ratio, compare
+from autograd_lib.cross_entropy import linear_cross_entropy
+from autograd_lib.functions import (
+    CustomAutogradFunction,
+    clip_gradient,
+    log1mexp,
+    reverse_gradient,
+    safe_norm,
+    safe_sqrt,
+    scale_gradient,
+    straight_through,
+)
 from autograd_lib.gradients import (
     AutogradUtils,
     GradientStatistics,
@@ -14,6 +26,8 @@ from autograd_lib.gradients import (
     get_gradient_norms,
     missing_gradients,
 )
+from autograd_lib.implicit import fixed_point
+from autograd_lib.losses import CustomLossFunction
 from autograd_lib.memory import SavedTensors, peak_bytes, saved_tensors
 from autograd_lib.widgets import Explorer, explore
 
@@ -22,17 +36,31 @@ __version__ = "0.1.0"
 __all__ = [
     "AutogradUtils",
     "Comparison",
+    "CustomAutogradFunction",
+    "CustomLossFunction",
     "Explorer",
     "GradientStatistics",
     "Ratio",
     "SavedTensors",
     "check_gradients_exist",
+    "clip_gradient",
     "compare",
     "compute_gradient_statistics",
     "enable_gradients",
     "explore",
+    "fixed_point",
     "get_gradient_norms",
+    "linear_cross_entropy",
+    "log1mexp",
+    "low_memory_gelu",
+    "low_memory_relu",
+    "low_memory_silu",
     "missing_gradients",
     "peak_bytes",
+    "reverse_gradient",
+    "safe_norm",
+    "safe_sqrt",
     "saved_tensors",
+    "scale_gradient",
+    "straight_through",
 ]

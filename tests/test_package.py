@@ -61,7 +61,10 @@ def test_the_readme_runs() -> None:
 
 
 # May be imported by their siblings, from the ground up.
-ORDER = ["_tables", "gradients", "memory", "benchmark", "widgets"]
+ORDER = [
+    *("_tables", "_rules", "gradients", "functions", "activations", "implicit", "losses"),
+    *("cross_entropy", "memory", "benchmark", "widgets"),
+]
 
 
 @pytest.mark.parametrize("module", MODULES)

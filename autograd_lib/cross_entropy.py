@@ -1,0 +1,440 @@
+"""The loss of a language model's head, row by row: the logits are never held.
+
+The logits are by far the largest tensor of a training step, and exist only to be reduced to one
+number. `linear_cross_entropy` has a few rows of them at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
+from torch.func import vjp
+
+__all__ = ["linear_cross_entropy"]
+
+# Rows of logits that exist at once. On CPU fewer make slower matrix products (a chunk of 16, the
+# default of F.linear_cross_entropy, takes three times as long), more take memory and no less time.
+_CHUNK = 256
+
+
+def linear_cross_entropy(  # noqa: PLR0913 - those of F.cross_entropy
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Compute `F.cross_entropy(F.linear(input, weight, bias), target, ...)` without the logits.
+
+    The rows are worked through in chunks: logits, softmax, and from them at once the gradients,
+    which are all that is kept. Peak memory is the gradients and one chunk of logits, where the
+    pair of calls holds several copies of all logits; time is that of three matrix products. The
+    gradients are computed in the forward and scaled in the backward; where a chunk's own gradient
+    is not yet known, as with `reduction="none"`, backward computes the logits a second time.
+    Without gradients to compute (`torch.no_grad()`) there is only the first product.
+
+    Half-precision operands are multiplied as they are, softmax, loss and the sums over chunks are
+    in float32, and gradients are cast after the upstream gradient has scaled them, so that those
+    of fp16 do not vanish before a `GradScaler` sees them. The loss is then float32 too. Autocast
+    applies as to `F.linear`.
+
+    Derivatives of any order by reverse mode are right, second ones in chunks too. Forward mode on
+    the arguments (`torch.func.jvp`, `jacfwd`) is right, but if a backward follows it, holds the
+    logits; forward over reverse (`torch.func.hessian`) raises. `vmap` runs a loop.
+    `torch.compile` breaks the graph here. `target` is checked, which costs one synchronization
+    of a GPU.
+
+    Args:
+        input: Shape (..., in), floating point.
+        weight: Shape (classes, in), the dtype of `input` (any under autocast).
+        target: Class indices of shape (...), int64, each in [0, classes) or `ignore_index`.
+        bias: Shape (classes,).
+        class_weight: A constant factor for each class, shape (classes,), as in `F.cross_entropy`.
+        ignore_index: A target that adds neither loss nor gradient.
+        reduction: "mean" over the targets that are not ignored, weighted by `class_weight`; NaN
+            if there is none. "sum", or "none" for the loss of each row.
+        label_smoothing: Share of a target spread evenly over all classes, in [0, 1].
+        chunk_size: Rows of logits that exist at once; 256 if None.
+
+    Returns:
+        The loss, of shape (...) with `reduction="none"` and else without dimensions.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: A shape, a device or an option does not fit.
+        IndexError: A target is out of range.
+        NotImplementedError: Forward over reverse mode, see above.
+
+    Example:
+        >>> input, weight = torch.zeros(5, 3), torch.zeros(8, 3)  # all classes equally likely
+        >>> round(linear_cross_entropy(input, weight, torch.arange(5)).exp().item(), 4)
+        8.0
+    """
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    for holds, error, expected, got in (
+        *_requirements(operands, target, class_weight, bias),
+        *_option_requirements(reduction, label_smoothing, chunk_size),
+    ):
+        if not holds:
+            raise error(f"linear_cross_entropy: expected {expected}, got {got}")
+    tracked = [torch.is_grad_enabled() and p.requires_grad for p in operands]
+    options = _Options(
+        ignore_index,
+        reduction,
+        label_smoothing,
+        _CHUNK if chunk_size is None else chunk_size,
+        _product_dtype(operands),
+        (*tracked, False)[:3],
+    )
+    x, t = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    if any(unpack_dual(p).tangent is not None for p in operands):
+        task = _Task(t, class_weight, options)
+        losses = [task.part(rows).losses(x[rows], *operands[1:]) for rows in task.chunks()]
+        loss = task.reduce(torch.cat(losses))
+    else:
+        loss = _chunked(x, weight, bias, t, class_weight, options)
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+_Requirement = tuple[bool, type[Exception], str, object]  # holds, error if not, expected, got
+
+
+def _requirements(
+    operands: tuple[Tensor, ...],
+    target: Tensor,
+    class_weight: Tensor | None,
+    bias: Tensor | None,
+) -> Iterator[_Requirement]:
+    input, weight = operands[:2]
+    floats = operands if class_weight is None else (*operands, class_weight)
+    real = all(p.is_floating_point() for p in floats)
+    yield real, TypeError, "real floating-point tensors", [p.dtype for p in floats]
+    shapes = f"input {(*input.shape,)} and weight {(*weight.shape,)}"
+    fit = input.dim() > 0 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
+    yield fit, ValueError, "input (..., in) and weight (classes, in), as nn.Linear has it", shapes
+    indices = "class indices of torch.int64 (F.cross_entropy takes probabilities)"
+    yield target.dtype == torch.int64, TypeError, indices, f"target of {target.dtype}"
+    fit = target.shape == input.shape[:-1]
+    shape = f"target of shape {(*input.shape[:-1],)}, as {shapes} have it"
+    yield fit, ValueError, shape, (*target.shape,)
+    for name, vector in (("bias", bias), ("class_weight", class_weight)):
+        if vector is not None:
+            shape = f"{name} of shape {(*weight.shape[:1],)}, as {shapes} have it"
+            yield vector.shape == weight.shape[:1], ValueError, shape, (*vector.shape,)
+    constant = class_weight is None or not class_weight.requires_grad
+    yield constant, ValueError, "a class_weight without gradient", "one with; pass .detach()"
+    devices = [str(p.device) for p in (*floats, target)]
+    yield len({*devices}) == 1, ValueError, "all tensors on one device", devices
+
+
+def _option_requirements(
+    reduction: str, label_smoothing: float, chunk_size: int | None
+) -> Iterator[_Requirement]:
+    known = reduction in ("mean", "sum", "none")
+    yield known, ValueError, "reduction 'mean', 'sum' or 'none'", repr(reduction)
+    yield 0 <= label_smoothing <= 1, ValueError, "label_smoothing in [0, 1]", label_smoothing
+    size = f"chunk_size >= 1 (None takes {_CHUNK} rows)"
+    yield chunk_size is None or chunk_size >= 1, ValueError, size, chunk_size
+
+
+def _product_dtype(operands: tuple[Tensor, ...]) -> torch.dtype:
+    device, dtypes = operands[0].device.type, [p.dtype for p in operands]
+    if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(device)
+    if len({*dtypes}) > 1:
+        raise TypeError(
+            "linear_cross_entropy: expected input, weight and bias of one dtype, got "
+            f"{dtypes}; cast them, or use torch.autocast"
+        )
+    return dtypes[0]
+
+
+@dataclass(frozen=True)
+class _Options:
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    chunk_size: int
+    dtype: torch.dtype  # of the matrix products
+    wanted: tuple[bool, ...]  # which of input, weight and bias require a gradient
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What the losses depend on besides input, weight and bias."""
+
+    target: Tensor
+    class_weight: Tensor | None
+    options: _Options
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.options.dtype, torch.float32)
+
+    def chunks(self) -> Iterator[slice]:
+        rows, size = len(self.target), self.options.chunk_size
+        return (slice(i, min(i + size, rows)) for i in range(0, max(rows, 1), size))
+
+    def part(self, rows: slice) -> _Task:
+        return replace(self, target=self.target[rows])
+
+    def losses(self, *operands: Tensor) -> Tensor:
+        """Of each row, by PyTorch's own operations: holds its logits, knows every derivative."""
+        with torch.autocast(self.target.device.type, enabled=False):
+            return F.cross_entropy(
+                F.linear(*(p.to(self.options.dtype).to(self.wide) for p in operands)),
+                self.target,
+                None if self.class_weight is None else self.class_weight.to(self.wide),
+                ignore_index=self.options.ignore_index,
+                reduction="none",
+                label_smoothing=self.options.label_smoothing,
+            )
+
+    def losses_vjp(self, upstream: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        return vjp(self.losses, *operands)[1](upstream)
+
+    def divisor(self) -> Tensor:
+        kept = self.target != self.options.ignore_index
+        if self.options.reduction != "mean":
+            return kept.new_ones((), dtype=self.wide)
+        if self.class_weight is None:
+            return kept.sum(dtype=self.wide)
+        return (self.class_weight[self.target.where(kept, 0)].to(self.wide) * kept).sum()
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        return losses if self.options.reduction == "none" else losses.sum() / self.divisor()
+
+    def upstream(self, grad: Tensor) -> Tensor:
+        """The gradient of each row's loss, shape (rows,): zero, not NaN, where it is ignored."""
+        rows = (grad / self.divisor()).expand(self.target.shape)
+        return rows.masked_fill(self.target == self.options.ignore_index, 0)
+
+    def check_range(self, classes: int) -> None:
+        # On a GPU an index out of range would be a memory access out of bounds.
+        t, ignored = self.target, self.options.ignore_index
+        outside = t[((t < 0) | (t >= classes)) & (t != ignored)]
+        if len(outside):
+            raise IndexError(
+                f"linear_cross_entropy: expected targets in [0, {classes}) or "
+                f"ignore_index={ignored}, got {outside[0].item()}"
+            )
+
+
+def _work_through(
+    task: _Task, upstream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    r"""Losses of all rows, and the wanted gradients of their sum weighted by `upstream`.
+
+    With a share s of smoothing and class weights w, a row with target t loses
+    $-(1 - s) w_t \log p_t - \frac{s}{C} \sum_c w_c \log p_c$, and its derivative by the logits is
+    $m p - (1 - s) w_t e_t - \frac{s}{C} w$, where m is the sum of the factors of the logarithms.
+    """
+    options, wide, classes = task.options, task.wide, len(weight)
+    x, weight = x.to(options.dtype), weight.to(options.dtype)
+    shares = x.new_ones(classes) if task.class_weight is None else task.class_weight
+    ignored = task.target == options.ignore_index
+    index = task.target.masked_fill(ignored, 0)[:, None]
+    hard = (1 - options.label_smoothing) * shares.to(wide)[index]
+    soft = options.label_smoothing / classes * shares.to(wide)
+    unit = _unit(upstream, options.dtype)
+    scale = upstream if unit is None else upstream / unit
+    losses, sums = x.new_empty(len(x), dtype=wide), _Sums(options.wanted)
+    buffer = x.new_empty(min(len(x), options.chunk_size), classes, dtype=wide)
+    product = buffer if options.dtype == wide else torch.empty_like(buffer, dtype=options.dtype)
+    for rows in task.chunks():
+        logits, p = (full[: rows.stop - rows.start] for full in (product, buffer))
+        if bias is None:
+            torch.mm(x[rows], weight.T, out=logits)
+        else:
+            torch.addmm(bias.to(options.dtype), x[rows], weight.T, out=logits)
+        # In place where both are one buffer: a row is read to its end before it is written.
+        torch.log_softmax(logits, 1, dtype=wide, out=p)
+        losses[rows] = -(p.gather(1, index[rows]) * hard[rows])[:, 0]
+        if options.label_smoothing:
+            losses[rows] -= p @ soft
+        if any(options.wanted):
+            p.exp_()
+            if options.label_smoothing or task.class_weight is not None:
+                p *= hard[rows] + soft.sum()
+            if options.label_smoothing:
+                p -= soft
+            p.scatter_add_(1, index[rows], -hard[rows])
+            sums.add(p, logits.copy_(p), x[rows], weight, scale[rows])
+    return losses.masked_fill_(ignored, 0), sums.finish(unit)
+
+
+class _Sums:
+    """Gradients by input, weight and bias that grow chunk by chunk, in float32 or wider."""
+
+    def __init__(self, wanted: tuple[bool, ...]) -> None:
+        self.wanted = wanted
+        self.by_input: list[Tensor] = []
+        self.by_weight: Tensor | None = None
+        self.by_bias: Tensor | None = None
+
+    def add(
+        self, by_logits: Tensor, factor: Tensor, x: Tensor, weight: Tensor, upstream: Tensor
+    ) -> None:
+        """Take in some rows; `factor` is `by_logits` in the dtype of the products."""
+        if self.wanted[0]:
+            self.by_input.append(torch.mm(factor, weight) * upstream[:, None])
+        if self.wanted[1]:
+            scaled = (x * upstream[:, None]).to(x.dtype)
+            if self.by_weight is None:
+                self.by_weight = torch.mm(factor.T, scaled).to(by_logits.dtype)
+            elif factor.dtype == by_logits.dtype:
+                self.by_weight.addmm_(factor.T, scaled)
+            else:
+                self.by_weight += torch.mm(factor.T, scaled)
+        if self.wanted[2]:
+            new = torch.mv(by_logits.T, upstream)
+            self.by_bias = new if self.by_bias is None else self.by_bias + new
+
+    def finish(self, unit: Tensor | None) -> list[Tensor | None]:
+        by_input = torch.cat(self.by_input) if self.by_input else None
+        grads = [by_input, self.by_weight, self.by_bias]
+        return grads if unit is None else [None if g is None else g.mul_(unit) for g in grads]
+
+
+def _unit(upstream: Tensor, dtype: torch.dtype) -> Tensor | None:
+    # The factors 1 / rows of a mean would push fp16 products below its smallest number: half
+    # precision is multiplied by factors of order 1, and scaled in float32 at the end.
+    if dtype == upstream.dtype or not len(upstream):
+        return None
+    unit = upstream.abs().amax()
+    return unit.where(unit > 0, 1.0)
+
+
+def _loop(function: type[Function], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    """A vmap rule: the one buffer of logits is used by one element of the batch after another."""
+    pairs = list(zip(args, in_dims, strict=True))
+    results = [
+        function.apply(*(a if dim is None else a.select(dim, i) for a, dim in pairs))
+        for i in range(info.batch_size)
+    ]
+    stacked = tuple(None if r[0] is None else torch.stack(r) for r in zip(*results, strict=True))
+    return stacked, tuple(None if r is None else 0 for r in stacked)
+
+
+def _refuse_forward_mode(ctx: Any, *tangents: Any) -> None:
+    raise NotImplementedError(
+        "linear_cross_entropy: forward mode through a gradient has no rule; use reverse over "
+        "reverse (torch.func.jacrev of torch.func.grad, or torch.autograd.grad twice with "
+        "create_graph=True), or F.cross_entropy(F.linear(input, weight), target)"
+    )
+
+
+class _LinearCrossEntropy(Function):
+    """The loss and, as further outputs, its gradients: only outputs can be saved under vmap."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> tuple[Tensor | None, ...]:
+        task = _Task(*rest)
+        task.check_range(len(weight))
+        if task.options.reduction == "none":  # the factor of a row is known in backward only
+            task = replace(task, options=replace(task.options, wanted=(False,) * 3))
+        with torch.autocast(x.device.type, enabled=False):
+            upstream = task.upstream(x.new_ones((), dtype=task.wide))
+            losses, grads = _work_through(task, upstream, x, weight, bias)
+            return task.reduce(losses), *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        *tensors, ctx.options = inputs
+        grads = output[1:]
+        ctx.mark_non_differentiable(*(g for g in grads if g is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *grads)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        options = replace(ctx.options, wanted=tuple(ctx.needs_input_grad[:3]))
+        x, weight, bias, target, class_weight, *grads = ctx.saved_tensors
+        rest = (target, class_weight, options)
+        return *_Gradients.apply(grad, x, weight, bias, *rest, *grads), None, None, None
+
+    jvp = staticmethod(_refuse_forward_mode)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _loop(_LinearCrossEntropy, info, in_dims, *args)
+
+
+# Compiled, the chunks would be unrolled and their one buffer lost. torch.compiler.disable is the
+# same, but imports the compiler at once.
+@_disable_dynamo
+def _chunked(*args: Any) -> Tensor:
+    return _LinearCrossEntropy.apply(*args)[0]
+
+
+class _Gradients(Function):
+    """The backward as a function of all that it depends on, so that it has a derivative itself.
+
+    Scaling the saved gradients in a plain backward would make them constants: a second derivative
+    would silently lack every term but one. `once_differentiable` would not say so where `grad`
+    itself requires no gradient, as in `loss.backward(create_graph=True)`.
+    """
+
+    @staticmethod
+    def forward(
+        grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> tuple[Tensor | None, ...]:
+        task, known = _Task(*rest[:3]), rest[3:]
+        wanted = task.options.wanted
+        if any(want and k is None for want, k in zip(wanted, known, strict=True)):
+            with torch.autocast(x.device.type, enabled=False):
+                known = tuple(_work_through(task, task.upstream(grad), x, weight, bias)[1])
+                grad = grad.new_ones(())
+        dtypes = (p if p is None else p.dtype for p in (x, weight, bias))
+        return tuple(
+            (k * grad).to(dtype) if want else None
+            for want, k, dtype in zip(wanted, known, dtypes, strict=True)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        *tensors, ctx.options = inputs[:7]
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, x, *shared, target, class_weight = ctx.saved_tensors
+        task = _Task(target, class_weight, ctx.options)
+        shared = [p for p in shared if p is not None]
+        along = [
+            torch.zeros_like(p) if o is None else o
+            for p, o in zip((x, *shared), outer, strict=False)
+        ]
+        upstream, by_rows, sums = task.upstream(grad), [], [torch.zeros_like(p) for p in shared]
+        for rows in task.chunks():
+            pull = vjp(task.part(rows).losses_vjp, upstream[rows], x[rows], *shared)[1]
+            by_upstream, by_input, *by_shared = pull((along[0][rows], *along[1:]))
+            by_rows.append((by_upstream, by_input))
+            sums = [total + new for total, new in zip(sums, by_shared, strict=True)]
+        by_upstream, by_input = (torch.cat(parts) for parts in zip(*by_rows, strict=True))
+        by_grad = by_upstream * task.upstream(torch.ones_like(grad))
+        by_grad = by_grad if grad.dim() else by_grad.sum()
+        return by_grad, by_input, *sums, *(None,) * (8 - len(sums))
+
+    jvp = staticmethod(_refuse_forward_mode)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _loop(_Gradients, info, in_dims, *args)
