@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -40,8 +41,20 @@ def normalize(notebook: NotebookNode) -> NotebookNode:
             count += 1
             if cell.execution_count is not None:
                 cell.execution_count = count
-            cell.outputs = [_stored(output, count) for output in cell.outputs]
+            cell.outputs = _merged(_stored(output, count) for output in cell.outputs)
     return notebook
+
+
+def _merged(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
+    """Join what was printed in one piece by chance and in two by chance."""
+    merged: list[NotebookNode] = []
+    for output in outputs:
+        last = merged[-1] if merged else {}
+        if output.output_type == "stream" and last.get("name") == output.name:
+            last.text += output.text
+        else:
+            merged.append(output)
+    return merged
 
 
 def _stored(output: NotebookNode, count: int) -> NotebookNode:
