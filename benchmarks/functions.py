@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autograd_lib import compare, saved_tensors
-from autograd_lib.cross_entropy import linear_cross_entropy
+import autograd_lib
+from autograd_lib import compare, linear_cross_entropy, saved_tensors
 
 RESULTS = Path(__file__).parent / "results"
 # name -> (tokens, width, vocabulary, rounds for one round of the smaller size)
@@ -91,13 +91,12 @@ def chain(model: nn.ModuleList, activation: Callable[[Tensor], Tensor], x: Tenso
 
 def activations(options: argparse.Namespace) -> None:
     """A residual network: what the activation adds to the bytes saved, and what that costs."""
-    functions = importlib.import_module("autograd_lib")
     torch.manual_seed(0)
     model = nn.ModuleList(nn.Linear(512, 512, device=options.device) for _ in range(4))
     x = torch.randn(1024, 512, device=options.device)
     for name, usual in {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}.items():
         steps, saved = {}, {}
-        ours = getattr(functions, f"low_memory_{name}")
+        ours = getattr(autograd_lib, f"low_memory_{name}")
         for label, activation in {f"F.{name}": usual, f"low_memory_{name}": ours}.items():
 
             def step(activation: Callable[[Tensor], Tensor] = activation) -> None:
@@ -147,25 +146,24 @@ def hooked_clip(x: Tensor) -> Tensor:
 
 def surgery(options: argparse.Namespace) -> None:
     """One call on a million elements, against the composition that means the same."""
-    f = importlib.import_module("autograd_lib")
     torch.manual_seed(0)
     x = -torch.rand(1024, 1024, device=options.device)
     cases: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]] = {
         "scale_gradient": (
             lambda x: x * 0.25 + (x * 0.75).detach(),
-            lambda x: f.scale_gradient(x, 0.25),
+            lambda x: autograd_lib.scale_gradient(x, 0.25),
             x,
         ),
-        "reverse_gradient": (lambda x: (2 * x).detach() - x, f.reverse_gradient, x),
-        "clip_gradient": (hooked_clip, lambda x: f.clip_gradient(x, max_value=0.5), x),
+        "reverse_gradient": (lambda x: (2 * x).detach() - x, autograd_lib.reverse_gradient, x),
+        "clip_gradient": (hooked_clip, lambda x: autograd_lib.clip_gradient(x, max_value=0.5), x),
         "straight_through": (
             lambda x: x + (x.round() - x).detach(),
-            lambda x: f.straight_through(x, torch.round),
+            lambda x: autograd_lib.straight_through(x, torch.round),
             x,
         ),
-        "log1mexp": (where_log1mexp, f.log1mexp, x),
-        "safe_sqrt": (where_sqrt, f.safe_sqrt, -x),
-        "safe_norm": (where_norm, f.safe_norm, x),
+        "log1mexp": (where_log1mexp, autograd_lib.log1mexp, x),
+        "safe_sqrt": (where_sqrt, autograd_lib.safe_sqrt, -x),
+        "safe_norm": (where_norm, autograd_lib.safe_norm, x),
     }
     for name, (usual, ours, values) in cases.items():
         leaf = values.clone().requires_grad_()
@@ -184,7 +182,6 @@ def surgery(options: argparse.Namespace) -> None:
 
 def linear_layer(options: argparse.Namespace) -> None:
     """The model of a Function against F.linear, the weight trained and frozen."""
-    function = importlib.import_module("autograd_lib").CustomAutogradFunction
     torch.manual_seed(0)
     model = nn.Linear(512, 512, bias=False, device=options.device)
     x = torch.randn(1024, 512, device=options.device, requires_grad=True)
@@ -194,7 +191,7 @@ def linear_layer(options: argparse.Namespace) -> None:
         steps, saved = {}, {}
         for label, product in {
             "F.linear": F.linear,
-            "CustomAutogradFunction": function.apply,
+            "CustomAutogradFunction": autograd_lib.CustomAutogradFunction.apply,
         }.items():
 
             def step(product: Callable = product, wanted: list[Tensor] = wanted) -> object:
@@ -210,7 +207,6 @@ def linear_layer(options: argparse.Namespace) -> None:
 
 def equilibrium(options: argparse.Namespace) -> None:
     """A fixed point by implicit differentiation against forty steps unrolled."""
-    fixed_point = importlib.import_module("autograd_lib").fixed_point
     torch.manual_seed(0)
     weight = torch.randn(256, 256, device=options.device)
     weight = nn.Parameter(0.7 * weight / torch.linalg.matrix_norm(weight, 2))
@@ -228,7 +224,7 @@ def equilibrium(options: argparse.Namespace) -> None:
 
     solvers = {
         "40 steps unrolled": unrolled,
-        "fixed_point": lambda: fixed_point(layer, start, weight),
+        "fixed_point": lambda: autograd_lib.fixed_point(layer, start, weight),
     }
     steps = {
         name: lambda f=f: torch.autograd.grad(f().square().sum(), weight)[0]

@@ -160,11 +160,13 @@ def test_extremes_of_the_dtype(device: str) -> None:
     }
     norms["bf16"] = 2 * torch.tensor(3e38, dtype=torch.bfloat16).double().item()
     for name, norm in norms.items():
-        assert get_gradient_norms(model)[name] == pytest.approx(norm, rel=3e-5)
+        # A running sum in float32 of a hundred thousand equal elements rounds one way.
+        rel, spread = (3e-5, 1e-5) if name == "many" else (1e-6, 1e-6)
+        assert get_gradient_norms(model)[name] == pytest.approx(norm, rel=rel)
         entry = compute_gradient_statistics(model)["parameters"][name]
-        assert entry["norm"] == pytest.approx(norm, rel=3e-5)
-        assert entry["mean"] == pytest.approx(entry["max"], rel=3e-5)
-        assert entry["std"] <= 1e-5 * entry["abs_max"]
+        assert entry["norm"] == pytest.approx(norm, rel=rel)
+        assert entry["mean"] == pytest.approx(entry["max"], rel=rel)
+        assert entry["std"] <= spread * entry["abs_max"]
     assert compute_gradient_statistics(model)["total_norm"] == pytest.approx(2e200)
 
 
