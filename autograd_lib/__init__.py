@@ -26,9 +26,23 @@ from autograd_lib.gradients import (
     get_gradient_norms,
     missing_gradients,
 )
+from autograd_lib.higher_order import (
+    DerivativeReport,
+    DerivativeTower,
+    Estimate,
+    derivative_tower,
+    hessian_diagonal,
+    hessian_trace,
+    hvp,
+    laplacian,
+    linearize_hvp,
+    top_eigenvalues,
+    verify_derivatives,
+)
 from autograd_lib.implicit import fixed_point
 from autograd_lib.losses import CustomLossFunction
 from autograd_lib.memory import SavedTensors, peak_bytes, saved_tensors
+from autograd_lib.taylor import jet, jet_rule
 from autograd_lib.widgets import Explorer, explore
 
 __version__ = "0.1.0"
@@ -38,6 +52,9 @@ __all__ = [
     "Comparison",
     "CustomAutogradFunction",
     "CustomLossFunction",
+    "DerivativeReport",
+    "DerivativeTower",
+    "Estimate",
     "Explorer",
     "GradientStatistics",
     "Ratio",
@@ -46,11 +63,19 @@ __all__ = [
     "clip_gradient",
     "compare",
     "compute_gradient_statistics",
+    "derivative_tower",
     "enable_gradients",
     "explore",
     "fixed_point",
     "get_gradient_norms",
+    "hessian_diagonal",
+    "hessian_trace",
+    "hvp",
+    "jet",
+    "jet_rule",
+    "laplacian",
     "linear_cross_entropy",
+    "linearize_hvp",
     "log1mexp",
     "low_memory_gelu",
     "low_memory_relu",
@@ -63,4 +88,6 @@ __all__ = [
     "saved_tensors",
     "scale_gradient",
     "straight_through",
+    "top_eigenvalues",
+    "verify_derivatives",
 ]

@@ -63,7 +63,7 @@ def test_the_readme_runs() -> None:
 # May be imported by their siblings, from the ground up.
 ORDER = [
     *("_tables", "_rules", "gradients", "functions", "activations", "implicit", "losses"),
-    *("cross_entropy", "memory", "benchmark", "widgets"),
+    *("taylor", "taylor_rules", "higher_order", "cross_entropy", "memory", "benchmark", "widgets"),
 ]
 
 

@@ -1,0 +1,1637 @@
+"""The table of rules by which `jet` and `laplacian` follow PyTorch functions, family by family.
+
+Most are a line: a linear function acts on the whole stack of coefficients, an elementary one has a
+value and a derivative, and what is composed of others is written as it would be for plain tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autograd_lib.activations import _CodedActivation, _LowMemoryReLU
+from autograd_lib.functions import (
+    CustomAutogradFunction,
+    _ClipGradient,
+    _Log1mExp,
+    _log1mexp_slope,
+    _SafeNorm,
+    _SafeSqrt,
+    _ScaleGradient,
+    _StraightThrough,
+    safe_norm,
+)
+from autograd_lib.losses import _BoundWithForwardMode
+from autograd_lib.taylor import (
+    Elementary,
+    Jet,
+    Operation,
+    Taylor,
+    jet_rule,
+    jets,
+    lift,
+    oscillation,
+    power,
+    primal,
+    riccati,
+    ring_of,
+)
+
+__all__: list[str] = []
+
+
+def _getter(name: str) -> Any:
+    return getattr(Tensor, name).__get__
+
+
+def _named(names: str, *homes: Any) -> list[Any]:
+    """The functions of these names, each from the first home that has it."""
+    return [
+        next(getattr(home, name) for home in homes if callable(getattr(home, name, None)))
+        for name in names.split()
+    ]
+
+
+# ------------------------------------------------------------------ what has no derivative
+
+_PLAIN = """
+    size dim ndimension numel nelement element_size __len__ stride is_contiguous is_floating_point
+    is_complex get_device is_same_size type
+    new_zeros new_ones new_full new_empty new_tensor
+    zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli
+    eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isnan isinf isfinite isposinf
+    isneginf isclose allclose equal sign sgn signbit floor ceil round trunc fix argmax argmin
+    argsort count_nonzero nonzero any all logical_not logical_and logical_or logical_xor
+    heaviside result_type can_cast searchsorted bucketize floor_divide __floordiv__
+    detach item tolist __bool__ __float__ __int__ __index__ __contains__ bool int long
+"""
+_PLAIN_GETTERS = """
+    shape dtype device layout ndim is_cuda is_cpu is_meta is_sparse is_mkldnn is_nested is_quantized
+    is_leaf requires_grad itemsize nbytes is_mps is_xla is_xpu
+"""
+
+
+def _plain(function: Any) -> None:
+    """A function that sees the values alone: constants, conditions, steps, places."""
+
+    @jet_rule(function)
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        return function(*primal(args), **primal(kwargs))
+
+
+for _function in _named(_PLAIN, torch, Tensor):
+    _plain(_function)
+for _name in _PLAIN_GETTERS.split():
+    _plain(_getter(_name))
+
+
+@jet_rule(_getter("data"))
+def _data(x: Jet) -> Tensor:
+    return cast(Tensor, primal(x).detach())
+
+
+@jet_rule(Tensor.__repr__, Tensor.__format__)
+def _text(x: Jet, *args: Any, **kwargs: Any) -> str:
+    return f"Jet({primal(x)!r})"
+
+
+# ------------------------------------------------------------------ linear functions
+
+
+def _wrap(result: Any, like: Jet) -> Any:
+    if isinstance(result, Tensor):
+        return Jet(result, like.ring, like.live)
+    return tuple(_wrap(part, like) for part in result)
+
+
+def _only_first(function: Any, x: Any, *others: Any) -> None:
+    if not isinstance(x, Jet) or jets(others):
+        raise NotImplementedError(
+            f"jet: {function.__name__} has a rule only where its first argument, and no other, "
+            "is followed"
+        )
+
+
+def _linear(function: Any) -> None:
+    """A function linear in its first argument, coefficient by coefficient."""
+
+    @jet_rule(function)
+    def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
+        _only_first(function, x, args, kwargs)
+        return _wrap(torch.vmap(lambda c: function(c, *args, **kwargs))(x.stack), x)
+
+
+def _numberwise(function: Any) -> None:
+    """A linear function that takes the stack as it is, for it counts no dimension from the left."""
+
+    @jet_rule(function)
+    def rule(x: Jet, *args: Any, **kwargs: Any) -> Any:
+        return _wrap(function(x.stack, *primal(args), **primal(kwargs)), x)
+
+
+def _from_right(x: Tensor, dim: Any) -> Any:
+    """A dimension, several, or with None all of them, counted from the last as in a stack."""
+    if isinstance(dim, int):
+        return dim if dim < 0 else dim - x.ndim
+    return tuple(_from_right(x, d) for d in (range(x.ndim) if dim is None else dim))
+
+
+def _along(function: Any, *names: str) -> None:
+    """A linear function that takes dimensions by these names, in this order, before others."""
+
+    @jet_rule(function)
+    def rule(x: Jet, *args: Any, **kwargs: Any) -> Any:
+        _only_first(function, x, args, kwargs)
+        dims = {
+            **dict(zip(names, args, strict=False)),
+            **{n: kwargs.pop(n) for n in names if n in kwargs},
+        }
+        moved = [_from_right(x, dims[n]) for n in names if n in dims]
+        return _wrap(function(x.stack, *moved, *args[len(names) :], **kwargs), x)
+
+
+for _function in _named(
+    """
+    diag diagonal diag_embed diff trace repeat_interleave take roll rot90 fliplr flipud repeat tile
+    moveaxis movedim masked_select ravel hsplit vsplit dsplit tensor_split index_select broadcast_to
+    diagflat take_along_dim unflatten unfold
+    """,
+    torch,
+    Tensor,
+):
+    _linear(_function)
+for _function in _named(
+    """
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    interpolate unfold fold
+    """,
+    F,
+):
+    _linear(_function)
+for _function in _named(
+    "fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn fftshift", torch.fft
+):
+    _linear(_function)
+for _function in _named(
+    """
+    clone conj real imag neg negative positive tril triu resolve_conj resolve_neg conj_physical
+    to float double half bfloat16 cpu cuda contiguous type_as __neg__ __pos__ adjoint view_as_real
+    view_as_complex
+    """,
+    torch,
+    Tensor,
+):
+    _numberwise(_function)
+for _name in ("mT", "mH", "real", "imag"):
+    _numberwise(_getter(_name))
+for _function in (F.pixel_shuffle, F.pixel_unshuffle):
+    _numberwise(_function)
+for _function in (torch.transpose, torch.swapaxes, torch.swapdims):
+    _along(_function, "dim0", "dim1")
+for _function in (torch.cumsum, torch.flip, torch.select, torch.narrow, torch.unbind):
+    _along(_function, "dims" if _function is torch.flip else "dim")
+
+
+@jet_rule(torch.t, _getter("T"), _getter("H"))
+def _t(x: Jet) -> Jet:
+    return x if x.ndim < 2 else x.map(lambda c: c.mT)
+
+
+@jet_rule(_getter("H"))
+def _h(x: Jet) -> Jet:
+    return x.map(lambda c: c.mH)
+
+
+@jet_rule(torch.sum)
+def _sum(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Jet:
+    return x.map(lambda c: c.sum(_from_right(x, dim), keepdim, dtype=dtype)) if x.ndim else x
+
+
+@jet_rule(torch.mean)
+def _mean(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Jet:
+    return x.map(lambda c: c.mean(_from_right(x, dim), keepdim, dtype=dtype)) if x.ndim else x
+
+
+def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    """Sizes that were given one by one or as one sequence."""
+    return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+
+
+@jet_rule(Tensor.view, torch.reshape)
+def _reshape(x: Jet, *shape: Any, **kwargs: Any) -> Jet:
+    if shape and isinstance(shape[0], torch.dtype):
+        raise NotImplementedError("jet: Tensor.view(dtype) has no rule; convert by Tensor.to")
+    sizes = _sizes(shape or tuple(kwargs.values()))
+    if -1 in sizes and 0 not in x.shape:
+        sizes = tuple(x.numel() // -math.prod(sizes) if n == -1 else n for n in sizes)
+    return x.map(lambda c: c.reshape(len(c), *sizes))
+
+
+@jet_rule(Tensor.view_as, Tensor.reshape_as)
+def _reshape_as(x: Jet, other: Tensor) -> Jet:
+    return _reshape(x, tuple(other.shape))
+
+
+@jet_rule(torch.permute)
+def _permute(x: Jet, *dims: Any, **kwargs: Any) -> Jet:
+    order = [d % x.ndim for d in _sizes(dims or tuple(kwargs.values()))]
+    return x.map(lambda c: c.permute(0, *[d + 1 for d in order]))
+
+
+@jet_rule(Tensor.expand)
+def _expand(x: Jet, *sizes: Any) -> Jet:
+    shape = _sizes(sizes)
+    stack, _ = lift(x, len(shape))
+    return Jet(stack.expand(len(stack), *shape), x.ring, x.live)
+
+
+@jet_rule(Tensor.expand_as)
+def _expand_as(x: Jet, other: Tensor) -> Jet:
+    return _expand(x, other.shape)
+
+
+@jet_rule(torch.flatten)
+def _flatten(x: Jet, start_dim: int = 0, end_dim: int = -1) -> Jet:
+    if not x.ndim:
+        return _reshape(x, 1)
+    start, end = start_dim % x.ndim, end_dim % x.ndim
+    return _reshape(x, (*x.shape[:start], x.shape[start : end + 1].numel(), *x.shape[end + 1 :]))
+
+
+@jet_rule(torch.unsqueeze)
+def _unsqueeze(x: Jet, dim: int) -> Jet:
+    return x.map(lambda c: c.unsqueeze(dim % (x.ndim + 1) + 1))
+
+
+@jet_rule(torch.squeeze)
+def _squeeze(x: Jet, dim: Any = None) -> Jet:
+    dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    gone = {d % max(x.ndim, 1) for d in dims}
+    return _reshape(x, tuple(n for d, n in enumerate(x.shape) if n != 1 or d not in gone))
+
+
+@jet_rule(torch.chunk)
+def _chunk(x: Jet, chunks: int, dim: int = 0) -> Any:
+    return _wrap(x.stack.chunk(chunks, _from_right(x, dim)), x)
+
+
+@jet_rule(torch.split, Tensor.split, torch.functional.split)
+def _split(x: Jet, split_size_or_sections: Any = None, dim: int = 0, **kwargs: Any) -> Any:
+    sizes = kwargs.get("split_size", split_size_or_sections)
+    return _wrap(torch.split(x.stack, sizes, _from_right(x, dim)), x)
+
+
+@jet_rule(Tensor.__iter__)
+def _iter(x: Jet) -> Any:
+    return iter(_wrap(x.stack.unbind(1), x))
+
+
+@jet_rule(Tensor.__getitem__)
+def _getitem(x: Jet, index: Any) -> Jet:
+    _only_first(Tensor.__getitem__, x, index)
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(part is None or part is ... or isinstance(part, int | slice) for part in parts):
+        return x.map(lambda c: c[(slice(None), *parts)])
+    # Where indices of tensors stand apart, their dimensions move to the front of the stack.
+    places = torch.arange(x.numel(), device=x.device).reshape(x.shape)[index]
+    return x.map(lambda c: c.reshape(len(c), -1)[:, places.flatten()].reshape(-1, *places.shape))
+
+
+@jet_rule(torch.gather)
+def _gather(x: Jet, dim: int, index: Tensor, **_: Any) -> Jet:
+    _only_first(torch.gather, x, index)
+    return x.map(lambda c: c.gather(_from_right(x, dim), index.expand(len(c), *index.shape)))
+
+
+@jet_rule(F.embedding)
+def _embedding(
+    input: Tensor,
+    weight: Jet,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Jet:
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise NotImplementedError(
+            "jet: F.embedding has a rule without max_norm, scale_grad_by_freq and sparse"
+        )
+    # padding_idx only stops a gradient, and jet's derivatives with it
+    rows = weight
+    if padding_idx is not None:
+        kept = torch.arange(len(weight), device=weight.device) != padding_idx % len(weight)
+        rows = torch.where(kept[:, None], weight, weight.detach())  # type: ignore[assignment]
+    return rows.map(lambda c: torch.stack([F.embedding(input, w) for w in c]))
+
+
+def _join(function: Any, values: Sequence[Tensor], dim: int) -> Jet:
+    ring = ring_of(values)
+    lifted = [lift(x) for x in values]
+    size = max(len(stack) for stack, _ in lifted)
+    stacks = [
+        torch.cat([stack, stack.new_zeros(size - len(stack), *stack.shape[1:])])
+        for stack, _ in lifted
+    ]
+    return Jet(function(stacks, dim), ring, max(live for _, live in lifted))
+
+
+@jet_rule(torch.cat, torch.concat, torch.concatenate)
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Jet:
+    # the empty vector is joined to anything
+    values = [x for x in tensors if x.shape != (0,)]
+    return _join(torch.cat, values, _from_right(values[0], dim))
+
+
+@jet_rule(torch.stack)
+def _stack(tensors: Sequence[Tensor], dim: int = 0) -> Jet:
+    return _join(torch.stack, tensors, dim % (tensors[0].ndim + 1) + 1)
+
+
+@jet_rule(torch.hstack)
+def _hstack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(tensors, 0 if tensors[0].ndim < 2 else 1)  # type: ignore[arg-type]
+
+
+@jet_rule(torch.vstack, torch.row_stack)
+def _vstack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x if x.ndim > 1 else x.reshape(1, -1) for x in tensors])
+
+
+@jet_rule(torch.atleast_1d)
+def _atleast_1d(x: Tensor) -> Tensor:
+    return x if x.ndim else x.reshape(1)
+
+
+@jet_rule(torch.broadcast_tensors)
+def _broadcast_tensors(*tensors: Tensor) -> Any:
+    shape = torch.broadcast_shapes(*[x.shape for x in tensors])
+    return tuple(x.expand(shape) for x in tensors)
+
+
+@jet_rule(F.pad)
+def _pad(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -> Jet:
+    if mode != "constant" or not value:
+        return cast(Jet, _wrap(torch.vmap(lambda c: F.pad(c, pad, mode))(x.stack), x))
+    edge = F.pad(torch.zeros_like(primal(x)), pad, mode, value)
+    return x.map(lambda c: F.pad(c, pad)) + edge  # type: ignore[return-value]
+
+
+def _dropout(function: Any) -> None:
+    @jet_rule(function)
+    def rule(input: Jet, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return input * function(torch.ones_like(input), p, training) if training else input
+
+
+for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+    _dropout(_function)
+
+
+# ------------------------------------------------------------------ arithmetic
+
+
+def _add_stacks(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of two values, constants among them; the shorter stack ends first."""
+    ring = ring_of(x, y)
+    ndim = max(x.ndim, y.ndim)
+    (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
+    if len(a) < len(b):
+        a, b = b, a
+    n = len(b)
+    total = a[:n] + b
+    if n < len(a):
+        total = torch.cat([total, a[n:].expand(-1, *total.shape[1:]).to(total.dtype)])
+    return Jet(total, ring, max(live_a, live_b))
+
+
+@jet_rule(torch.add)
+def _add(x: Any, y: Any, *, alpha: float = 1) -> Tensor:
+    y = y if alpha == 1 else alpha * y
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return _add_stacks(x, y)
+    x, y = (x, y) if isinstance(x, Tensor) else (y, x)
+    return Jet(
+        torch.cat([x.stack[:1] + y, x.stack[1:].to(torch.result_type(x, y))]), x.ring, x.live
+    )
+
+
+@jet_rule(torch.sub, torch.subtract)
+def _sub(x: Any, y: Any, *, alpha: float = 1) -> Tensor:
+    return torch.add(x, -alpha * y if alpha != 1 else -y)
+
+
+@jet_rule(torch.rsub, Tensor.__rsub__)
+def _rsub(x: Any, y: Any, alpha: float = 1) -> Tensor:
+    return torch.add(-x if alpha == 1 else -alpha * x, y)
+
+
+@jet_rule(torch.mul, torch.multiply)
+def _mul(x: Any, y: Any) -> Tensor:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        # A constant without dimensions is a factor of the stack, and keeps its weak dtype.
+        return cast(Tensor, ring_of(x, y).product(x, y))
+    x, y = (x, y) if isinstance(x, Tensor) else (y, x)
+    return cast(Tensor, x.map(lambda c: c * y))
+
+
+@jet_rule(torch.div, torch.divide, torch.true_divide, Tensor.__truediv__)
+def _div(x: Any, y: Any, *, rounding_mode: str | None = None) -> Tensor:
+    if rounding_mode is not None:
+        return torch.div(primal(x), primal(y), rounding_mode=rounding_mode)
+    if not isinstance(y, Jet):
+        stack, _ = lift(x, getattr(y, "ndim", 0))
+        return Jet(stack / y, x.ring, x.live)
+    return x * torch.reciprocal(y)
+
+
+@jet_rule(Tensor.__rdiv__, Tensor.__rtruediv__)
+def _rdiv(x: Jet, y: Any) -> Tensor:
+    return torch.reciprocal(x) * y
+
+
+@jet_rule(torch.remainder, torch.fmod, Tensor.__mod__)
+def _remainder(x: Jet, y: Any) -> Tensor:
+    _only_first(torch.remainder, x, y)
+    return x + (torch.remainder(primal(x), y) - primal(x))
+
+
+@jet_rule(torch.addcmul)
+def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    return x + value * (a * b)
+
+
+@jet_rule(torch.addcdiv)
+def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    return x + value * (a / b)
+
+
+@jet_rule(torch.lerp)
+def _lerp(x: Tensor, end: Tensor, weight: Any) -> Tensor:
+    return x + weight * (end - x)
+
+
+# ------------------------------------------------------------------ elementary functions
+
+
+def _elementary(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return cast(Tensor, ring_of((x,)).elementary(Elementary(*args, **kwargs), cast(Jet, x)))
+
+
+def _smooth(
+    *functions: Any,
+    slope: Callable[[Tensor], Tensor],
+    series: Any = None,
+    from_value: bool = False,
+) -> None:
+    """An elementwise function without options, by its derivative."""
+    elementary = Elementary(functions[0], slope, series, from_value)
+
+    @jet_rule(*functions)
+    def rule(x: Jet) -> Tensor:
+        return cast(Tensor, x.ring.elementary(elementary, x))
+
+
+def _gauss(x: Tensor) -> Tensor:
+    return torch.exp(-x.square()) * (2 / math.sqrt(math.pi))
+
+
+def _sech2(y: Tensor) -> Tensor:
+    return 1 - y.square()
+
+
+_smooth(torch.exp, slope=lambda y: y, series=riccati(torch.exp, 0, 1, 0), from_value=True)
+_smooth(torch.expm1, slope=lambda y: y + 1, series=riccati(torch.expm1, 1, 1, 0), from_value=True)
+_smooth(torch.tanh, F.tanh, slope=_sech2, series=riccati(torch.tanh, 1, 0, -1), from_value=True)
+_smooth(
+    *(torch.sigmoid, F.sigmoid, torch.special.expit),
+    slope=lambda y: y - y.square(),
+    series=riccati(torch.sigmoid, 0, 1, -1),
+    from_value=True,
+)
+_smooth(
+    torch.tan, slope=lambda y: y.square() + 1, series=riccati(torch.tan, 1, 0, 1), from_value=True
+)
+_smooth(
+    torch.reciprocal,
+    slope=lambda y: -y.square(),
+    series=riccati(torch.reciprocal, 0, 0, -1),
+    from_value=True,
+)
+_smooth(torch.sqrt, slope=lambda y: 0.5 * torch.reciprocal(y), series=power(0.5), from_value=True)
+_smooth(torch.rsqrt, slope=lambda y: -0.5 * y**3, series=power(-0.5), from_value=True)
+_smooth(torch.sin, slope=torch.cos, series=oscillation(torch.sin, torch.cos, -1))
+_smooth(
+    torch.cos, slope=lambda x: -torch.sin(x), series=oscillation(torch.cos, lambda x: -x.sin(), -1)
+)
+_smooth(torch.sinh, slope=torch.cosh, series=oscillation(torch.sinh, torch.cosh, 1))
+_smooth(torch.cosh, slope=torch.sinh, series=oscillation(torch.cosh, torch.sinh, 1))
+_smooth(torch.log, slope=torch.reciprocal)
+_smooth(torch.log2, slope=lambda x: torch.reciprocal(x * math.log(2)))
+_smooth(torch.log10, slope=lambda x: torch.reciprocal(x * math.log(10)))
+_smooth(torch.log1p, slope=lambda x: torch.reciprocal(x + 1))
+_smooth(torch.atan, torch.arctan, slope=lambda x: torch.reciprocal(x.square() + 1))
+_smooth(torch.asin, torch.arcsin, slope=lambda x: torch.rsqrt(1 - x.square()))
+_smooth(torch.acos, torch.arccos, slope=lambda x: -torch.rsqrt(1 - x.square()))
+_smooth(torch.asinh, torch.arcsinh, slope=lambda x: torch.rsqrt(x.square() + 1))
+_smooth(torch.acosh, torch.arccosh, slope=lambda x: torch.rsqrt(x - 1) * torch.rsqrt(x + 1))
+_smooth(torch.atanh, torch.arctanh, slope=lambda x: torch.reciprocal(1 - x.square()))
+_smooth(torch.erf, torch.special.erf, slope=_gauss)
+_smooth(torch.erfc, torch.special.erfc, slope=lambda x: -_gauss(x))
+_smooth(
+    torch.special.erfcx,
+    slope=lambda x: 2 * x * torch.special.erfcx(x) - 2 / math.sqrt(math.pi),
+)
+_smooth(
+    torch.erfinv,
+    torch.special.erfinv,
+    slope=lambda x: (0.5 * math.sqrt(math.pi)) * torch.exp(torch.erfinv(x).square()),
+)
+_smooth(torch.lgamma, torch.special.gammaln, slope=torch.digamma)
+_smooth(torch.digamma, torch.special.digamma, slope=lambda x: torch.polygamma(1, x))
+_smooth(F.logsigmoid, slope=lambda x: torch.sigmoid(-x))
+
+
+@jet_rule(torch.polygamma, torch.special.polygamma)
+def _polygamma(n: Any, x: Any) -> Tensor:
+    n, x = (n, x) if isinstance(n, int) else (x, n)  # the method has it the other way round
+    return _elementary(x, lambda t: torch.polygamma(n, t), lambda t: torch.polygamma(n + 1, t))
+
+
+@jet_rule(torch.exp2)
+def _exp2(x: Jet) -> Tensor:
+    return torch.exp(x * math.log(2))
+
+
+@jet_rule(F.silu)
+def _silu(input: Jet, inplace: bool = False) -> Tensor:
+    def slope(x: Tensor) -> Tensor:
+        s = torch.sigmoid(x)
+        return s * (1 + x * (1 - s))
+
+    return _elementary(input, F.silu, slope, _composed(lambda x: x * torch.sigmoid(x)))
+
+
+def _composed(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], Tensor]:
+    """The series of what other rules compose."""
+
+    def series(stack: Tensor, length: int) -> Tensor:
+        return lift(f(Jet(stack, Taylor(length))))[0]
+
+    return series
+
+
+@jet_rule(F.gelu)
+def _gelu(input: Jet, approximate: str = "none") -> Tensor:
+    if approximate == "tanh":
+        inner = math.sqrt(2 / math.pi) * (input + 0.044715 * input**3)
+        return 0.5 * input * (1 + torch.tanh(inner))
+
+    def normal(x: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+
+    def slope(x: Tensor) -> Tensor:
+        return normal(x) + x * torch.exp(-0.5 * x.square()) * (1 / math.sqrt(2 * math.pi))
+
+    return _elementary(input, F.gelu, slope, _composed(lambda x: x * normal(x)))
+
+
+@jet_rule(F.mish)
+def _mish(input: Jet, inplace: bool = False) -> Tensor:
+    return input * torch.tanh(F.softplus(input))
+
+
+@jet_rule(F.softplus)
+def _softplus(input: Jet, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    smooth = _elementary(
+        input, lambda x: F.softplus(x, beta, threshold), lambda x: torch.sigmoid(beta * x)
+    )
+    return torch.where(primal(input) * beta > threshold, input, smooth)
+
+
+@jet_rule(F.softsign)
+def _softsign(input: Jet) -> Tensor:
+    return input / (1 + input.abs())
+
+
+@jet_rule(torch.square)
+def _square(x: Jet) -> Tensor:
+    return x * x
+
+
+@jet_rule(torch.pow, Tensor.__pow__, torch.float_power)
+def _pow(x: Any, exponent: Any) -> Tensor:
+    if isinstance(exponent, Jet):
+        return torch.exp(exponent * (x.log() if isinstance(x, Tensor) else math.log(x)))
+    if isinstance(exponent, Tensor):
+        if exponent.is_floating_point() or exponent.is_complex():
+            x = x.expand(torch.broadcast_shapes(x.shape, exponent.shape))
+            return _elementary(
+                x, lambda t: t**exponent, lambda t: exponent * t ** (exponent - 1), power(exponent)
+            )
+        exponents = exponent.unique().tolist()
+        result: Tensor = x ** exponents[0]
+        for n in exponents[1:]:
+            result = torch.where(exponent == n, x**n, result)
+        return result
+    if exponent == int(exponent):
+        return _integer_power(x, int(exponent))
+    return _elementary(
+        x, lambda t: t**exponent, lambda t: exponent * t ** (exponent - 1), power(exponent)
+    )
+
+
+def _integer_power(x: Tensor, n: int) -> Tensor:
+    """By squaring, which is right at 0 too."""
+    if n < 0:
+        return torch.reciprocal(_integer_power(x, -n))
+    if n == 0:
+        return torch.ones_like(x)
+    half = _integer_power(x, n // 2) if n > 1 else None
+    if half is None:
+        return x
+    return half * half * x if n % 2 else half * half
+
+
+@jet_rule(Tensor.__rpow__)
+def _rpow(x: Jet, base: Any) -> Tensor:
+    return torch.exp(x * (base.log() if isinstance(base, Tensor) else math.log(base)))
+
+
+@jet_rule(torch.logit)
+def _logit(x: Tensor, eps: float | None = None) -> Tensor:
+    x = x if eps is None else x.clamp(eps, 1 - eps)
+    return torch.log(x) - torch.log1p(-x)
+
+
+@jet_rule(torch.xlogy, torch.special.xlogy)
+def _xlogy(x: Any, y: Any) -> Tensor:
+    zero = primal(x) == 0
+    return torch.where(zero, 0.0, x * torch.log(y))
+
+
+@jet_rule(torch.logaddexp)
+def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    return torch.logsumexp(torch.stack(list(torch.broadcast_tensors(x, y))), 0)
+
+
+# ------------------------------------------------------------------ by pieces
+
+
+@jet_rule(torch.where, Tensor.where)
+def _where(*args: Any) -> Any:
+    condition, x, y = args if not isinstance(args[0], Jet) else (args[1], args[0], args[2])
+    condition = primal(condition)
+    ring = ring_of(x, y)
+    like = next(t for t in (x, y) if isinstance(t, Jet))
+    x, y = (
+        t if isinstance(t, Tensor) else torch.tensor(t, dtype=like.dtype, device=like.device)
+        for t in (x, y)
+    )
+    ndim = max(condition.ndim, x.ndim, y.ndim)
+    (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
+    size = max(len(a), len(b))
+    a, b = (torch.cat([c, c.new_zeros(size - len(c), *c.shape[1:])]) for c in (a, b))
+    return Jet(torch.where(condition, a, b), ring, max(live_a, live_b))
+
+
+@jet_rule(torch.masked_fill)
+def _masked_fill(x: Tensor, mask: Tensor, value: Any) -> Tensor:
+    return torch.where(mask, value, x)
+
+
+@jet_rule(torch.abs, torch.absolute)
+def _abs(x: Jet) -> Tensor:
+    if x.is_complex():
+        raise NotImplementedError("jet: torch.abs has no rule for complex values, not analytic")
+    return x * torch.sign(primal(x))
+
+
+@jet_rule(F.relu, torch.relu)
+def _relu(input: Jet, inplace: bool = False) -> Tensor:
+    return input.map(lambda c: c * (c[0] > 0))
+
+
+@jet_rule(F.leaky_relu)
+def _leaky_relu(input: Jet, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    return torch.where(primal(input) > 0, input, input * negative_slope)
+
+
+@jet_rule(F.prelu, torch.prelu)
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    shape = (-1, *[1] * (input.ndim - 2)) if input.ndim > 1 and weight.numel() > 1 else (-1,)
+    return torch.where(primal(input) > 0, input, input * weight.reshape(shape))
+
+
+@jet_rule(F.elu)
+def _elu(input: Jet, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    below = torch.expm1(torch.where(primal(input) > 0, 0.0, input))
+    return torch.where(primal(input) > 0, input, alpha * below)
+
+
+@jet_rule(F.celu, torch.celu)
+def _celu(input: Jet, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    return alpha * F.elu(input / alpha)
+
+
+@jet_rule(F.selu, torch.selu)
+def _selu(input: Jet, inplace: bool = False) -> Tensor:
+    return 1.0507009873554804934193349852946 * F.elu(input, 1.6732632423543772848170429916717)
+
+
+@jet_rule(F.relu6)
+def _relu6(input: Jet, inplace: bool = False) -> Tensor:
+    return F.hardtanh(input, 0.0, 6.0)
+
+
+@jet_rule(F.hardtanh)
+def _hardtanh(
+    input: Jet, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Tensor:
+    inside = (primal(input) > min_val) & (primal(input) < max_val)
+    return torch.where(inside, input, primal(input).clamp(min_val, max_val))
+
+
+@jet_rule(F.hardsigmoid)
+def _hardsigmoid(input: Jet, inplace: bool = False) -> Tensor:
+    return F.hardtanh(input + 3, 0.0, 6.0) / 6
+
+
+@jet_rule(F.hardswish)
+def _hardswish(input: Jet, inplace: bool = False) -> Tensor:
+    return input * F.hardsigmoid(input)
+
+
+@jet_rule(torch.clamp, torch.clip)
+def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    if min is not None:
+        x = torch.where(primal(x) < primal(min), min, x)
+    return x if max is None else torch.where(primal(x) > primal(max), max, x)
+
+
+@jet_rule(torch.clamp_min)
+def _clamp_min(x: Tensor, min: Any) -> Tensor:
+    return torch.clamp(x, min)
+
+
+@jet_rule(torch.clamp_max)
+def _clamp_max(x: Tensor, max: Any) -> Tensor:
+    return torch.clamp(x, max=max)
+
+
+@jet_rule(torch.maximum)
+def _maximum(x: Tensor, y: Tensor) -> Tensor:
+    a, b = primal(x), primal(y)
+    return torch.where(a > b, x, torch.where(a < b, y, (x + y) / 2))
+
+
+@jet_rule(torch.minimum)
+def _minimum(x: Tensor, y: Tensor) -> Tensor:
+    return -torch.maximum(-x, -y)
+
+
+def _extreme(name: str) -> None:
+    function = getattr(torch, name)
+
+    @jet_rule(function)
+    def rule(x: Jet, dim: Any = None, keepdim: bool = False) -> Any:
+        if isinstance(dim, Tensor):
+            return (torch.maximum if name == "max" else torch.minimum)(x, dim)
+        if dim is None:
+            return getattr(torch, f"a{name}")(x)
+        found = function(primal(x), dim, True)
+        values = x.gather(dim, found.indices)
+        if keepdim:
+            return type(found)((values, found.indices))
+        return type(found)((values.squeeze(dim), found.indices.squeeze(dim)))
+
+    @jet_rule(getattr(torch, f"a{name}"))
+    def all_of(x: Jet, dim: Any = (), keepdim: bool = False) -> Tensor:
+        dims = tuple(range(x.ndim)) if dim == () else dim
+        first = (primal(x) == getattr(torch, f"a{name}")(primal(x), dims, True)).to(x.dtype)
+        return (x * (first / first.sum(dims, keepdim=True))).sum(dims, keepdim)
+
+
+_extreme("max")
+_extreme("min")
+
+
+@jet_rule(torch.sort)
+def _sort(x: Jet, dim: int = -1, descending: bool = False, **kwargs: Any) -> Any:
+    found = torch.sort(primal(x), dim=dim, descending=descending, **kwargs)
+    return type(found)((x.gather(dim, found.indices), found.indices))
+
+
+@jet_rule(torch.topk)
+def _topk(x: Jet, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
+    found = torch.topk(primal(x), k, dim, *args, **kwargs)
+    return type(found)((x.gather(dim, found.indices), found.indices))
+
+
+def _pooling(name: str, n: int) -> None:
+    function = getattr(F, f"max_pool{n}d")
+
+    @jet_rule(function)
+    def rule(input: Jet, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
+        _, places = function(primal(input), *args, return_indices=True, **kwargs)
+        values = input.flatten(-n).gather(-1, places.flatten(-n)).reshape(places.shape)
+        return (values, places) if return_indices else values
+
+
+for _n in (1, 2, 3):
+    _pooling("max", _n)
+
+
+# ------------------------------------------------------------------ contractions
+
+
+class _Matmul(Operation):
+    """The matrix product over the last two dimensions."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        return (grad @ b.mH).sum_to_size(len(grad), *a.shape[1:])
+
+    def add_to(self, z: Tensor, a: Tensor, b: Tensor) -> None:
+        if b.ndim == 2 and z.is_contiguous():
+            z.view(-1, z.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), b)
+        else:
+            z += a @ b
+
+    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if b.ndim == 2:  # weights: one product over everything before
+            return a.reshape(-1, a.shape[-1]).mH @ grad.reshape(-1, grad.shape[-1])
+        return (a.mH @ grad).sum(0).sum_to_size(b.shape)
+
+
+_MATMUL = _Matmul()
+
+
+@jet_rule(torch.matmul, Tensor.__matmul__, torch.bmm, torch.mm, torch.mv, torch.dot, torch.inner)
+def _matmul(x: Tensor, y: Tensor) -> Tensor:
+    return _product_of_matrices(x, y)
+
+
+def _product_of_matrices(x: Tensor, y: Tensor, addend: Tensor | None = None) -> Tensor:
+    if x.ndim == 1:
+        return torch.matmul(x.unsqueeze(0), y).squeeze(-2 if y.ndim > 1 else -1)
+    if y.ndim == 1:
+        return torch.matmul(x, y.unsqueeze(-1)).squeeze(-1)
+    if _live(y) > max(_live(x), 2):  # the second is walked through, the first taken whole
+        return torch.matmul(y.mT, x.mT).mT
+    if x.ndim < y.ndim and y.ndim > 2:
+        x = x.expand(*[1] * (y.ndim - x.ndim), *x.shape)
+    return ring_of(x, y, addend).contract(_MATMUL, x, y, addend)
+
+
+def _live(x: Tensor) -> int:
+    return x.live if isinstance(x, Jet) else 1
+
+
+@jet_rule(Tensor.__rmatmul__)
+def _rmatmul(x: Tensor, y: Tensor) -> Tensor:
+    return torch.matmul(y, x)
+
+
+@jet_rule(F.linear)
+def _linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if input.ndim < 2 or weight.ndim < 2:
+        product = torch.matmul(input, weight.mT if weight.ndim > 1 else weight)
+        return product if bias is None else product + bias
+    return _product_of_matrices(input, weight.mT, bias)
+
+
+@jet_rule(torch.addmm, torch.baddbmm, torch.addmv)
+def _addmm(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return beta * input + alpha * torch.matmul(a, b)
+
+
+@jet_rule(torch.outer, torch.ger)
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    return x.unsqueeze(-1) * y
+
+
+class _Einsum(Operation):
+    """Two operands without repeated letters; every letter of one is in the other or the result."""
+
+    def __init__(self, a: str, b: str, out: str) -> None:
+        self.a, self.b, self.out = a, b, out
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.einsum(f"Z{self.a},{self.b}->Z{self.out}", a, b)
+
+    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        return torch.einsum(f"Z{self.out},{self.b}->Z{self.a}", grad, b.conj())
+
+    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.einsum(f"Z{self.out},Z{self.a}->{self.b}", grad, a.conj())
+
+
+@jet_rule(torch.einsum)
+def _einsum(equation: str, *operands: Any) -> Tensor:
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    equation = equation.replace(" ", "")
+    left, arrow, out = equation.partition("->")
+    terms = left.split(",")
+    if not isinstance(equation, str) or "." in equation or "Z" in equation:
+        raise NotImplementedError(
+            f"jet: torch.einsum has a rule for equations of the letters a to Y, got {equation!r}"
+        )
+    if not arrow:
+        letters = sorted(set(left) - {","})
+        out = "".join(letter for letter in letters if left.count(letter) == 1)
+    values = list(operands)
+    while len(values) > 1:
+        rest = "".join(terms[2:]) + out
+        a, x = _reduced(terms[0], values[0], terms[1] + rest)
+        b, y = _reduced(terms[1], values[1], terms[0] + rest)
+        if len(values) > 2:
+            target = "".join(dict.fromkeys(letter for letter in a + b if letter in rest))
+        else:
+            target = out
+        if jets((x, y)):
+            if _live(y) > _live(x):
+                a, b, x, y = b, a, y, x
+            product: Tensor = ring_of(x, y).contract(_Einsum(a, b, target), x, y)
+        else:
+            product = torch.einsum(f"{a},{b}->{target}", x, y)
+        terms, values = [target, *terms[2:]], [product, *values[2:]]
+    return _reduce_to(terms[0], values[0], out)
+
+
+def _reduced(term: str, x: Tensor, others: str) -> tuple[str, Tensor]:
+    """Take the diagonals, and the sums over letters that nothing else has."""
+    kept = "".join(dict.fromkeys(letter for letter in term if letter in others))
+    return kept, _reduce_to(term, x, kept)
+
+
+def _reduce_to(term: str, x: Tensor, kept: str) -> Tensor:
+    if term == kept:
+        return x
+    if not isinstance(x, Jet):
+        return torch.einsum(f"{term}->{kept}", x)
+    return x.map(lambda c: torch.einsum(f"Z{term}->Z{kept}", c))
+
+
+@jet_rule(torch.tensordot)
+def _tensordot(x: Tensor, y: Tensor, dims: Any = 2, out: None = None) -> Tensor:
+    if isinstance(dims, int):
+        dims = (list(range(-dims, 0)), list(range(dims)))
+    a, b = ([d % t.ndim for d in ds] for t, ds in zip((x, y), dims, strict=True))
+    kept_x, kept_y = ([d for d in range(t.ndim) if d not in ds] for t, ds in ((x, a), (y, b)))
+    rows = x.permute(*kept_x, *a).reshape(-1, math.prod(x.shape[d] for d in a))
+    columns = y.permute(*b, *kept_y).reshape(math.prod(y.shape[d] for d in b), -1)
+    return (rows @ columns).reshape(*[x.shape[d] for d in kept_x], *[y.shape[d] for d in kept_y])
+
+
+@jet_rule(F.bilinear)
+def _bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = torch.einsum("bi,oij,bj->bo", x.flatten(0, -2), weight, y.flatten(0, -2))
+    product = rows.reshape(*x.shape[:-1], -1)
+    return product if bias is None else product + bias
+
+
+class _Convolution(Operation):
+    """`torch.convolution` with its options; the coefficients join the batch."""
+
+    def __init__(self, *options: Any) -> None:
+        self.options = options  # stride, padding, dilation, transposed, output_padding, groups
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        z = torch.convolution(a.flatten(0, 1), b, None, *self.options)
+        return z.unflatten(0, a.shape[:2])
+
+    def _backward(self, grad: Tensor, a: Tensor, b: Tensor, *mask: bool) -> Any:
+        return torch.ops.aten.convolution_backward(grad, a, b, None, *self.options, [*mask, False])
+
+    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        like = a[:1].expand(len(grad), *a.shape[1:]).flatten(0, 1)  # of which the shape counts
+        result = self._backward(grad.flatten(0, 1), like, b, True, False)[0]
+        return cast(Tensor, result.unflatten(0, grad.shape[:2]))
+
+    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return cast(Tensor, self._backward(grad.flatten(0, 1), a.flatten(0, 1), b, False, True)[1])
+
+
+def _convolution(n: int, transposed: bool) -> None:
+    def several(value: Any) -> list[int]:
+        return [value] * n if isinstance(value, int) else list(value)
+
+    def convolve(
+        input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, *options: Any
+    ) -> Tensor:
+        stride, dilation, output_padding, groups = options
+        if input.ndim == n + 1:
+            batch = input.unsqueeze(0)
+            return convolve(batch, weight, bias, padding, *options).squeeze(0)
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(several(dilation), weight.shape[2:], strict=True)]
+            ends = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+            input, padding = F.pad(input, ends), 0
+        operation = _Convolution(
+            several(stride),
+            several(0 if padding == "valid" else padding),
+            several(dilation),
+            transposed,
+            several(output_padding),
+            groups,
+        )
+        product = ring_of(input, weight).contract(operation, input, weight)
+        return product if bias is None else product + bias.reshape(-1, *[1] * n)
+
+    if transposed:
+
+        @jet_rule(getattr(torch, f"conv_transpose{n}d"))
+        def upward(
+            input: Tensor,
+            weight: Tensor,
+            bias: Tensor | None = None,
+            stride: Any = 1,
+            padding: Any = 0,
+            output_padding: Any = 0,
+            groups: int = 1,
+            dilation: Any = 1,
+        ) -> Tensor:
+            return convolve(input, weight, bias, padding, stride, dilation, output_padding, groups)
+    else:
+
+        @jet_rule(getattr(torch, f"conv{n}d"))
+        def onward(
+            input: Tensor,
+            weight: Tensor,
+            bias: Tensor | None = None,
+            stride: Any = 1,
+            padding: Any = 0,
+            dilation: Any = 1,
+            groups: int = 1,
+        ) -> Tensor:
+            return convolve(input, weight, bias, padding, stride, dilation, 0, groups)
+
+
+for _n in (1, 2, 3):
+    _convolution(_n, transposed=False)
+    _convolution(_n, transposed=True)
+
+
+# ------------------------------------------------------------------ reductions
+
+
+@jet_rule(torch.logsumexp, torch.special.logsumexp)
+def _logsumexp(x: Jet, dim: Any, keepdim: bool = False) -> Tensor:
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    if len(dims) > 1:
+        kept = [d for d in range(x.ndim) if d not in [d % x.ndim for d in dims]]
+        rows = x.permute(*kept, *dims).flatten(len(kept))
+        total = torch.logsumexp(rows, -1)
+        shape = [1 if d not in kept else n for d, n in enumerate(x.shape)]
+        return total.reshape(shape) if keepdim else total
+    total = x.ring.logsumexp(x, _from_right(x, dims[0]))[0]
+    return total if keepdim else total.squeeze(dims[0])
+
+
+def _widened(x: Tensor, dtype: Any) -> Tensor:
+    return x if dtype is None else x.to(dtype)
+
+
+@jet_rule(F.softmax)
+def _softmax(input: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+    return torch.softmax(input, -1 if dim is None else dim, dtype)
+
+
+@jet_rule(F.log_softmax)
+def _log_softmax(
+    input: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
+) -> Tensor:
+    return torch.log_softmax(input, -1 if dim is None else dim, dtype)
+
+
+@jet_rule(torch.softmax, torch.special.softmax)
+def _softmax_of(x: Jet, dim: int, dtype: Any = None) -> Tensor:
+    x = cast(Jet, _widened(x, dtype))
+    return cast(Tensor, x.ring.logsumexp(x, _from_right(x, dim))[1])
+
+
+@jet_rule(torch.log_softmax, torch.special.log_softmax)
+def _log_softmax_of(x: Jet, dim: int, dtype: Any = None) -> Tensor:
+    x = cast(Jet, _widened(x, dtype))
+    return x - x.ring.logsumexp(x, _from_right(x, dim))[0]
+
+
+@jet_rule(F.softmin)
+def _softmin(input: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+    return F.softmax(-input, dim, dtype=dtype)
+
+
+@jet_rule(torch.var)
+def _var(
+    x: Jet, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> Tensor:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    dims = _from_right(x, [dim] if isinstance(dim, int) else dim)
+    if correction is None:
+        correction = 0 if unbiased is False else 1
+    n = math.prod(x.shape[d] for d in dims)
+    centered = x - x.mean(dims, keepdim=True)
+    return centered.square().sum(dims, keepdim) / (n - correction)
+
+
+@jet_rule(torch.std)
+def _std(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.var(*args, **kwargs).sqrt()
+
+
+@jet_rule(torch.var_mean)
+def _var_mean(x: Jet, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    dims = None if isinstance(dim, bool) else dim
+    return torch.var(x, dim, *args, **kwargs), x.mean(dims, keepdim=kwargs.get("keepdim", False))
+
+
+@jet_rule(torch.prod)
+def _prod(x: Jet, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    x = cast(Jet, _widened(x, dtype))
+    if dim is None:
+        return torch.prod(x.flatten(), 0)
+    rows = x.movedim(dim, 0)
+    if not len(rows):
+        return torch.prod(primal(x), dim, keepdim)
+    while len(rows) > 1:  # halves of it, so that the depth is logarithmic
+        half = len(rows) // 2
+        rows = torch.cat([rows[:half] * rows[half : 2 * half], rows[2 * half :]])
+    return rows[0].unsqueeze(dim) if keepdim else rows[0]
+
+
+@jet_rule(torch.linalg.vector_norm)
+def _vector_norm(
+    x: Jet, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    x = cast(Jet, _widened(x, dtype))
+    dims = _from_right(x, [dim] if isinstance(dim, int) else dim)
+    if ord == 2:
+        return x.square().sum(dims, keepdim).sqrt()
+    if ord == 1:
+        return x.abs().sum(dims, keepdim)
+    if ord == math.inf:
+        return x.abs().amax(dims, keepdim)
+    if ord == 0:
+        return torch.linalg.vector_norm(primal(x), 0, dims, keepdim)
+    return (x.abs() ** ord).sum(dims, keepdim) ** (1 / ord)
+
+
+@jet_rule(torch.norm, Tensor.norm)
+def _norm(
+    input: Jet,
+    p: Any = "fro",
+    dim: Any = None,
+    keepdim: bool = False,
+    out: None = None,
+    dtype: Any = None,
+) -> Tensor:
+    if p not in (None, "fro") and not isinstance(p, int | float):
+        raise NotImplementedError(f"jet: torch.norm has no rule for p={p!r}")
+    return torch.linalg.vector_norm(
+        input, 2 if p in (None, "fro") else p, dim, keepdim, dtype=dtype
+    )
+
+
+@jet_rule(torch.linalg.norm)
+def _linalg_norm(
+    x: Jet, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    matrix = ord is not None and (x.ndim if dim is None else len([*[dim], *()])) == 2
+    if ord == "fro" or ord is None:
+        ord, matrix = 2, False
+    if matrix or isinstance(ord, str):
+        raise NotImplementedError(f"jet: torch.linalg.norm has no rule for matrices, ord={ord!r}")
+    return torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
+
+
+@jet_rule(F.normalize)
+def _normalize(
+    input: Jet, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
+) -> Tensor:
+    return input / torch.linalg.vector_norm(input, p, dim, True).clamp_min(eps)
+
+
+@jet_rule(F.cosine_similarity)
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    def unit(x: Tensor) -> Tensor:
+        return x / torch.linalg.vector_norm(x, 2, dim, True).clamp_min(eps)
+
+    return (unit(x1) * unit(x2)).sum(dim)
+
+
+# ------------------------------------------------------------------ normalization
+
+
+def _standardized(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    centered = x - x.mean(dims, keepdim=True)
+    return centered * torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, after: int = 0) -> Tensor:
+    """Scale and shift; the dimensions of `weight` are followed by `after` others."""
+    if weight is not None:
+        x = x * weight.reshape(*weight.shape, *[1] * after)
+    return x if bias is None else x + bias.reshape(*bias.shape, *[1] * after)
+
+
+@jet_rule(F.layer_norm)
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    return _affine(_standardized(input, dims, eps), weight, bias)
+
+
+@jet_rule(F.rms_norm)
+def _rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    return _affine(input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps), weight, None)
+
+
+@jet_rule(F.group_norm)
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
+    groups = input.reshape(len(input), num_groups, -1)
+    return _affine(
+        _standardized(groups, (-1,), eps).reshape(input.shape), weight, bias, input.ndim - 2
+    )
+
+
+@jet_rule(F.batch_norm)
+def _batch_norm(
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training:
+        raise NotImplementedError(
+            "jet: F.batch_norm has no rule in training mode, where the step that it takes in its "
+            "running statistics would be taken along the direction too; call model.eval(), or use "
+            "a norm without them (nn.GroupNorm, nn.LayerNorm)"
+        )
+    after = input.ndim - 2
+    mean = running_mean.reshape(-1, *[1] * after)
+    scale = torch.rsqrt(running_var + eps)
+    return _affine((input - mean) * scale.reshape(-1, *[1] * after), weight, bias, after)
+
+
+@jet_rule(F.instance_norm)
+def _instance_norm(
+    input: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats or running_mean is not None:
+        raise NotImplementedError("jet: F.instance_norm has a rule without running statistics only")
+    dims = tuple(range(2 - input.ndim, 0))
+    return _affine(_standardized(input, dims, eps), weight, bias, input.ndim - 2)
+
+
+# ------------------------------------------------------------------ attention
+
+
+@jet_rule(F.scaled_dot_product_attention)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key = torch.stack([key] * repeats, -3).flatten(-4, -3)
+        value = torch.stack([value] * repeats, -3).flatten(-4, -3)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query * scale) @ key.mT
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if attn_mask is not None:
+        boolean = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -math.inf) if boolean else scores + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p) @ value
+
+
+@jet_rule(F.multi_head_attention_forward)
+def _multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Any,
+    in_proj_bias: Any,
+    bias_k: Any,
+    bias_v: Any,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Any,
+    out_proj_bias: Any,
+    training: bool = True,
+    key_padding_mask: Any = None,
+    need_weights: bool = True,
+    attn_mask: Any = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Any = None,
+    k_proj_weight: Any = None,
+    v_proj_weight: Any = None,
+    static_k: Any = None,
+    static_v: Any = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, None]:
+    rare = (bias_k, bias_v, static_k, static_v)
+    if need_weights or add_zero_attn or any(x is not None for x in rare):
+        raise NotImplementedError(
+            "jet: F.multi_head_attention_forward has a rule for need_weights=False, without "
+            "bias_k, bias_v, add_zero_attn, static_k and static_v"
+        )
+    unbatched = query.ndim == 2
+    if unbatched:
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+    if use_separate_proj_weight:
+        weights = [q_proj_weight, k_proj_weight, v_proj_weight]
+    else:
+        weights = in_proj_weight.chunk(3)
+    biases = [None] * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+    # from (length, batch, width) to (batch, head, length, width of a head)
+    q, k, v = (
+        F.linear(x, w, b).unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3)
+        for x, w, b in zip((query, key, value), weights, biases, strict=True)
+    )
+    mask = _attention_mask(attn_mask, q, num_heads)
+    if key_padding_mask is not None:
+        mask = mask + _attention_mask(key_padding_mask[:, None, None, :], q, num_heads)
+    heads = F.scaled_dot_product_attention(q, k, v, mask, dropout_p if training else 0.0)
+    merged = heads.permute(2, 0, 1, 3).flatten(-2)
+    output = F.linear(merged, out_proj_weight, out_proj_bias)
+    return (output.squeeze(1) if unbatched else output), None
+
+
+def _attention_mask(mask: Tensor | None, like: Tensor, heads: int) -> Tensor:
+    """A mask to be added: in those of this function, true means left out."""
+    if mask is None:
+        return torch.zeros((), dtype=like.dtype, device=like.device)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
+    return mask.unflatten(0, (-1, heads)) if mask.ndim == 3 else mask
+
+
+# ------------------------------------------------------------------ losses
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
+def _refuse_old(operation: str, *old: Any) -> None:
+    if any(option is not None for option in old):
+        raise NotImplementedError(
+            f"jet: {operation} has no rule for the deprecated size_average and reduce; "
+            "use reduction"
+        )
+
+
+@jet_rule(F.mse_loss)
+def _mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    _refuse_old("F.mse_loss", size_average, reduce)
+    loss = (input - target).square()
+    if weight is None:
+        return _reduce(loss, reduction)
+    weighted = loss * weight
+    return (
+        weighted.sum() / weight.expand_as(loss).sum()
+        if reduction == "mean"
+        else _reduce(weighted, reduction)
+    )
+
+
+@jet_rule(F.l1_loss)
+def _l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    _refuse_old("F.l1_loss", size_average, reduce)
+    return _reduce((input - target).abs(), reduction)
+
+
+@jet_rule(F.huber_loss)
+def _huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0
+) -> Tensor:
+    error = input - target
+    size = error.abs()
+    far = primal(size) > delta
+    return _reduce(torch.where(far, delta * (size - 0.5 * delta), 0.5 * error.square()), reduction)
+
+
+@jet_rule(F.smooth_l1_loss)
+def _smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    _refuse_old("F.smooth_l1_loss", size_average, reduce)
+    if beta == 0:
+        return F.l1_loss(input, target, reduction=reduction)
+    return F.huber_loss(input, target, reduction=reduction, delta=beta) / beta
+
+
+@jet_rule(F.nll_loss)
+def _nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    _refuse_old("F.nll_loss", size_average, reduce)
+    dim = 0 if input.ndim == 1 else 1
+    kept = target != ignore_index
+    places = torch.where(kept, target, 0)
+    picked = input.gather(dim, places.unsqueeze(dim)).squeeze(dim)
+    weights = kept.to(input.dtype) if weight is None else weight[places] * kept
+    loss = -torch.where(kept, picked, 0.0) * weights
+    return loss.sum() / weights.sum() if reduction == "mean" else _reduce(loss, reduction)
+
+
+@jet_rule(F.cross_entropy)
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    _refuse_old("F.cross_entropy", size_average, reduce)
+    dim = 0 if input.ndim == 1 else 1
+    logs = input.log_softmax(dim)
+    classes = input.shape[dim]
+    by_class = None
+    if weight is not None:
+        by_class = weight.reshape(-1, *[1] * (input.ndim - 1 - dim))
+    if target.shape == input.shape:  # probabilities
+        target = target * (1 - label_smoothing) + label_smoothing / classes
+        loss = -(logs * (target if by_class is None else target * by_class)).sum(dim)
+        return loss.sum() / (loss.numel()) if reduction == "mean" else _reduce(loss, reduction)
+    if not label_smoothing:
+        return F.nll_loss(logs, target, weight, None, ignore_index, None, reduction)
+    kept = target != ignore_index
+    places = torch.where(kept, target, 0)
+    picked = F.nll_loss(logs, target, weight, None, ignore_index, None, "none")
+    spread = -(logs if by_class is None else logs * by_class).sum(dim)
+    loss = (1 - label_smoothing) * picked + label_smoothing / classes * torch.where(
+        kept, spread, 0.0
+    )
+    if reduction != "mean":
+        return _reduce(loss, reduction)
+    total = kept.sum() if weight is None else (weight[places] * kept).sum()
+    return loss.sum() / total
+
+
+@jet_rule(F.binary_cross_entropy_with_logits)
+def _bce_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    _refuse_old("F.binary_cross_entropy_with_logits", size_average, reduce)
+    scale = 1.0 if pos_weight is None else pos_weight
+    loss = -(scale * target * F.logsigmoid(input) + (1 - target) * F.logsigmoid(-input))
+    return _reduce(loss if weight is None else loss * weight, reduction)
+
+
+@jet_rule(F.binary_cross_entropy)
+def _bce(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    _refuse_old("F.binary_cross_entropy", size_average, reduce)
+    # as PyTorch, which bounds the logarithms by -100
+    loss = -(
+        target * input.log().clamp_min(-100) + (1 - target) * (1 - input).log().clamp_min(-100)
+    )
+    return _reduce(loss if weight is None else loss * weight, reduction)
+
+
+@jet_rule(F.kl_div)
+def _kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    _refuse_old("F.kl_div", size_average, reduce)
+    if log_target:
+        loss = target.exp() * (target - input)
+    else:
+        loss = torch.xlogy(target, target) - target * input
+    return loss.sum() / len(input) if reduction == "batchmean" else _reduce(loss, reduction)
+
+
+# ------------------------------------------------------------------ the library's own Functions
+
+
+@jet_rule(CustomAutogradFunction)
+def _custom_linear(input: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(input, weight)
+
+
+@jet_rule(_StraightThrough)
+def _straight_through(x: Jet, f: Callable[[Tensor], Tensor]) -> Tensor:
+    return x + (f(primal(x)) - primal(x)).detach()
+
+
+@jet_rule(_ScaleGradient, _ClipGradient)
+def _bent(*args: Any) -> Tensor:
+    raise NotImplementedError(
+        "jet: scale_gradient, reverse_gradient and clip_gradient have no rule: they bend gradients "
+        "on their way back, and a derivative along a direction is none"
+    )
+
+
+jet_rule(_Log1mExp, derivative=True)(_log1mexp_slope)
+
+
+@jet_rule(_SafeSqrt)
+def _safe_sqrt(x: Jet) -> Tensor:
+    zero = primal(x) == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
+
+
+@jet_rule(_SafeNorm)
+def _safe_norm(x: Jet) -> Tensor:
+    norm = safe_norm(primal(x), -1, keepdim=True)
+    zero = norm == 0
+    squares = torch.where(zero, 1.0, x).square().sum(-1, keepdim=True)
+    return torch.where(zero, 0.0, torch.sqrt(squares))
+
+
+@jet_rule(_LowMemoryReLU)
+def _low_memory_relu(x: Jet) -> Tensor:
+    return F.relu(x)
+
+
+@jet_rule(_CodedActivation)
+def _coded_activation(x: Jet, kind: Any) -> tuple[Tensor]:
+    return (kind.forward(x),)
+
+
+@jet_rule(_BoundWithForwardMode)
+def _bound(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.clamp(x, low, high)
