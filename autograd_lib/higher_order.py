@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 import autograd_lib.taylor_rules  # noqa: F401 - registers the rules
 from autograd_lib._tables import html_table, text_table
-from autograd_lib.taylor import Inputs, Jet, Laplace, Taylor, check_tensor, follow, jet, lift
+from autograd_lib.taylor import (
+    Inputs,
+    Jet,
+    Laplace,
+    Taylor,
+    check_tensor,
+    factorial,
+    follow,
+    jet,
+    lift,
+)
 
 __all__ = [
     "DerivativeReport",
@@ -70,7 +80,7 @@ def hvp(f: Scalar, x: Inputs, v: Inputs) -> Any:
         tensor([4., 2.])
     """
     if torch._C._are_functorch_transforms_active():
-        return torch.func.jvp(torch.func.grad(f), (x,), (v,))[1]
+        return torch.func.jvp(torch.func.grad(f), (x,), (_like(x, v),))[1]
     return linearize_hvp(f, x)(v)
 
 
@@ -275,7 +285,8 @@ def derivative_tower(
         raise ValueError("derivative_tower: no parameter of the model requires a gradient")
 
     def loss(values: Mapping[str, Tensor]) -> Tensor:
-        output = torch.func.functional_call(model, dict(values), (input,))
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        output = torch.func.functional_call(model, {**buffers, **values}, (input,))
         return _scalar("derivative_tower", loss_fn(output, target))
 
     with torch.enable_grad():
@@ -295,14 +306,14 @@ def derivative_tower(
             slopes = torch.autograd.grad(stack[-1], stacks, materialize_grads=True)
     vectors = [
         {
-            name: slope[order - k] * math.factorial(k - 1)
+            name: slope[order - k] * factorial(k - 1)
             for name, slope in zip(parameters, slopes, strict=True)
         }
         for k in range(1, order + 1)
     ]
     with torch.no_grad():
         last = sum(torch.vdot(vectors[-1][k].flatten(), v[k].flatten()) for k in parameters)
-        known = [stack[k] * math.factorial(k) for k in range(len(stack))]
+        known = [stack[k] * factorial(k) for k in range(len(stack))]
         known += [torch.zeros_like(stack[0])] * (order - len(stack))
         values = torch.stack([*known, cast(Tensor, last).to(stack.dtype)])
     return DerivativeTower(vectors, values, {k: v[k].detach() for k in parameters})
@@ -313,7 +324,10 @@ def _direction(loss: Scalar, parameters: dict[str, Tensor]) -> dict[str, Tensor]
     devices = {p.device for p in parameters.values() if p.device.type != "cpu"}
     with torch.random.fork_rng(devices, device_type=next(iter(devices)).type if devices else "cpu"):
         leaves = {k: p.requires_grad_() for k, p in _map(Tensor.detach, parameters).items()}
-        slopes = torch.autograd.grad(loss(leaves), list(leaves.values()), materialize_grads=True)
+        y = loss(leaves)
+        slopes: Sequence[Tensor] = [torch.zeros_like(p) for p in leaves.values()]
+        if y.requires_grad:
+            slopes = torch.autograd.grad(y, list(leaves.values()), materialize_grads=True)
     norm = _norm(slopes)
     size = norm.item()
     if not 0 < size < math.inf:
@@ -525,7 +539,8 @@ def top_eigenvalues(f: Scalar, x: Inputs, k: int) -> Tensor:
         ImportError: if SciPy is not installed.
         RuntimeError: if Lanczos does not converge.
         TypeError: if `x` is not real floating point.
-        ValueError: if `k` is not between 1 and n, or `f` returns more than one number.
+        ValueError: if `k` is not between 1 and n, `f` returns more than one number, or the Hessian
+            is not finite.
 
     Example:
         >>> top_eigenvalues(lambda x: (x**3).sum(), torch.tensor([1.0, -3.0, 2.0]), 2)
@@ -533,7 +548,7 @@ def top_eigenvalues(f: Scalar, x: Inputs, k: int) -> Tensor:
     """
     try:
         from scipy.sparse.linalg import (  # noqa: PLC0415 - an optional dependency
-            ArpackNoConvergence,
+            ArpackError,
             LinearOperator,
             eigsh,
         )
@@ -557,21 +572,26 @@ def top_eigenvalues(f: Scalar, x: Inputs, k: int) -> Tensor:
         columns = _list(product(_unlist(x, v)))
         return torch.cat([c.flatten().double().cpu() for c in columns]).numpy()
 
-    if k >= n - 1 or n <= 3:  # too small for Lanczos
+    start = np.random.default_rng(0).standard_normal(n)
+    image = column(start)
+    if not np.isfinite(image).all():
+        raise ValueError("top_eigenvalues: expected a finite Hessian, got NaN or Inf at x")
+    if not image.any():  # with probability one the Hessian is zero
+        return torch.zeros(k, dtype=torch.float64)
+    if k >= n - 1:  # too small for Lanczos
         dense = np.stack([column(row) for row in np.eye(n)])
         found = np.linalg.eigvalsh((dense + dense.T) / 2)
     else:
-        start = np.random.default_rng(0).standard_normal(n)
         precision = max(torch.finfo(t.dtype).eps for t in tensors)
         operator = LinearOperator((n, n), matvec=column, dtype=np.float64)
         try:
             found = eigsh(
                 operator, k, which="LM", v0=start, tol=precision**0.75, return_eigenvectors=False
             )
-        except ArpackNoConvergence as error:
+        except ArpackError as error:
             raise RuntimeError(
-                f"top_eigenvalues: Lanczos found {len(error.eigenvalues)} of {k} eigenvalues; "
-                "convert x and f to float64, or ask for others"
+                f"top_eigenvalues: Lanczos did not find {k} eigenvalues ({error}); convert x and f "
+                "to float64, or ask for another k"
             ) from error
     order = np.argsort(-np.abs(found))[:k]
     return torch.from_numpy(np.ascontiguousarray(found[order]))
@@ -717,7 +737,7 @@ def verify_derivatives(
             for derivative in itertools.islice(way(one, x, v, order), order + 1):
                 values[name].append(derivative.item())
         except (RuntimeError, NotImplementedError) as error:
-            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return DerivativeReport(fit, uncertainty, values, errors, rtol)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -72,8 +72,10 @@ def jet_rule(*functions: Callable[..., Any], derivative: bool = False) -> Callab
                 continue
             RULES[function] = whole
             name = getattr(function, "__name__", "")
-            if function is getattr(torch, name, None) and hasattr(Tensor, name):
-                RULES[getattr(Tensor, name)] = whole
+            if function is getattr(torch, name, None):  # and the same function elsewhere
+                for home in (Tensor, torch.special):
+                    if hasattr(home, name):
+                        RULES[getattr(home, name)] = whole
         return rule
 
     return register
@@ -97,11 +99,17 @@ def _divert(function: type[Function], rule: Callable[..., Any]) -> None:
     function.apply = staticmethod(diverted)  # type: ignore[method-assign]
 
 
-def _no_rule(name: str) -> NotImplementedError:
-    plain = name.rstrip("_")
-    cause = "modifies a value that jet follows in place" if plain != name else "has no rule"
-    remedy = f"use {plain}" if plain != name else "register one with @jet_rule"
-    return NotImplementedError(f"jet: {name} {cause}; {remedy}, or rewrite it by other functions")
+def _no_rule(name: str, in_place: bool = False) -> NotImplementedError:
+    name = name.removesuffix(".__get__")
+    last = name.rpartition(".")[2]
+    if in_place or last == "__setitem__" or (last.endswith("_") and not last.endswith("__")):
+        return NotImplementedError(
+            f"jet: {name} modifies a value that jet follows in place, which has no rule; use the "
+            "function that returns a new tensor"
+        )
+    return NotImplementedError(
+        f"jet: {name} has no rule; register one with @jet_rule, or rewrite it by other functions"
+    )
 
 
 class Jet(Tensor):
@@ -130,6 +138,9 @@ class Jet(Tensor):
     ndim = property(lambda self: self.stack.ndim - 1)
     dtype = property(lambda self: self.stack.dtype)
     device = property(lambda self: self.stack.device)
+    # The graph is that of the stack: hooks of modules find nothing to hook here.
+    requires_grad = property(lambda self: False)
+    grad_fn = property(lambda self: None)
 
     def dim(self) -> int:
         return self.stack.ndim - 1
@@ -142,13 +153,20 @@ class Jet(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         rule = RULES.get(func)
         in_place = kwargs.get("out") is not None or kwargs.get("inplace")
         if rule is None or in_place:
             name = resolve_name(func) or getattr(func, "__name__", str(func))
-            raise _no_rule(f"{name}_" if in_place else name)
+            raise _no_rule(name, bool(in_place))
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
         ring = ring_of(args, kwargs)
+        if ring.level != torch._C._functorch.maybe_current_level():
+            raise NotImplementedError(
+                f"jet: {resolve_name(func)} met a value that jet follows inside a transform of "
+                "torch.func, which would take it for a constant; put the transform around jet"
+            )
         if ring.forward_mode and not torch._C._is_fwd_grad_enabled():
             raise NotImplementedError(
                 "jet: the forward of a torch.autograd.Function met a value that jet follows; "
@@ -205,23 +223,49 @@ def ring_of(*values: Any) -> Ring:
 
 
 class Operation(ABC):
-    """A bilinear function of a stack and one coefficient, with the adjoints in both arguments."""
+    """A bilinear function of two stacks, and its adjoints in both: sums over pairs of orders.
+
+    What is given is the function of a stack and of one coefficient, and both its adjoints.
+    """
 
     @abstractmethod
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def apply(self, a: Tensor, b: Tensor) -> Tensor:
         """Map `(n, *a)` and `(*b)` to `(n, *z)`."""
 
     @abstractmethod
-    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    def apply_left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
         """Map `(n, *z)` and `(*b)` to the gradient `(n, *a)`; `a` has its shape but for n."""
 
     @abstractmethod
-    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def apply_right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Map `(n, *z)` and `(n, *a)` to the gradient `(*b)`, summed over n."""
 
     def add_to(self, z: Tensor, a: Tensor, b: Tensor) -> None:
-        """Add `forward(a, b)` to `z` in place."""
-        z += self.forward(a, b)
+        """Add `apply(a, b)` to `z` in place."""
+        z += self.apply(a, b)
+
+    def forward(self, a: Tensor, b: Tensor, size: int) -> Tensor:
+        """`z_k = sum_j apply(a_(k-j), b_j)` for k below size."""
+        z = _pad(self.apply(a[:size], b[0]), size)
+        for j in range(1, min(len(b), size)):
+            n = min(len(a), size - j)
+            self.add_to(z[j : j + n], a[:n], b[j])
+        return z
+
+    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        """`a_i = sum_j apply_left(grad_(i+j), b_j)`, for every coefficient of `a`."""
+        grad_a = self.apply_left(grad[: len(a)], b[0], a)
+        for j in range(1, min(len(b), len(grad))):
+            n = min(len(a), len(grad) - j)
+            grad_a[:n] += self.apply_left(grad[j : j + n], b[j], a)
+        return grad_a
+
+    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """`b_j = sum_i apply_right(grad_(i+j), a_i)`, for every coefficient of `b`."""
+        lengths = [min(len(a), len(grad) - j) for j in range(len(b))]
+        return torch.stack(
+            [self.apply_right(grad[j : j + n], a[:n], b[j]) for j, n in enumerate(lengths)]
+        )
 
 
 class Elementary:
@@ -256,6 +300,7 @@ class Ring(ABC):
 
     def __init__(self) -> None:
         self.recording = torch.is_grad_enabled()
+        self.level = torch._C._functorch.maybe_current_level()
         self.forward_mode = torch._C._is_fwd_grad_enabled()  # off inside a Function's forward
 
     @abstractmethod
@@ -318,8 +363,11 @@ class Laplace(Ring):
     def contract(
         self, operation: Operation, a: Tensor, b: Tensor, addend: Tensor | None = None
     ) -> Jet:
-        z = self._bilinear(operation.forward, lift(a)[0], lift(b)[0])
-        return z if addend is None else cast(Jet, z + addend)
+        z = self._bilinear(operation.apply, lift(a)[0], lift(b)[0])
+        if addend is None or isinstance(addend, Jet):
+            return z if addend is None else cast(Jet, z + addend)
+        z.stack[0] += addend
+        return z
 
     def _bilinear(self, f: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Jet:
         if len(b) == 1:
@@ -343,9 +391,10 @@ class Laplace(Ring):
         value = x.stack[0]
         along = Jet(torch.stack([value, torch.ones_like(value)]), Taylor(3))
         y = along.ring.elementary(function, along).stack
-        first = x.stack[1:-1]
-        last = y[1] * x.stack[-1] + 2 * y[2] * first.square().sum(0)
-        return Jet(torch.cat([y[:1], y[1] * first, last[None]]), self)
+        z = x.stack * y[1]
+        z[0] = y[0]
+        z[-1] += 2 * y[2] * x.stack[1:-1].square().sum(0)
+        return Jet(z, self)
 
     def logsumexp(self, x: Jet, dim: int) -> tuple[Jet, Jet]:
         largest = x.stack[0].detach().amax(dim, keepdim=True)
@@ -368,11 +417,13 @@ def _apply(function: type[Function], *args: Any) -> Any:
     Without a gradient to record there is no need of one; without torch.func, none of the binding
     of arguments to its signature, which takes longer than the function where tensors are small.
     """
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
-        return function.apply(*args)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return super(Function, function).apply(*args)  # type: ignore[misc]
-    return function.forward(*args)
+    if torch.is_grad_enabled():
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return super(Function, function).apply(*args)  # type: ignore[misc]
+    with torch.no_grad():
+        return function.forward(*args)
 
 
 def _orders(stack: Tensor) -> Tensor:
@@ -386,12 +437,41 @@ def _speed(stack: Tensor) -> Tensor:
     return stack[1:] * _orders(stack[1:])
 
 
-def _add_product(z: Tensor, a: Tensor, b: Tensor, value: float = 1) -> None:
+class Room:
+    """Zeros to sum coefficients up in: in eager mode rows of one stack, which needs no copy then.
+
+    A compiler that follows every operation would write the whole stack anew for each row, and
+    autograd refuses rows that are written: there the rows are tensors of their own.
+    """
+
+    def __init__(self, like: Tensor, length: int) -> None:
+        shape = like.shape[1:]
+        self._stack: Tensor | None = None
+        if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+            self.rows = [like.new_zeros(shape) for _ in range(length)]
+        else:
+            self._stack = like.new_zeros(length, *shape)
+            self.rows = list(self._stack.unbind())
+
+    def stack(self) -> Tensor:
+        return torch.stack(self.rows) if self._stack is None else self._stack
+
+
+def add_product(z: Tensor, a: Tensor, b: Tensor, value: float = 1) -> None:
     """Add `value a b` to `z` in place."""
     if torch._C._are_functorch_transforms_active():  # vmap has no rule for addcmul_
         z.add_(a * b, alpha=value)
     else:
         z.addcmul_(a, b, value=value)
+
+
+def sum_products(terms: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """The sum of `value a b` over terms (a, b, value)."""
+    (a, b, value), *rest = terms
+    z = a * b if value == 1 else (a * b).mul_(value)
+    for a, b, value in rest:
+        add_product(z, a, b, value)
+    return z
 
 
 def _pad(stack: Tensor, length: int) -> Tensor:
@@ -414,13 +494,14 @@ class _Product(Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, size: int, live_a: int, live_b: int) -> Tensor:
-        if live_a < live_b:
-            a, b, live_a, live_b = b, a, live_b, live_a
-        z = _pad(a[: min(live_a, size)] * b[0], size)
-        for j in range(1, min(live_b, size)):
-            n = min(live_a, size - j)
-            _add_product(z[j : j + n], a[:n], b[j])
-        return z
+        if live_a == 1 or live_b == 1:
+            return _pad(a[:live_a] * b[:live_b], size)
+        room = Room(a[:1] * b[:1], size)  # which is batched under vmap if one of them is
+        left, right = a[:live_a].unbind(), b[:live_b].unbind()
+        for k, z in enumerate(room.rows):
+            for j in range(max(0, k + 1 - live_a), min(k + 1, live_b)):
+                add_product(z, left[k - j], right[j])
+        return room.stack()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -440,12 +521,15 @@ class _Product(Function):
 
 def _correlate(grad: Tensor, d: Tensor, live: int, length: int) -> Tensor:
     """The adjoint of the product with d: `x_i = sum_j grad_(i+j) conj(d_j)` for i below length."""
-    d = d.conj()
-    x = grad[:length] * d[0]
-    for j in range(1, min(live, len(grad))):
-        n = min(length, len(grad) - j)
-        _add_product(x[:n], grad[j : j + n], d[j])
-    return x
+    d = d[:live].conj()
+    if live == 1:
+        return grad[:length] * d
+    room = Room(grad[:1] * d[:1], length)
+    slopes, rows = d.unbind(), grad.unbind()
+    for i, x in enumerate(room.rows):
+        for j in range(min(live, len(grad) - i)):
+            add_product(x, rows[i + j], slopes[j])
+    return room.stack()
 
 
 # ------------------------------------------------------------------ contraction
@@ -468,35 +552,26 @@ class _Contraction(Function):
         live_c: int,
     ) -> Tensor:
         size = min(max(len(a) + len(b) - 1, 0 if c is None else len(c)), length)
-        z = _pad(operation.forward(a[:live_a], b[0]), size)
-        for j in range(1, min(live_b, size)):
-            n = min(live_a, size - j)
-            operation.add_to(z[j : j + n], a[:n], b[j])
+        z = operation.forward(a[:live_a], b[:live_b], size)
         if c is not None:
             z[:live_c] += c[:live_c].reshape(live_c, *[1] * (z.ndim - c.ndim), *c.shape[1:])
         return z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, b, c, ctx.operation, _, ctx.live_a, ctx.live_b, _ = inputs
+        a, b, c, ctx.operation, _, *ctx.lives = inputs
         ctx.addend = None if c is None else c.shape
         ctx.save_for_backward(a, b)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
-        size, operation = len(grad), ctx.operation
+        live_a, live_b, _ = ctx.lives
         grad_a = grad_b = grad_c = None
         if ctx.needs_input_grad[0]:
-            grad_a = operation.left(grad[: len(a)], b[0], a)
-            for j in range(1, min(ctx.live_b, size)):
-                n = min(len(a), size - j)
-                grad_a[:n] += operation.left(grad[j : j + n], b[j], a)
+            grad_a = ctx.operation.left(grad, b[:live_b], a)
         if ctx.needs_input_grad[1]:
-            lengths = [min(ctx.live_a, size - j) for j in range(len(b))]
-            grad_b = torch.stack(
-                [operation.right(grad[j : j + n], a[:n], b[j]) for j, n in enumerate(lengths)]
-            )
+            grad_b = ctx.operation.right(grad, a[:live_a], b)
         if ctx.needs_input_grad[2]:
             n, *shape = ctx.addend
             aligned = (n, *[1] * (grad.ndim - len(ctx.addend)), *shape)
@@ -540,25 +615,19 @@ class _LogSumExp(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int, length: int, live: int) -> tuple[Tensor, Tensor]:
-        s = torch.softmax(x[0], dim)[None]
-        total = torch.logsumexp(x[0], dim, keepdim=True)[None]
-        # Times their order: x - l, and what the orders before k contribute to s_k.
-        c = _pad(_speed(x[:live]), length - 1)
-        rest = torch.zeros_like(c)
-        speeds = []
+        room = Room(x, length)
+        s = room.rows
+        s[0].copy_(torch.softmax(x[0], dim))
+        totals = [torch.logsumexp(x[0], dim, keepdim=True)]
+        c = [s[0]]  # the coefficients of x - l, from the first order on
         for k in range(1, length):
-            now = torch.addcmul(rest[k - 1], s[0], c[k - 1])
-            speeds.append(now.sum(dim, keepdim=True))
-            c[k - 1] -= speeds[-1]
-            s_k = rest[k - 1]  # its sums, and from now on itself
-            _add_product(s_k, s[0], c[k - 1])
-            s_k.div_(k)
-            n = min(k, length - 1 - k)
-            _add_product(rest[k : k + n], c[:n], s_k)
-            n = min(k - 1, length - 1 - k)
-            _add_product(rest[k : k + n], rest[:n], c[k - 1])
-        lasts = torch.stack(speeds) if speeds else total[:0]
-        return torch.cat([total, lasts / _orders(lasts)]), torch.cat([s, rest])
+            for j in range(1, k):
+                add_product(s[k], s[k - j], c[j], value=j / k)
+            speed = s[k] if k >= live else torch.addcmul(s[k], s[0], x[k])
+            totals.append(speed.sum(dim, keepdim=True))
+            c.append(-totals[k] if k >= live else x[k] - totals[k])
+            add_product(s[k], s[0], c[k])
+        return torch.stack(totals), room.stack()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -584,12 +653,6 @@ class _LogSumExp(Function):
 # ------------------------------------------------------------------ recurrences
 
 
-def _room(stack: Tensor, length: int) -> tuple[Tensor, list[Tensor]]:
-    """Zeros for a series, and each of its coefficients."""
-    room = stack.new_zeros(length, *stack.shape[1:])
-    return room, list(room.unbind())
-
-
 def riccati(
     value: Callable[[Tensor], Tensor], constant: float, linear: float, square: float
 ) -> Callable[[Tensor, int], Tensor]:
@@ -597,20 +660,21 @@ def riccati(
 
     def series(stack: Tensor, length: int) -> Tensor:
         x = stack.unbind()
-        whole, y = _room(stack, length)
+        room = Room(stack, length)
+        y = room.rows
         y[0].copy_(value(x[0]))
         slopes = [constant + linear * y[0] + square * y[0].square() if square or constant else y[0]]
         for k in range(1, length):
             for j in range(1, min(k + 1, len(x))):
-                _add_product(y[k], x[j], slopes[k - j], value=j / k)
+                add_product(y[k], x[j], slopes[k - j], value=j / k)
             if k + 1 == length:
                 break
             slopes.append(y[k] * linear if square or linear != 1 else y[k])
             for i in range((k + 1) // 2 if square else 0):
-                _add_product(slopes[k], y[i], y[k - i], value=2 * square)
+                add_product(slopes[k], y[i], y[k - i], value=2 * square)
             if square and k % 2 == 0:
-                _add_product(slopes[k], y[k // 2], y[k // 2], value=square)
-        return whole
+                add_product(slopes[k], y[k // 2], y[k // 2], value=square)
+        return room.stack()
 
     return series
 
@@ -620,16 +684,17 @@ def power(exponent: Any) -> Callable[[Tensor, int], Tensor]:
 
     def series(stack: Tensor, length: int) -> Tensor:
         x = (stack / stack[0]).unbind()
-        whole, y = _room(stack, length)
+        room = Room(stack, length)
+        y = room.rows
         y[0].copy_(stack[0] ** exponent)
         for k in range(1, length):
             for j in range(1, min(k + 1, len(x))):
                 weight = (exponent + 1) * (j / k) - 1
                 if isinstance(weight, Tensor):
-                    _add_product(y[k], x[j] * weight, y[k - j])
+                    add_product(y[k], x[j] * weight, y[k - j])
                 else:
-                    _add_product(y[k], x[j], y[k - j], value=weight)
-        return whole
+                    add_product(y[k], x[j], y[k - j], value=weight)
+        return room.stack()
 
     return series
 
@@ -641,14 +706,15 @@ def oscillation(
 
     def series(stack: Tensor, length: int) -> Tensor:
         x = stack.unbind()
-        (whole, y), (_, slopes) = _room(stack, length), _room(stack, length)
+        room = Room(stack, length)
+        y, slopes = room.rows, Room(stack, length).rows
         y[0].copy_(value(x[0]))
         slopes[0].copy_(slope(x[0]))
         for k in range(1, length):
             for j in range(1, min(k + 1, len(x))):
-                _add_product(y[k], x[j], slopes[k - j], value=j / k)
-                _add_product(slopes[k], x[j], y[k - j], value=sign * j / k)
-        return whole
+                add_product(y[k], x[j], slopes[k - j], value=j / k)
+                add_product(slopes[k], x[j], y[k - j], value=sign * j / k)
+        return room.stack()
 
     return series
 
@@ -684,6 +750,11 @@ def follow(operation: str, x: Inputs, v: Inputs, make: Callable[[Tensor, Tensor]
             f"got {tuple(v.shape)} {v.dtype} on {v.device}"
         )
     return make(x, v)
+
+
+def factorial(k: int) -> float:
+    """As a float, for beyond 20 it is no integer of 64 bits."""
+    return float(math.factorial(k)) if k <= 170 else math.inf
 
 
 def check_tensor(operation: str, y: object) -> Tensor:
@@ -730,6 +801,6 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
     ring = Taylor(order + 1)
     inputs = follow("jet", x, v, lambda x, v: Jet(torch.stack([x, v])[: order + 1], ring))
     stack, _ = lift(check_tensor("jet", f(inputs)))
-    derivatives = [c * math.factorial(k) if k > 1 else c for k, c in enumerate(stack)]
+    derivatives = [c * factorial(k) if k > 1 else c for k, c in enumerate(stack)]
     zeros = [torch.zeros_like(stack[0])] * (order + 1 - len(stack))
     return (*derivatives, *zeros)

@@ -31,7 +31,9 @@ from autograd_lib.taylor import (
     Elementary,
     Jet,
     Operation,
+    Room,
     Taylor,
+    add_product,
     jet_rule,
     jets,
     lift,
@@ -40,6 +42,7 @@ from autograd_lib.taylor import (
     primal,
     riccati,
     ring_of,
+    sum_products,
 )
 
 __all__: list[str] = []
@@ -130,15 +133,17 @@ def _numberwise(function: Any) -> None:
     """A linear function that takes the stack as it is, for it counts no dimension from the left."""
 
     @jet_rule(function)
-    def rule(x: Jet, *args: Any, **kwargs: Any) -> Any:
+    def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(x, Jet):  # as in constant.to(x)
+            return function(x, *primal(args), **primal(kwargs))
         return _wrap(function(x.stack, *primal(args), **primal(kwargs)), x)
 
 
 def _from_right(x: Tensor, dim: Any) -> Any:
-    """A dimension, several, or with None all of them, counted from the last as in a stack."""
+    """A dimension, several, or with None or () all of them, counted from the last."""
     if isinstance(dim, int):
         return dim if dim < 0 else dim - x.ndim
-    return tuple(_from_right(x, d) for d in (range(x.ndim) if dim is None else dim))
+    return tuple(_from_right(x, d) for d in (dim or range(x.ndim)))
 
 
 def _along(function: Any, *names: str) -> None:
@@ -157,9 +162,9 @@ def _along(function: Any, *names: str) -> None:
 
 for _function in _named(
     """
-    diag diagonal diag_embed diff trace repeat_interleave take roll rot90 fliplr flipud repeat tile
-    moveaxis movedim masked_select ravel hsplit vsplit dsplit tensor_split index_select broadcast_to
-    diagflat take_along_dim unflatten unfold
+    diag diagonal diag_embed diff trace repeat_interleave roll rot90 fliplr flipud repeat
+    movedim masked_select ravel hsplit vsplit dsplit tensor_split index_select
+    take_along_dim unflatten unfold
     """,
     torch,
     Tensor,
@@ -193,8 +198,8 @@ for _function in (F.pixel_shuffle, F.pixel_unshuffle):
     _numberwise(_function)
 for _function in (torch.transpose, torch.swapaxes, torch.swapdims):
     _along(_function, "dim0", "dim1")
-for _function in (torch.cumsum, torch.flip, torch.select, torch.narrow, torch.unbind):
-    _along(_function, "dims" if _function is torch.flip else "dim")
+for _function in (torch.cumsum, torch.select, torch.narrow):
+    _along(_function, "dim")
 
 
 @jet_rule(torch.t, _getter("T"), _getter("H"))
@@ -233,8 +238,8 @@ def _reshape(x: Jet, *shape: Any, **kwargs: Any) -> Jet:
 
 
 @jet_rule(Tensor.view_as, Tensor.reshape_as)
-def _reshape_as(x: Jet, other: Tensor) -> Jet:
-    return _reshape(x, tuple(other.shape))
+def _reshape_as(x: Tensor, other: Tensor) -> Tensor:
+    return x.reshape(other.shape)
 
 
 @jet_rule(torch.permute)
@@ -243,16 +248,52 @@ def _permute(x: Jet, *dims: Any, **kwargs: Any) -> Jet:
     return x.map(lambda c: c.permute(0, *[d + 1 for d in order]))
 
 
+@jet_rule(torch.moveaxis)
+def _moveaxis(x: Jet, source: Any, destination: Any) -> Tensor:
+    return torch.movedim(x, source, destination)
+
+
+@jet_rule(torch.flip)
+def _flip(x: Jet, *dims: Any, **kwargs: Any) -> Jet:
+    return x.map(lambda c: c.flip(_from_right(x, _sizes(dims or tuple(kwargs.values())))))
+
+
+@jet_rule(torch.tile)
+def _tile(x: Jet, *dims: Any, **kwargs: Any) -> Tensor:
+    repeats = _sizes(dims or tuple(kwargs.values()))
+    return x.repeat(*[1] * (x.ndim - len(repeats)), *repeats)
+
+
+@jet_rule(torch.take)
+def _take(x: Jet, index: Tensor) -> Tensor:
+    return x.flatten()[index]
+
+
+@jet_rule(torch.diagflat)
+def _diagflat(x: Jet, offset: int = 0) -> Tensor:
+    return x.flatten().diag(offset)
+
+
+@jet_rule(torch.unbind)
+def _unbind(x: Jet, dim: int = 0) -> Any:
+    return _wrap(x.stack.unbind(_from_right(x, dim)), x)
+
+
+@jet_rule(torch.broadcast_to)
+def _broadcast_to(x: Jet, *size: Any, **kwargs: Any) -> Jet:
+    return _expand(x, *(size or tuple(kwargs.values())))
+
+
 @jet_rule(Tensor.expand)
-def _expand(x: Jet, *sizes: Any) -> Jet:
+def _expand(x: Jet, *sizes: Any, implicit: bool = False) -> Jet:
     shape = _sizes(sizes)
     stack, _ = lift(x, len(shape))
     return Jet(stack.expand(len(stack), *shape), x.ring, x.live)
 
 
 @jet_rule(Tensor.expand_as)
-def _expand_as(x: Jet, other: Tensor) -> Jet:
-    return _expand(x, other.shape)
+def _expand_as(x: Tensor, other: Tensor) -> Tensor:
+    return x.expand(other.shape)
 
 
 @jet_rule(torch.flatten)
@@ -410,43 +451,45 @@ def _add_stacks(x: Tensor, y: Tensor) -> Tensor:
 
 
 @jet_rule(torch.add)
-def _add(x: Any, y: Any, *, alpha: float = 1) -> Tensor:
-    y = y if alpha == 1 else alpha * y
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return _add_stacks(x, y)
-    x, y = (x, y) if isinstance(x, Tensor) else (y, x)
+def _add(x: Any, other: Any, *, alpha: float = 1) -> Tensor:
+    other = other if alpha == 1 else alpha * other
+    if isinstance(x, Tensor) and isinstance(other, Tensor):
+        return _add_stacks(x, other)
+    x, other = (x, other) if isinstance(x, Tensor) else (other, x)
     return Jet(
-        torch.cat([x.stack[:1] + y, x.stack[1:].to(torch.result_type(x, y))]), x.ring, x.live
+        torch.cat([x.stack[:1] + other, x.stack[1:].to(torch.result_type(x, other))]),
+        x.ring,
+        x.live,
     )
 
 
 @jet_rule(torch.sub, torch.subtract)
-def _sub(x: Any, y: Any, *, alpha: float = 1) -> Tensor:
-    return torch.add(x, -alpha * y if alpha != 1 else -y)
+def _sub(x: Any, other: Any, *, alpha: float = 1) -> Tensor:
+    return torch.add(x, -alpha * other if alpha != 1 else -other)
 
 
 @jet_rule(torch.rsub, Tensor.__rsub__)
-def _rsub(x: Any, y: Any, alpha: float = 1) -> Tensor:
-    return torch.add(-x if alpha == 1 else -alpha * x, y)
+def _rsub(x: Any, other: Any, alpha: float = 1) -> Tensor:
+    return torch.add(-x if alpha == 1 else -alpha * x, other)
 
 
 @jet_rule(torch.mul, torch.multiply)
-def _mul(x: Any, y: Any) -> Tensor:
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
+def _mul(x: Any, other: Any) -> Tensor:
+    if isinstance(x, Tensor) and isinstance(other, Tensor):
         # A constant without dimensions is a factor of the stack, and keeps its weak dtype.
-        return cast(Tensor, ring_of(x, y).product(x, y))
-    x, y = (x, y) if isinstance(x, Tensor) else (y, x)
-    return cast(Tensor, x.map(lambda c: c * y))
+        return cast(Tensor, ring_of(x, other).product(x, other))
+    x, other = (x, other) if isinstance(x, Tensor) else (other, x)
+    return cast(Tensor, x.map(lambda c: c * other))
 
 
 @jet_rule(torch.div, torch.divide, torch.true_divide, Tensor.__truediv__)
-def _div(x: Any, y: Any, *, rounding_mode: str | None = None) -> Tensor:
+def _div(x: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
     if rounding_mode is not None:
-        return torch.div(primal(x), primal(y), rounding_mode=rounding_mode)
-    if not isinstance(y, Jet):
-        stack, _ = lift(x, getattr(y, "ndim", 0))
-        return Jet(stack / y, x.ring, x.live)
-    return x * torch.reciprocal(y)
+        return torch.div(primal(x), primal(other), rounding_mode=rounding_mode)
+    if not isinstance(other, Jet):
+        stack, _ = lift(x, getattr(other, "ndim", 0))
+        return Jet(stack / other, x.ring, x.live)
+    return x * torch.reciprocal(other)
 
 
 @jet_rule(Tensor.__rdiv__, Tensor.__rtruediv__)
@@ -454,10 +497,15 @@ def _rdiv(x: Jet, y: Any) -> Tensor:
     return torch.reciprocal(x) * y
 
 
-@jet_rule(torch.remainder, torch.fmod, Tensor.__mod__)
-def _remainder(x: Jet, y: Any) -> Tensor:
-    _only_first(torch.remainder, x, y)
-    return x + (torch.remainder(primal(x), y) - primal(x))
+def _modulus(function: Any, *others: Any) -> None:
+    @jet_rule(function, *others)
+    def rule(x: Jet, other: Any) -> Tensor:
+        _only_first(function, x, (other,))
+        return x + (function(primal(x), other) - primal(x))
+
+
+_modulus(torch.remainder, Tensor.__mod__)
+_modulus(torch.fmod)
 
 
 @jet_rule(torch.addcmul)
@@ -590,14 +638,39 @@ def _gelu(input: Jet, approximate: str = "none") -> Tensor:
     if approximate == "tanh":
         inner = math.sqrt(2 / math.pi) * (input + 0.044715 * input**3)
         return 0.5 * input * (1 + torch.tanh(inner))
+    return input.ring.elementary(_GELU, input)
 
-    def normal(x: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
 
-    def slope(x: Tensor) -> Tensor:
-        return normal(x) + x * torch.exp(-0.5 * x.square()) * (1 / math.sqrt(2 * math.pi))
+def _gelu_slope(x: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * x.square()) * (1 / math.sqrt(2 * math.pi))
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * density
 
-    return _elementary(input, F.gelu, slope, _composed(lambda x: x * normal(x)))
+
+def _gelu_series(stack: Tensor, length: int) -> Tensor:
+    """`y = x P` with the normal distribution `P' = p x'` and its density `p' = -x x' p`."""
+    x = stack.unbind()
+    below = [0.5 * (1 + torch.erf(x[0] * math.sqrt(0.5)))]
+    density = [torch.exp(-0.5 * x[0].square()) * (1 / math.sqrt(2 * math.pi))]
+    speed = [torch.zeros_like(x[0])]  # -x x'
+    room = Room(stack, length)
+    y = room.rows
+    y[0].copy_(F.gelu(x[0]))
+    for k in range(1, length):
+        places = range(max(0, k + 1 - len(x)), k // 2 + 1)
+        speed.append(
+            sum_products([(x[i], x[k - i], -k / 2 if 2 * i == k else -k) for i in places])
+            if places
+            else speed[0]
+        )
+        terms = range(1, min(k + 1, len(x)))
+        below.append(sum_products([(x[j], density[k - j], j / k) for j in terms]))
+        density.append(sum_products([(speed[j], density[k - j], 1 / k) for j in range(1, k + 1)]))
+        for j in range(min(k + 1, len(x))):
+            add_product(y[k], x[j], below[k - j])
+    return room.stack()
+
+
+_GELU = Elementary(F.gelu, _gelu_slope, _gelu_series)
 
 
 @jet_rule(F.mish)
@@ -629,6 +702,10 @@ def _pow(x: Any, exponent: Any) -> Tensor:
         return torch.exp(exponent * (x.log() if isinstance(x, Tensor) else math.log(x)))
     if isinstance(exponent, Tensor):
         if exponent.is_floating_point() or exponent.is_complex():
+            if torch.is_grad_enabled() and (
+                exponent.requires_grad or torch._C._are_functorch_transforms_active()
+            ):
+                return torch.exp(exponent * torch.log(x))
             x = x.expand(torch.broadcast_shapes(x.shape, exponent.shape))
             return _elementary(
                 x, lambda t: t**exponent, lambda t: exponent * t ** (exponent - 1), power(exponent)
@@ -669,22 +746,28 @@ def _logit(x: Tensor, eps: float | None = None) -> Tensor:
 
 
 @jet_rule(torch.xlogy, torch.special.xlogy)
-def _xlogy(x: Any, y: Any) -> Tensor:
-    zero = primal(x) == 0
-    return torch.where(zero, 0.0, x * torch.log(y))
+def _xlogy(x: Any, other: Any) -> Tensor:
+    log = other.log() if isinstance(other, Tensor) else math.log(other)
+    zero = torch.as_tensor(primal(x) == 0, device=jets((x, other))[0].device)
+    return torch.where(zero, 0.0, x * log)
 
 
 @jet_rule(torch.logaddexp)
-def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
-    return torch.logsumexp(torch.stack(list(torch.broadcast_tensors(x, y))), 0)
+def _logaddexp(x: Tensor, other: Tensor) -> Tensor:
+    return torch.logsumexp(torch.stack(list(torch.broadcast_tensors(x, other))), 0)
 
 
 # ------------------------------------------------------------------ by pieces
 
 
-@jet_rule(torch.where, Tensor.where)
-def _where(*args: Any) -> Any:
-    condition, x, y = args if not isinstance(args[0], Jet) else (args[1], args[0], args[2])
+@jet_rule(Tensor.where)
+def _where_method(x: Any, condition: Tensor, other: Any) -> Any:
+    return _where(condition, x, other)
+
+
+@jet_rule(torch.where)
+def _where(condition: Tensor, x: Any, other: Any) -> Any:
+    y = other
     condition = primal(condition)
     ring = ring_of(x, y)
     like = next(t for t in (x, y) if isinstance(t, Jet))
@@ -784,14 +867,14 @@ def _clamp_max(x: Tensor, max: Any) -> Tensor:
 
 
 @jet_rule(torch.maximum)
-def _maximum(x: Tensor, y: Tensor) -> Tensor:
-    a, b = primal(x), primal(y)
-    return torch.where(a > b, x, torch.where(a < b, y, (x + y) / 2))
+def _maximum(x: Tensor, other: Tensor) -> Tensor:
+    a, b = primal(x), primal(other)
+    return torch.where(a > b, x, torch.where(a < b, other, (x + other) / 2))
 
 
 @jet_rule(torch.minimum)
-def _minimum(x: Tensor, y: Tensor) -> Tensor:
-    return -torch.maximum(-x, -y)
+def _minimum(x: Tensor, other: Tensor) -> Tensor:
+    return -torch.maximum(-x, -other)
 
 
 def _extreme(name: str) -> None:
@@ -832,71 +915,134 @@ def _topk(x: Jet, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
     return type(found)((x.gather(dim, found.indices), found.indices))
 
 
-def _pooling(name: str, n: int) -> None:
-    function = getattr(F, f"max_pool{n}d")
+def _max_pooling(n: int) -> None:
+    with_indices = getattr(F, f"max_pool{n}d_with_indices")
 
-    @jet_rule(function)
-    def rule(input: Jet, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
-        _, places = function(primal(input), *args, return_indices=True, **kwargs)
+    @jet_rule(with_indices)
+    def both(input: Jet, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        _, places = with_indices(primal(input), *args, **kwargs)
         values = input.flatten(-n).gather(-1, places.flatten(-n)).reshape(places.shape)
-        return (values, places) if return_indices else values
+        return values, places
+
+    @jet_rule(getattr(F, f"max_pool{n}d"), getattr(torch, f"max_pool{n}d"))
+    def rule(input: Jet, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.pop("return_indices", None)
+        return both(input, *args[:5], **kwargs)[0]
 
 
 for _n in (1, 2, 3):
-    _pooling("max", _n)
+    _max_pooling(_n)
 
 
 # ------------------------------------------------------------------ contractions
 
 
 class _Matmul(Operation):
-    """The matrix product over the last two dimensions."""
+    """The matrix product over the last two dimensions.
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    Where both stacks are long, the orders join the dimension that is summed: each coefficient is
+    one product of `[a_0 ... a_k]` and `[b_k ... b_0]`.
+    """
+
+    def apply(self, a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
-    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    def apply_left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
         return (grad @ b.mH).sum_to_size(len(grad), *a.shape[1:])
 
-    def add_to(self, z: Tensor, a: Tensor, b: Tensor) -> None:
-        if b.ndim == 2 and z.is_contiguous():
-            z.view(-1, z.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), b)
-        else:
-            z += a @ b
-
-    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def apply_right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if b.ndim == 2:  # weights: one product over everything before
             return a.reshape(-1, a.shape[-1]).mH @ grad.reshape(-1, grad.shape[-1])
         return (a.mH @ grad).sum(0).sum_to_size(b.shape)
+
+    def add_to(self, z: Tensor, a: Tensor, b: Tensor) -> None:
+        watched = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()
+        if watched or b.ndim > 2 or torch._C._are_functorch_transforms_active():
+            z += a @ b
+        else:  # without a pass over z; counters of FLOPs do not know addmm_
+            z.view(-1, z.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), b)
+
+    def forward(self, a: Tensor, b: Tensor, size: int) -> Tensor:
+        if min(len(a), len(b)) < 3 or a.shape[1:-2] != b.shape[1:-2]:
+            return super().forward(a, b, size)
+        wide, tall, n = _side_by_side(a), _one_above_other(b.flip(0)), a.shape[-1]
+        products = []
+        for k in range(size):
+            # the orders i of a, for which k - i is an order of b
+            first, last = max(0, k + 1 - len(b)), min(k + 1, len(a))
+            above = len(b) - 1 - k + first
+            products.append(
+                wide[..., first * n : last * n]
+                @ tall[..., above * n : (above + last - first) * n, :]
+            )
+        return torch.stack(products)
+
+    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        if len(b) < 3 or a.shape[1:-2] != b.shape[1:-2]:
+            return super().left(grad, b, a)
+        wide, tall, n = _side_by_side(grad), _one_above_other(b.mH), b.shape[-1]
+        counts = [min(len(b), len(grad) - i) for i in range(len(a))]
+        return torch.stack(
+            [
+                wide[..., i * n : (i + count) * n] @ tall[..., : count * n, :]
+                for i, count in enumerate(counts)
+            ]
+        )
+
+    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if len(a) < 3 or a.shape[1:-2] != b.shape[1:-2]:
+            return super().right(grad, a, b)
+        return self.left(grad.mT, a.mT, b.mT).mT
+
+
+def _side_by_side(stack: Tensor) -> Tensor:
+    """From `(n, *batch, i, j)` to `(*batch, i, n j)`."""
+    return stack.movedim(0, -2).flatten(-2)
+
+
+def _one_above_other(stack: Tensor) -> Tensor:
+    """From `(n, *batch, i, j)` to `(*batch, n i, j)`."""
+    return stack.movedim(0, -3).flatten(-3, -2)
 
 
 _MATMUL = _Matmul()
 
 
-@jet_rule(torch.matmul, Tensor.__matmul__, torch.bmm, torch.mm, torch.mv, torch.dot, torch.inner)
-def _matmul(x: Tensor, y: Tensor) -> Tensor:
-    return _product_of_matrices(x, y)
+@jet_rule(torch.matmul, Tensor.__matmul__, torch.bmm, torch.mm, torch.mv, torch.dot)
+def _matmul(x: Tensor, other: Tensor) -> Tensor:
+    return _product_of_matrices(x, other)
 
 
 def _product_of_matrices(x: Tensor, y: Tensor, addend: Tensor | None = None) -> Tensor:
-    if x.ndim == 1:
-        return torch.matmul(x.unsqueeze(0), y).squeeze(-2 if y.ndim > 1 else -1)
-    if y.ndim == 1:
-        return torch.matmul(x, y.unsqueeze(-1)).squeeze(-1)
-    if _live(y) > max(_live(x), 2):  # the second is walked through, the first taken whole
-        return torch.matmul(y.mT, x.mT).mT
-    if x.ndim < y.ndim and y.ndim > 2:
-        x = x.expand(*[1] * (y.ndim - x.ndim), *x.shape)
-    return ring_of(x, y, addend).contract(_MATMUL, x, y, addend)
+    if not jets((x, y)):
+        product = x @ y
+    elif x.ndim == 1:
+        product = torch.matmul(x.unsqueeze(0), y).squeeze(-2 if y.ndim > 1 else -1)
+    elif y.ndim == 1:
+        product = torch.matmul(x, y.unsqueeze(-1)).squeeze(-1)
+    elif _live(y) > max(_live(x), 2):  # the second is walked through, the first taken whole
+        product = torch.matmul(y.mT, x.mT).mT
+    else:
+        if x.ndim < y.ndim and y.ndim > 2:
+            x = x.expand(*[1] * (y.ndim - x.ndim), *x.shape)
+        return ring_of(x, y, addend).contract(_MATMUL, x, y, addend)
+    return product if addend is None else product + addend
 
 
 def _live(x: Tensor) -> int:
     return x.live if isinstance(x, Jet) else 1
 
 
+@jet_rule(torch.inner)
+def _inner(x: Tensor, other: Tensor) -> Tensor:
+    if not (x.ndim and other.ndim):
+        return x * other
+    return torch.tensordot(x, other, ([-1], [-1]))
+
+
 @jet_rule(Tensor.__rmatmul__)
-def _rmatmul(x: Tensor, y: Tensor) -> Tensor:
-    return torch.matmul(y, x)
+def _rmatmul(x: Tensor, other: Tensor) -> Tensor:
+    return torch.matmul(other, x)
 
 
 @jet_rule(F.linear)
@@ -913,8 +1059,8 @@ def _addmm(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
 
 
 @jet_rule(torch.outer, torch.ger)
-def _outer(x: Tensor, y: Tensor) -> Tensor:
-    return x.unsqueeze(-1) * y
+def _outer(x: Tensor, other: Tensor) -> Tensor:
+    return x.unsqueeze(-1) * other
 
 
 class _Einsum(Operation):
@@ -923,13 +1069,13 @@ class _Einsum(Operation):
     def __init__(self, a: str, b: str, out: str) -> None:
         self.a, self.b, self.out = a, b, out
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def apply(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.einsum(f"Z{self.a},{self.b}->Z{self.out}", a, b)
 
-    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    def apply_left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
         return torch.einsum(f"Z{self.out},{self.b}->Z{self.a}", grad, b.conj())
 
-    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def apply_right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.einsum(f"Z{self.out},Z{self.a}->{self.b}", grad, a.conj())
 
 
@@ -1004,19 +1150,19 @@ class _Convolution(Operation):
     def __init__(self, *options: Any) -> None:
         self.options = options  # stride, padding, dilation, transposed, output_padding, groups
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def apply(self, a: Tensor, b: Tensor) -> Tensor:
         z = torch.convolution(a.flatten(0, 1), b, None, *self.options)
         return z.unflatten(0, a.shape[:2])
 
     def _backward(self, grad: Tensor, a: Tensor, b: Tensor, *mask: bool) -> Any:
         return torch.ops.aten.convolution_backward(grad, a, b, None, *self.options, [*mask, False])
 
-    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    def apply_left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
         like = a[:1].expand(len(grad), *a.shape[1:]).flatten(0, 1)  # of which the shape counts
         result = self._backward(grad.flatten(0, 1), like, b, True, False)[0]
         return cast(Tensor, result.unflatten(0, grad.shape[:2]))
 
-    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def apply_right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return cast(Tensor, self._backward(grad.flatten(0, 1), a.flatten(0, 1), b, False, True)[1])
 
 
@@ -1035,6 +1181,13 @@ def _convolution(n: int, transposed: bool) -> None:
             total = [d * (k - 1) for d, k in zip(several(dilation), weight.shape[2:], strict=True)]
             ends = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
             input, padding = F.pad(input, ends), 0
+        if not jets((input, weight)):
+            options = (several(stride), several(0 if padding == "valid" else padding))
+            spread, ends = several(dilation), several(output_padding)
+            plain = torch.convolution(
+                input, weight, None, *options, spread, transposed, ends, groups
+            )
+            return plain + cast(Tensor, bias).reshape(-1, *[1] * n)
         operation = _Convolution(
             several(stride),
             several(0 if padding == "valid" else padding),
@@ -1180,6 +1333,8 @@ def _vector_norm(
         return x.abs().sum(dims, keepdim)
     if ord == math.inf:
         return x.abs().amax(dims, keepdim)
+    if ord == -math.inf:
+        return x.abs().amin(dims, keepdim)
     if ord == 0:
         return torch.linalg.vector_norm(primal(x), 0, dims, keepdim)
     return (x.abs() ** ord).sum(dims, keepdim) ** (1 / ord)
@@ -1281,13 +1436,16 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    after = input.ndim - 2
+    if training and running_mean is None:
+        dims = (0, *range(2, input.ndim))
+        return _affine(_standardized(input, dims, eps), weight, bias, after)
     if training:
         raise NotImplementedError(
             "jet: F.batch_norm has no rule in training mode, where the step that it takes in its "
             "running statistics would be taken along the direction too; call model.eval(), or use "
             "a norm without them (nn.GroupNorm, nn.LayerNorm)"
         )
-    after = input.ndim - 2
     mean = running_mean.reshape(-1, *[1] * after)
     scale = torch.rsqrt(running_var + eps)
     return _affine((input - mean) * scale.reshape(-1, *[1] * after), weight, bias, after)
@@ -1329,13 +1487,15 @@ def _attention(
         key = torch.stack([key] * repeats, -3).flatten(-4, -3)
         value = torch.stack([value] * repeats, -3).flatten(-4, -3)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query * scale) @ key.mT
+    mask = torch.zeros((), dtype=query.dtype, device=query.device)
     if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-        scores = scores.masked_fill(~allowed, -math.inf)
+        size = (query.shape[-2], key.shape[-2])
+        allowed = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+        mask = mask.masked_fill(~allowed, -math.inf)
     if attn_mask is not None:
         boolean = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -math.inf) if boolean else scores + attn_mask
+        mask = mask.masked_fill(~attn_mask, -math.inf) if boolean else mask + attn_mask
+    scores = _product_of_matrices(query * scale, key.mT, mask)
     return F.dropout(scores.softmax(-1), dropout_p) @ value
 
 
@@ -1419,6 +1579,15 @@ def _refuse_old(operation: str, *old: Any) -> None:
         )
 
 
+def _weighted(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Reduce a loss that takes a weight for each element; their mean is by the weights."""
+    if weight is None:
+        return _reduce(loss, reduction)
+    if reduction == "mean":
+        return (loss * weight).sum() / weight.expand_as(loss).sum()
+    return _reduce(loss * weight, reduction)
+
+
 @jet_rule(F.mse_loss)
 def _mse_loss(
     input: Tensor,
@@ -1429,15 +1598,7 @@ def _mse_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     _refuse_old("F.mse_loss", size_average, reduce)
-    loss = (input - target).square()
-    if weight is None:
-        return _reduce(loss, reduction)
-    weighted = loss * weight
-    return (
-        weighted.sum() / weight.expand_as(loss).sum()
-        if reduction == "mean"
-        else _reduce(weighted, reduction)
-    )
+    return _weighted((input - target).square(), weight, reduction)
 
 
 @jet_rule(F.l1_loss)
@@ -1447,19 +1608,25 @@ def _l1_loss(
     size_average: Any = None,
     reduce: Any = None,
     reduction: str = "mean",
+    weight: Tensor | None = None,
 ) -> Tensor:
     _refuse_old("F.l1_loss", size_average, reduce)
-    return _reduce((input - target).abs(), reduction)
+    return _weighted((input - target).abs(), weight, reduction)
 
 
 @jet_rule(F.huber_loss)
 def _huber_loss(
-    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
 ) -> Tensor:
     error = input - target
     size = error.abs()
     far = primal(size) > delta
-    return _reduce(torch.where(far, delta * (size - 0.5 * delta), 0.5 * error.square()), reduction)
+    loss = torch.where(far, delta * (size - 0.5 * delta), 0.5 * error.square())
+    return _weighted(loss, weight, reduction)
 
 
 @jet_rule(F.smooth_l1_loss)
