@@ -18,7 +18,8 @@ import torch
 from numpy.polynomial import Chebyshev
 from torch import Tensor, nn
 
-import autograd_lib.taylor_rules  # noqa: F401 - registers the rules
+import autograd_lib.taylor_layers
+import autograd_lib.taylor_rules  # noqa: F401
 from autograd_lib._tables import html_table, text_table
 from autograd_lib.taylor import (
     Inputs,
@@ -306,7 +307,7 @@ def derivative_tower(
             slopes = torch.autograd.grad(stack[-1], stacks, materialize_grads=True)
     vectors = [
         {
-            name: slope[order - k] * factorial(k - 1)
+            name: (slope[order - k] * factorial(k - 1)).contiguous()
             for name, slope in zip(parameters, slopes, strict=True)
         }
         for k in range(1, order + 1)
@@ -335,7 +336,7 @@ def _direction(loss: Scalar, parameters: dict[str, Tensor]) -> dict[str, Tensor]
             f"derivative_tower: expected a gradient that is finite and not zero to take as the "
             f"direction, got one of norm {size:g}; pass direction="
         )
-    return {k: slope / norm.to(slope.dtype) for k, slope in zip(leaves, slopes, strict=True)}
+    return {k: (s.to(norm.dtype) / norm).to(s.dtype) for k, s in zip(leaves, slopes, strict=True)}
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

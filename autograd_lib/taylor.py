@@ -24,6 +24,21 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.overrides import resolve_name
 
+from autograd_lib._series import (
+    Contraction,
+    LogSumExp,
+    Operation,
+    Room,
+    add_product,
+    apply,
+    correlate,
+    orders_of,
+    pad,
+    product,
+    speed_of,
+    sum_products,
+)
+
 __all__ = ["jet", "jet_rule"]
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
@@ -222,52 +237,6 @@ def ring_of(*values: Any) -> Ring:
 # ------------------------------------------------------------------ rings of coefficients
 
 
-class Operation(ABC):
-    """A bilinear function of two stacks, and its adjoints in both: sums over pairs of orders.
-
-    What is given is the function of a stack and of one coefficient, and both its adjoints.
-    """
-
-    @abstractmethod
-    def apply(self, a: Tensor, b: Tensor) -> Tensor:
-        """Map `(n, *a)` and `(*b)` to `(n, *z)`."""
-
-    @abstractmethod
-    def apply_left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
-        """Map `(n, *z)` and `(*b)` to the gradient `(n, *a)`; `a` has its shape but for n."""
-
-    @abstractmethod
-    def apply_right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Map `(n, *z)` and `(n, *a)` to the gradient `(*b)`, summed over n."""
-
-    def add_to(self, z: Tensor, a: Tensor, b: Tensor) -> None:
-        """Add `apply(a, b)` to `z` in place."""
-        z += self.apply(a, b)
-
-    def forward(self, a: Tensor, b: Tensor, size: int) -> Tensor:
-        """`z_k = sum_j apply(a_(k-j), b_j)` for k below size."""
-        z = _pad(self.apply(a[:size], b[0]), size)
-        for j in range(1, min(len(b), size)):
-            n = min(len(a), size - j)
-            self.add_to(z[j : j + n], a[:n], b[j])
-        return z
-
-    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
-        """`a_i = sum_j apply_left(grad_(i+j), b_j)`, for every coefficient of `a`."""
-        grad_a = self.apply_left(grad[: len(a)], b[0], a)
-        for j in range(1, min(len(b), len(grad))):
-            n = min(len(a), len(grad) - j)
-            grad_a[:n] += self.apply_left(grad[j : j + n], b[j], a)
-        return grad_a
-
-    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """`b_j = sum_i apply_right(grad_(i+j), a_i)`, for every coefficient of `b`."""
-        lengths = [min(len(a), len(grad) - j) for j in range(len(b))]
-        return torch.stack(
-            [self.apply_right(grad[j : j + n], a[:n], b[j]) for j, n in enumerate(lengths)]
-        )
-
-
 class Elementary:
     """An elementwise function of one variable: value, derivative, and its series if it has one.
 
@@ -290,9 +259,83 @@ class Elementary:
     def integrate(self, stack: Tensor, length: int) -> Tensor:
         """From `k y_k = sum_j j x_j d_(k-j)`, with d the coefficients of the derivative."""
         d, _ = lift(self.derivative(Jet(stack[: length - 1], Taylor(length - 1))))
-        speed = _speed(stack)
-        rest = _product(speed, d, length - 1, len(speed), len(d))
-        return torch.cat([self.value(stack[0])[None], rest / _orders(rest)])
+        speed = speed_of(stack)
+        rest = product(speed, d, length - 1, len(speed), len(d))
+        return torch.cat([self.value(stack[0])[None], rest / orders_of(rest)])
+
+    def slope(self, stack: Tensor, live: int, length: int) -> tuple[Tensor, int]:
+        """The coefficients of the derivative, and how many of them live."""
+        return lift(self.derivative(Jet(stack, Taylor(length), live)))
+
+
+class Riccati(Elementary):
+    """A function y of x with `y' = (constant + linear y + square y^2) x'`."""
+
+    def __init__(
+        self, value: Callable[[Tensor], Tensor], constant: float, linear: float, square: float
+    ) -> None:
+        super().__init__(value, self.of_value, self.recurrence, from_value=True)
+        self.constant, self.linear, self.square = constant, linear, square
+
+    def of_value(self, y: Tensor) -> Tensor:
+        """The derivative by x, from the value."""
+        return self.constant + self.linear * y + self.square * y.square()
+
+    def _coefficient(self, y: Sequence[Tensor], k: int) -> Tensor:
+        """That of order k of the derivative."""
+        if not self.square:
+            slope = y[k] if self.linear == 1 else y[k] * self.linear
+        else:
+            halves = range((k + 1) // 2)
+            terms = [(y[i], y[k - i], 2 * self.square) for i in halves]
+            terms += [(y[k // 2], y[k // 2], self.square)] if k % 2 == 0 else []
+            slope = sum_products(terms)
+            if self.linear:
+                slope.add_(y[k], alpha=self.linear)
+        return slope + self.constant if self.constant and k == 0 else slope
+
+    def recurrence(self, stack: Tensor, length: int) -> Tensor:
+        x = stack.unbind()
+        room = Room(stack, length)
+        y = room.rows
+        y[0].copy_(self.value(x[0]))
+        slopes = []
+        for k in range(1, length):
+            slopes.append(self._coefficient(y, k - 1))
+            for j in range(1, min(k + 1, len(x))):
+                add_product(y[k], x[j], slopes[k - j], value=j / k)
+        return room.stack()
+
+    def slope(self, stack: Tensor, live: int, length: int) -> tuple[Tensor, int]:
+        if not (self.square or self.constant):
+            return (stack if self.linear == 1 else stack * self.linear), live
+        rows = stack.unbind()
+        return torch.stack([self._coefficient(rows, k) for k in range(len(rows))]), len(rows)
+
+
+class _ElementaryFunction(Function):
+    """The series forward; backward the product with the derivative, as for a single number."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, function: Elementary, length: int, live: int) -> Tensor:
+        if length == 1 or live == 1:
+            return pad(function.value(x[0])[None], length)
+        return function.series(x[:live], length)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.function, ctx.length, ctx.live = inputs
+        ctx.size = len(x)
+        ctx.save_for_backward(output if ctx.function.from_value else x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (saved,) = ctx.saved_tensors
+        live = len(saved) if ctx.function.from_value else ctx.live
+        d, live = ctx.function.slope(saved, live, ctx.length)
+        return correlate(grad, d, live, ctx.size), None, None, None
 
 
 class Ring(ABC):
@@ -333,7 +376,7 @@ class Taylor(Ring):
         ndim = max(a.ndim, b.ndim)
         dtype = torch.result_type(primal(a), primal(b))
         (x, live_x), (y, live_y) = lift(a, ndim), lift(b, ndim)
-        z = _product(x.to(dtype), y.to(dtype), self.length, live_x, live_y)
+        z = product(x.to(dtype), y.to(dtype), self.length, live_x, live_y)
         return Jet(z, self, live_x + live_y - 1)
 
     def contract(
@@ -342,14 +385,14 @@ class Taylor(Ring):
         (x, live_x), (y, live_y) = lift(a), lift(b)
         c, live_c = (None, 0) if addend is None else lift(addend)
         lives = (live_x, live_y, live_c)
-        z = _apply(_Contraction, x, y, c, operation, self.length, *lives)
+        z = apply(Contraction, x, y, c, operation, self.length, *lives)
         return Jet(z, self, max(live_x + live_y - 1, live_c))
 
     def elementary(self, function: Elementary, x: Jet) -> Jet:
-        return Jet(_apply(_ElementaryFunction, x.stack, function, self.length, x.live), self)
+        return Jet(apply(_ElementaryFunction, x.stack, function, self.length, x.live), self)
 
     def logsumexp(self, x: Jet, dim: int) -> tuple[Jet, Jet]:
-        total, softmax = _apply(_LogSumExp, x.stack, dim, self.length, x.live)
+        total, softmax = apply(LogSumExp, x.stack, dim, self.length, x.live)
         return Jet(total, self), Jet(softmax, self)
 
 
@@ -409,314 +452,6 @@ def lift(x: Tensor, ndim: int | None = None) -> tuple[Tensor, int]:
     if ndim is not None and ndim > x.ndim:
         stack = stack.reshape(len(stack), *[1] * (ndim - x.ndim), *x.shape)
     return stack, live
-
-
-def _apply(function: type[Function], *args: Any) -> Any:
-    """Apply a Function of this module, by the shortest way that is open.
-
-    Without a gradient to record there is no need of one; without torch.func, none of the binding
-    of arguments to its signature, which takes longer than the function where tensors are small.
-    """
-    if torch.is_grad_enabled():
-        if torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
-        if any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return super(Function, function).apply(*args)  # type: ignore[misc]
-    with torch.no_grad():
-        return function.forward(*args)
-
-
-def _orders(stack: Tensor) -> Tensor:
-    """The numbers 1, 2, ... along the first dimension."""
-    orders = torch.arange(1, len(stack) + 1, dtype=stack.real.dtype, device=stack.device)
-    return orders.reshape(-1, *[1] * (stack.ndim - 1))
-
-
-def _speed(stack: Tensor) -> Tensor:
-    """The coefficients of the derivative in t."""
-    return stack[1:] * _orders(stack[1:])
-
-
-class Room:
-    """Zeros to sum coefficients up in: in eager mode rows of one stack, which needs no copy then.
-
-    A compiler that follows every operation would write the whole stack anew for each row, and
-    autograd refuses rows that are written: there the rows are tensors of their own.
-    """
-
-    def __init__(self, like: Tensor, length: int) -> None:
-        shape = like.shape[1:]
-        self._stack: Tensor | None = None
-        if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
-            self.rows = [like.new_zeros(shape) for _ in range(length)]
-        else:
-            self._stack = like.new_zeros(length, *shape)
-            self.rows = list(self._stack.unbind())
-
-    def stack(self) -> Tensor:
-        return torch.stack(self.rows) if self._stack is None else self._stack
-
-
-def add_product(z: Tensor, a: Tensor, b: Tensor, value: float = 1) -> None:
-    """Add `value a b` to `z` in place."""
-    if torch._C._are_functorch_transforms_active():  # vmap has no rule for addcmul_
-        z.add_(a * b, alpha=value)
-    else:
-        z.addcmul_(a, b, value=value)
-
-
-def sum_products(terms: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
-    """The sum of `value a b` over terms (a, b, value)."""
-    (a, b, value), *rest = terms
-    z = a * b if value == 1 else (a * b).mul_(value)
-    for a, b, value in rest:
-        add_product(z, a, b, value)
-    return z
-
-
-def _pad(stack: Tensor, length: int) -> Tensor:
-    if len(stack) == length:
-        return stack
-    return torch.cat([stack, stack.new_zeros(length - len(stack), *stack.shape[1:])])
-
-
-# ------------------------------------------------------------------ product
-
-
-def _product(a: Tensor, b: Tensor, length: int, live_a: int, live_b: int) -> Tensor:
-    return cast(Tensor, _apply(_Product, a, b, min(len(a) + len(b) - 1, length), live_a, live_b))
-
-
-class _Product(Function):
-    """`z_k = sum_j a_(k-j) b_j`, with as many operations as the shorter factor has coefficients."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor, size: int, live_a: int, live_b: int) -> Tensor:
-        if live_a == 1 or live_b == 1:
-            return _pad(a[:live_a] * b[:live_b], size)
-        room = Room(a[:1] * b[:1], size)  # which is batched under vmap if one of them is
-        left, right = a[:live_a].unbind(), b[:live_b].unbind()
-        for k, z in enumerate(room.rows):
-            for j in range(max(0, k + 1 - live_a), min(k + 1, live_b)):
-                add_product(z, left[k - j], right[j])
-        return room.stack()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, b, _, ctx.live_a, ctx.live_b = inputs
-        ctx.save_for_backward(a, b)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors
-        grad_a = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_a = _correlate(grad, b, ctx.live_b, len(a)).sum_to_size(a.shape)
-        if ctx.needs_input_grad[1]:
-            grad_b = _correlate(grad, a, ctx.live_a, len(b)).sum_to_size(b.shape)
-        return grad_a, grad_b, None, None, None
-
-
-def _correlate(grad: Tensor, d: Tensor, live: int, length: int) -> Tensor:
-    """The adjoint of the product with d: `x_i = sum_j grad_(i+j) conj(d_j)` for i below length."""
-    d = d[:live].conj()
-    if live == 1:
-        return grad[:length] * d
-    room = Room(grad[:1] * d[:1], length)
-    slopes, rows = d.unbind(), grad.unbind()
-    for i, x in enumerate(room.rows):
-        for j in range(min(live, len(grad) - i)):
-            add_product(x, rows[i + j], slopes[j])
-    return room.stack()
-
-
-# ------------------------------------------------------------------ contraction
-
-
-class _Contraction(Function):
-    """`z_k = c_k + sum_j operation(a_(k-j), b_j)`: one call for all k, none for a dead b_j."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        a: Tensor,
-        b: Tensor,
-        c: Tensor | None,
-        operation: Operation,
-        length: int,
-        live_a: int,
-        live_b: int,
-        live_c: int,
-    ) -> Tensor:
-        size = min(max(len(a) + len(b) - 1, 0 if c is None else len(c)), length)
-        z = operation.forward(a[:live_a], b[:live_b], size)
-        if c is not None:
-            z[:live_c] += c[:live_c].reshape(live_c, *[1] * (z.ndim - c.ndim), *c.shape[1:])
-        return z
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, b, c, ctx.operation, _, *ctx.lives = inputs
-        ctx.addend = None if c is None else c.shape
-        ctx.save_for_backward(a, b)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors
-        live_a, live_b, _ = ctx.lives
-        grad_a = grad_b = grad_c = None
-        if ctx.needs_input_grad[0]:
-            grad_a = ctx.operation.left(grad, b[:live_b], a)
-        if ctx.needs_input_grad[1]:
-            grad_b = ctx.operation.right(grad, a[:live_a], b)
-        if ctx.needs_input_grad[2]:
-            n, *shape = ctx.addend
-            aligned = (n, *[1] * (grad.ndim - len(ctx.addend)), *shape)
-            grad_c = grad[:n].sum_to_size(aligned).reshape(ctx.addend)
-        return grad_a, grad_b, grad_c, None, None, None, None, None
-
-
-# ------------------------------------------------------------------ elementary functions
-
-
-class _ElementaryFunction(Function):
-    """The series forward; backward the product with the derivative, as for a single number."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, function: Elementary, length: int, live: int) -> Tensor:
-        if length == 1 or live == 1:
-            return _pad(function.value(x[0])[None], length)
-        return function.series(x[:live], length)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.function, ctx.length, ctx.live = inputs
-        ctx.size = len(x)
-        ctx.save_for_backward(output if ctx.function.from_value else x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (saved,) = ctx.saved_tensors
-        live = len(saved) if ctx.function.from_value else ctx.live
-        slope = ctx.function.derivative(Jet(saved, Taylor(ctx.length), live))
-        d, live = lift(slope)
-        return _correlate(grad, d, live, ctx.size), None, None, None
-
-
-class _LogSumExp(Function):
-    """With s the softmax and l the result: `l' = <s, x'>` and `s' = s (x' - l')`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, dim: int, length: int, live: int) -> tuple[Tensor, Tensor]:
-        room = Room(x, length)
-        s = room.rows
-        s[0].copy_(torch.softmax(x[0], dim))
-        totals = [torch.logsumexp(x[0], dim, keepdim=True)]
-        c = [s[0]]  # the coefficients of x - l, from the first order on
-        for k in range(1, length):
-            for j in range(1, k):
-                add_product(s[k], s[k - j], c[j], value=j / k)
-            speed = s[k] if k >= live else torch.addcmul(s[k], s[0], x[k])
-            totals.append(speed.sum(dim, keepdim=True))
-            c.append(-totals[k] if k >= live else x[k] - totals[k])
-            add_product(s[k], s[0], c[k])
-        return torch.stack(totals), room.stack()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, ctx.dim, _, _ = inputs
-        ctx.size = len(x)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_total: Tensor | None, grad_s: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None]:
-        (s,) = ctx.saved_tensors
-        grad = grad_total
-        if grad_s is not None:
-            mean = _correlate(grad_s, s, len(s), len(s)).sum(ctx.dim, keepdim=True)
-            grad = grad_s - mean if grad is None else grad_s - mean + grad
-        if grad is None:
-            return None, None, None, None
-        return _correlate(grad, s, len(s), ctx.size), None, None, None
-
-
-# ------------------------------------------------------------------ recurrences
-
-
-def riccati(
-    value: Callable[[Tensor], Tensor], constant: float, linear: float, square: float
-) -> Callable[[Tensor, int], Tensor]:
-    """The series of `y = value(x)` where `y' = (constant + linear y + square y^2) x'`."""
-
-    def series(stack: Tensor, length: int) -> Tensor:
-        x = stack.unbind()
-        room = Room(stack, length)
-        y = room.rows
-        y[0].copy_(value(x[0]))
-        slopes = [constant + linear * y[0] + square * y[0].square() if square or constant else y[0]]
-        for k in range(1, length):
-            for j in range(1, min(k + 1, len(x))):
-                add_product(y[k], x[j], slopes[k - j], value=j / k)
-            if k + 1 == length:
-                break
-            slopes.append(y[k] * linear if square or linear != 1 else y[k])
-            for i in range((k + 1) // 2 if square else 0):
-                add_product(slopes[k], y[i], y[k - i], value=2 * square)
-            if square and k % 2 == 0:
-                add_product(slopes[k], y[k // 2], y[k // 2], value=square)
-        return room.stack()
-
-    return series
-
-
-def power(exponent: Any) -> Callable[[Tensor, int], Tensor]:
-    """The series of `y = x^a`, from `x y' = a y x'`."""
-
-    def series(stack: Tensor, length: int) -> Tensor:
-        x = (stack / stack[0]).unbind()
-        room = Room(stack, length)
-        y = room.rows
-        y[0].copy_(stack[0] ** exponent)
-        for k in range(1, length):
-            for j in range(1, min(k + 1, len(x))):
-                weight = (exponent + 1) * (j / k) - 1
-                if isinstance(weight, Tensor):
-                    add_product(y[k], x[j] * weight, y[k - j])
-                else:
-                    add_product(y[k], x[j], y[k - j], value=weight)
-        return room.stack()
-
-    return series
-
-
-def oscillation(
-    value: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor], sign: int
-) -> Callable[[Tensor, int], Tensor]:
-    """The series of `y = value(x)` where `y' = slope(x) x'` and `slope' = sign value`."""
-
-    def series(stack: Tensor, length: int) -> Tensor:
-        x = stack.unbind()
-        room = Room(stack, length)
-        y, slopes = room.rows, Room(stack, length).rows
-        y[0].copy_(value(x[0]))
-        slopes[0].copy_(slope(x[0]))
-        for k in range(1, length):
-            for j in range(1, min(k + 1, len(x))):
-                add_product(y[k], x[j], slopes[k - j], value=j / k)
-                add_product(slopes[k], x[j], y[k - j], value=sign * j / k)
-        return room.stack()
-
-    return series
 
 
 # ------------------------------------------------------------------ the way in

@@ -63,7 +63,17 @@ def test_the_readme_runs() -> None:
 # May be imported by their siblings, from the ground up.
 ORDER = [
     *("_tables", "_rules", "gradients", "functions", "activations", "implicit", "losses"),
-    *("taylor", "taylor_rules", "higher_order", "cross_entropy", "memory", "benchmark", "widgets"),
+    *(
+        "_series",
+        "taylor",
+        "taylor_rules",
+        "taylor_layers",
+        "higher_order",
+        "cross_entropy",
+        "memory",
+        "benchmark",
+        "widgets",
+    ),
 ]
 
 

@@ -1,0 +1,314 @@
+"""Arithmetic on stacks of Taylor coefficients, `(n, *shape)`: products, contractions, recurrences.
+
+What is not linear consists of these few functions. Each has a backward of its own: the adjoint of
+a product of series is again one, with the orders reversed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """Apply a Function of this module, by the shortest way that is open.
+
+    Without a gradient to record there is no need of one; without torch.func, none of the binding
+    of arguments to its signature, which takes longer than the function where tensors are small.
+    """
+    if torch.is_grad_enabled():
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return super(Function, function).apply(*args)  # type: ignore[misc]
+    with torch.no_grad():
+        return function.forward(*args)
+
+
+def orders_of(stack: Tensor) -> Tensor:
+    """The numbers 1, 2, ... along the first dimension."""
+    orders = torch.arange(1, len(stack) + 1, dtype=stack.real.dtype, device=stack.device)
+    return orders.reshape(-1, *[1] * (stack.ndim - 1))
+
+
+def speed_of(stack: Tensor) -> Tensor:
+    """The coefficients of the derivative in t."""
+    return stack[1:] * orders_of(stack[1:])
+
+
+class Room:
+    """Zeros to sum coefficients up in: in eager mode rows of one stack, which needs no copy then.
+
+    A compiler that follows every operation would write the whole stack anew for each row, and
+    autograd refuses rows that are written: there the rows are tensors of their own.
+    """
+
+    def __init__(self, like: Tensor, length: int) -> None:
+        shape = like.shape[1:]
+        self._stack: Tensor | None = None
+        if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+            self.rows = [like.new_zeros(shape) for _ in range(length)]
+        else:
+            self._stack = like.new_zeros(length, *shape)
+            self.rows = list(self._stack.unbind())
+
+    def stack(self) -> Tensor:
+        return torch.stack(self.rows) if self._stack is None else self._stack
+
+
+def add_product(z: Tensor, a: Tensor, b: Tensor, value: float = 1) -> None:
+    """Add `value a b` to `z` in place."""
+    if torch._C._are_functorch_transforms_active():  # vmap has no rule for addcmul_
+        z.add_(a * b, alpha=value)
+    else:
+        z.addcmul_(a, b, value=value)
+
+
+def sum_products(terms: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """The sum of `value a b` over terms (a, b, value)."""
+    (a, b, value), *rest = terms
+    z = a * b if value == 1 else (a * b).mul_(value)
+    for a, b, value in rest:
+        add_product(z, a, b, value)
+    return z
+
+
+def pad(stack: Tensor, length: int) -> Tensor:
+    if len(stack) == length:
+        return stack
+    return torch.cat([stack, stack.new_zeros(length - len(stack), *stack.shape[1:])])
+
+
+# ------------------------------------------------------------------ product
+
+
+def product(a: Tensor, b: Tensor, length: int, live_a: int, live_b: int) -> Tensor:
+    return cast(Tensor, apply(_Product, a, b, min(len(a) + len(b) - 1, length), live_a, live_b))
+
+
+class _Product(Function):
+    """`z_k = sum_j a_(k-j) b_j`, with as many operations as the shorter factor has coefficients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, size: int, live_a: int, live_b: int) -> Tensor:
+        if live_a == 1 or live_b == 1:
+            return pad(a[:live_a] * b[:live_b], size)
+        room = Room(a[:1] * b[:1], size)  # which is batched under vmap if one of them is
+        left, right = a[:live_a].unbind(), b[:live_b].unbind()
+        for k, z in enumerate(room.rows):
+            for j in range(max(0, k + 1 - live_a), min(k + 1, live_b)):
+                add_product(z, left[k - j], right[j])
+        return room.stack()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, b, _, ctx.live_a, ctx.live_b = inputs
+        ctx.save_for_backward(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_a = correlate(grad, b, ctx.live_b, len(a)).sum_to_size(a.shape)
+        if ctx.needs_input_grad[1]:
+            grad_b = correlate(grad, a, ctx.live_a, len(b)).sum_to_size(b.shape)
+        return grad_a, grad_b, None, None, None
+
+
+def correlate(grad: Tensor, d: Tensor, live: int, length: int) -> Tensor:
+    """The adjoint of the product with d: `x_i = sum_j grad_(i+j) conj(d_j)` for i below length."""
+    d = d[:live].conj()
+    if live == 1:
+        return grad[:length] * d
+    room = Room(grad[:1] * d[:1], length)
+    slopes, rows = d.unbind(), grad.unbind()
+    for i, x in enumerate(room.rows):
+        for j in range(min(live, len(grad) - i)):
+            add_product(x, rows[i + j], slopes[j])
+    return room.stack()
+
+
+# ------------------------------------------------------------------ contraction
+
+
+class Operation(ABC):
+    """A bilinear function of two stacks, and its adjoints in both: sums over pairs of orders.
+
+    What is given is the function of a stack and of one coefficient, and both its adjoints.
+    """
+
+    @abstractmethod
+    def apply(self, a: Tensor, b: Tensor) -> Tensor:
+        """Map `(n, *a)` and `(*b)` to `(n, *z)`."""
+
+    @abstractmethod
+    def apply_left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        """Map `(n, *z)` and `(*b)` to the gradient `(n, *a)`; `a` has its shape but for n."""
+
+    @abstractmethod
+    def apply_right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Map `(n, *z)` and `(n, *a)` to the gradient `(*b)`, summed over n."""
+
+    def add_to(self, z: Tensor, a: Tensor, b: Tensor) -> None:
+        """Add `apply(a, b)` to `z` in place."""
+        z += self.apply(a, b)
+
+    def forward(self, a: Tensor, b: Tensor, size: int) -> Tensor:
+        """`z_k = sum_j apply(a_(k-j), b_j)` for k below size."""
+        z = pad(self.apply(a[:size], b[0]), size)
+        for j in range(1, min(len(b), size)):
+            n = min(len(a), size - j)
+            self.add_to(z[j : j + n], a[:n], b[j])
+        return z
+
+    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        """`a_i = sum_j apply_left(grad_(i+j), b_j)`, for every coefficient of `a`."""
+        grad_a = self.apply_left(grad[: len(a)], b[0], a)
+        for j in range(1, min(len(b), len(grad))):
+            n = min(len(a), len(grad) - j)
+            grad_a[:n] += self.apply_left(grad[j : j + n], b[j], a)
+        return grad_a
+
+    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """`b_j = sum_i apply_right(grad_(i+j), a_i)`, for every coefficient of `b`."""
+        lengths = [min(len(a), len(grad) - j) for j in range(len(b))]
+        return torch.stack(
+            [self.apply_right(grad[j : j + n], a[:n], b[j]) for j, n in enumerate(lengths)]
+        )
+
+
+class Contraction(Function):
+    """`z_k = c_k + sum_j operation(a_(k-j), b_j)`: one call for all k, none for a dead b_j."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        a: Tensor,
+        b: Tensor,
+        c: Tensor | None,
+        operation: Operation,
+        length: int,
+        live_a: int,
+        live_b: int,
+        live_c: int,
+    ) -> Tensor:
+        size = min(max(len(a) + len(b) - 1, 0 if c is None else len(c)), length)
+        z = operation.forward(a[:live_a], b[:live_b], size)
+        if c is not None:
+            z[:live_c] += c[:live_c].reshape(live_c, *[1] * (z.ndim - c.ndim), *c.shape[1:])
+        return z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, b, c, ctx.operation, _, *ctx.lives = inputs
+        ctx.addend = None if c is None else c.shape
+        ctx.save_for_backward(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        live_a, live_b, _ = ctx.lives
+        grad_a = grad_b = grad_c = None
+        if ctx.needs_input_grad[0]:
+            grad_a = ctx.operation.left(grad, b[:live_b], a)
+        if ctx.needs_input_grad[1]:
+            grad_b = ctx.operation.right(grad, a[:live_a], b)
+        if ctx.needs_input_grad[2]:
+            n, *shape = ctx.addend
+            aligned = (n, *[1] * (grad.ndim - len(ctx.addend)), *shape)
+            grad_c = grad[:n].sum_to_size(aligned).reshape(ctx.addend)
+        return grad_a, grad_b, grad_c, None, None, None, None, None
+
+
+# ------------------------------------------------------------------ recurrences
+
+
+class LogSumExp(Function):
+    """With s the softmax and l the result: `l' = <s, x'>` and `s' = s (x' - l')`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int, length: int, live: int) -> tuple[Tensor, Tensor]:
+        room = Room(x, length)
+        s = room.rows
+        s[0].copy_(torch.softmax(x[0], dim))
+        totals = [torch.logsumexp(x[0], dim, keepdim=True)]
+        c = [s[0]]  # the coefficients of x - l, from the first order on
+        for k in range(1, length):
+            for j in range(1, k):
+                add_product(s[k], s[k - j], c[j], value=j / k)
+            speed = s[k] if k >= live else torch.addcmul(s[k], s[0], x[k])
+            totals.append(speed.sum(dim, keepdim=True))
+            c.append(-totals[k] if k >= live else x[k] - totals[k])
+            add_product(s[k], s[0], c[k])
+        return torch.stack(totals), room.stack()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, ctx.dim, _, _ = inputs
+        ctx.size = len(x)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_total: Tensor | None, grad_s: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None]:
+        (s,) = ctx.saved_tensors
+        grad = grad_total
+        if grad_s is not None:
+            mean = correlate(grad_s, s, len(s), len(s)).sum(ctx.dim, keepdim=True)
+            grad = grad_s - mean if grad is None else grad_s - mean + grad
+        if grad is None:
+            return None, None, None, None
+        return correlate(grad, s, len(s), ctx.size), None, None, None
+
+
+def power(exponent: Any) -> Callable[[Tensor, int], Tensor]:
+    """The series of `y = x^a`, from `x y' = a y x'`."""
+
+    def series(stack: Tensor, length: int) -> Tensor:
+        x = (stack / stack[0]).unbind()
+        room = Room(stack, length)
+        y = room.rows
+        y[0].copy_(stack[0] ** exponent)
+        for k in range(1, length):
+            for j in range(1, min(k + 1, len(x))):
+                weight = (exponent + 1) * (j / k) - 1
+                if isinstance(weight, Tensor):
+                    add_product(y[k], x[j] * weight, y[k - j])
+                else:
+                    add_product(y[k], x[j], y[k - j], value=weight)
+        return room.stack()
+
+    return series
+
+
+def oscillation(
+    value: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor], sign: int
+) -> Callable[[Tensor, int], Tensor]:
+    """The series of `y = value(x)` where `y' = slope(x) x'` and `slope' = sign value`."""
+
+    def series(stack: Tensor, length: int) -> Tensor:
+        x = stack.unbind()
+        room = Room(stack, length)
+        y, slopes = room.rows, Room(stack, length).rows
+        y[0].copy_(value(x[0]))
+        slopes[0].copy_(slope(x[0]))
+        for k in range(1, length):
+            for j in range(1, min(k + 1, len(x))):
+                add_product(y[k], x[j], slopes[k - j], value=j / k)
+                add_product(slopes[k], x[j], y[k - j], value=sign * j / k)
+        return room.stack()
+
+    return series
