@@ -92,7 +92,7 @@ def product(a: Tensor, b: Tensor, length: int, live_a: int, live_b: int) -> Tens
 
 
 class _Product(Function):
-    """`z_k = sum_j a_(k-j) b_j`, with as many operations as the shorter factor has coefficients."""
+    """`z_k = sum_j a_(k-j) b_j`, elementwise."""
 
     generate_vmap_rule = True
 

@@ -1,14 +1,13 @@
 """Taylor mode: all derivatives along a direction in one pass, at a cost polynomial in the order.
 
 A value that depends on $t$ is followed as a `Jet`, the stack of its Taylor coefficients in $t$.
-Every PyTorch function that meets one is looked up in a table of rules (`taylor_rules`); a function
-without a rule raises, whichever way it is reached. Two rings of coefficients share the rules: the
-powers of one direction up to an order, and, for the Laplacian, the first orders of many directions
-with the sum of their second orders.
+Every PyTorch function that meets one is looked up in a table of rules (`taylor_rules`, and
+`taylor_layers` for layers); a function without a rule raises, whichever way it is reached. Two
+rings of coefficients share the rules: the powers of one direction up to an order, and, for the
+Laplacian, the first orders of many directions with the sum of their second orders.
 
 The rules work on whole stacks: a linear function costs one call for all coefficients. What is not
-linear consists of the three functions at the heart of this module, each with a backward of its own
-that is again arithmetic on stacks: a product, a contraction, an elementary function.
+linear comes down to a product, a contraction and an elementary function (`_series`).
 """
 
 from __future__ import annotations
@@ -103,15 +102,15 @@ def _integral(function: Any, slope: Callable[[Tensor], Tensor]) -> Callable[[Jet
 
 def _divert(function: type[Function], rule: Callable[..., Any]) -> None:
     """Let `function.apply` take the rule where an argument is followed."""
-    apply = function.apply
+    inherited = function.apply.__func__  # type: ignore[attr-defined]
 
-    @functools.wraps(apply)
-    def diverted(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(arg, Jet) for arg in args):
+    @functools.wraps(inherited)
+    def diverted(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        if cls is function and any(isinstance(arg, Jet) for arg in args):
             return rule(*args, **kwargs)
-        return apply(*args, **kwargs)
+        return inherited(cls, *args, **kwargs)
 
-    function.apply = staticmethod(diverted)  # type: ignore[method-assign]
+    function.apply = classmethod(diverted)  # type: ignore[assignment, method-assign]
 
 
 def _no_rule(name: str, in_place: bool = False) -> NotImplementedError:
@@ -505,7 +504,9 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
     Walther 2008, "Evaluating Derivatives", chapter 13): the coefficients of $f(x + tv)$ in $t$ are
     pushed through the operations of `f`, each by its own recurrence. The cost grows as $K$ through
     linear functions with constant weights and at most as $K^2$ through others; nesting
-    `torch.func.jvp` or `grad` doubles it, at least, with each order.
+    `torch.func.jvp` or `grad` doubles it, at least, with each order. To compile it, trace it first
+    by `make_fx` of `torch.fx.experimental.proxy_tensor`:
+    `torch.compile(make_fx(lambda x, v: jet(f, x, v, order))(x, v))`.
 
     Args:
         f: a function of one tensor, or of one dict of tensors, that returns a tensor of any shape.
