@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib._series import Room, add_product, oscillation, power, sum_products
+from autograd_lib._series import Room, add_product, oscillation, pad, power, sum_products
 from autograd_lib.taylor import (
     Elementary,
     Jet,
@@ -361,10 +361,7 @@ def _join(function: Any, values: Sequence[Tensor], dim: int) -> Jet:
     ring = ring_of(values)
     lifted = [lift(x) for x in values]
     size = max(len(stack) for stack, _ in lifted)
-    stacks = [
-        torch.cat([stack, stack.new_zeros(size - len(stack), *stack.shape[1:])])
-        for stack, _ in lifted
-    ]
+    stacks = [pad(stack, size) for stack, _ in lifted]
     return Jet(function(stacks, dim), ring, max(live for _, live in lifted))
 
 
@@ -425,14 +422,15 @@ for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
 def _add_stacks(x: Tensor, y: Tensor) -> Tensor:
     """The sum of two values, constants among them; the shorter stack ends first."""
     ring = ring_of(x, y)
-    ndim = max(x.ndim, y.ndim)
+    ndim, dtype = max(x.ndim, y.ndim), torch.result_type(primal(x), primal(y))
     (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
+    a, b = a.to(dtype), b.to(dtype)
     if len(a) < len(b):
         a, b = b, a
     n = len(b)
     total = a[:n] + b
     if n < len(a):
-        total = torch.cat([total, a[n:].expand(-1, *total.shape[1:]).to(total.dtype)])
+        total = torch.cat([total, a[n:].expand(-1, *total.shape[1:])])
     return Jet(total, ring, max(live_a, live_b))
 
 
@@ -474,7 +472,10 @@ def _div(x: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
         return torch.div(primal(x), primal(other), rounding_mode=rounding_mode)
     if not isinstance(other, Jet):
         stack, _ = lift(x, getattr(other, "ndim", 0))
-        return Jet(stack / other, x.ring, x.live)
+        # A stack has a dimension more than its value, and so another say in the dtype.
+        dtype = torch.result_type(primal(x), other)
+        divisor = other.to(dtype) if isinstance(other, Tensor) else other
+        return Jet(stack.to(dtype) / divisor, x.ring, x.live)
     return x * torch.reciprocal(other)
 
 
@@ -674,10 +675,18 @@ def _square(x: Jet) -> Tensor:
     return x * x
 
 
-@jet_rule(torch.pow, Tensor.__pow__, torch.float_power)
+@jet_rule(torch.float_power)
+def _float_power(x: Any, exponent: Any) -> Tensor:
+    return _pow(x.double() if isinstance(x, Tensor) else x, exponent)
+
+
+@jet_rule(torch.pow, Tensor.__pow__)
 def _pow(x: Any, exponent: Any) -> Tensor:
+    dtype = torch.result_type(primal(x), primal(exponent))
     if isinstance(exponent, Jet):
-        return torch.exp(exponent * (x.log() if isinstance(x, Tensor) else math.log(x)))
+        log = x.to(dtype).log() if isinstance(x, Tensor) else math.log(x)
+        return torch.exp(exponent.to(dtype) * log)
+    x = x.to(dtype)
     if isinstance(exponent, Tensor):
         if exponent.is_floating_point() or exponent.is_complex():
             if torch.is_grad_enabled() and (
@@ -685,6 +694,7 @@ def _pow(x: Any, exponent: Any) -> Tensor:
             ):
                 return torch.exp(exponent * torch.log(x))
             x = x.expand(torch.broadcast_shapes(x.shape, exponent.shape))
+            exponent = exponent.to(dtype)
             return _elementary(
                 x, lambda t: t**exponent, lambda t: exponent * t ** (exponent - 1), power(exponent)
             )
@@ -693,7 +703,7 @@ def _pow(x: Any, exponent: Any) -> Tensor:
         for n in exponents[1:]:
             result = torch.where(exponent == n, x**n, result)
         return result
-    if exponent == int(exponent):
+    if not isinstance(exponent, complex) and exponent == int(exponent):
         return _integer_power(x, int(exponent))
     return _elementary(
         x, lambda t: t**exponent, lambda t: exponent * t ** (exponent - 1), power(exponent)
@@ -748,10 +758,10 @@ def _where(condition: Tensor, x: Any, other: Any) -> Any:
         t if isinstance(t, Tensor) else torch.tensor(t, dtype=like.dtype, device=like.device)
         for t in (x, y)
     )
-    ndim = max(condition.ndim, x.ndim, y.ndim)
+    ndim, dtype = max(condition.ndim, x.ndim, y.ndim), torch.result_type(primal(x), primal(y))
     (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
     size = max(len(a), len(b))
-    a, b = (torch.cat([c, c.new_zeros(size - len(c), *c.shape[1:])]) for c in (a, b))
+    a, b = (pad(c.to(dtype), size) for c in (a, b))
     return Jet(torch.where(condition, a, b), ring, max(live_a, live_b))
 
 
@@ -1040,10 +1050,10 @@ def _norm(
 def _linalg_norm(
     x: Jet, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
-    matrix = ord is not None and (x.ndim if dim is None else len([*[dim], *()])) == 2
+    matrix = x.ndim == 2 if dim is None else not isinstance(dim, int) and len(dim) == 2
     if ord == "fro" or ord is None:
         ord, matrix = 2, False
-    if matrix or isinstance(ord, str):
+    if (matrix and ord is not None) or isinstance(ord, str):
         raise NotImplementedError(f"jet: torch.linalg.norm has no rule for matrices, ord={ord!r}")
     return torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
 
