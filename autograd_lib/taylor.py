@@ -266,6 +266,12 @@ class Elementary:
         """The coefficients of the derivative, and how many of them live."""
         return lift(self.derivative(Jet(stack, Taylor(length), live)))
 
+    def second_order(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The value, the derivative and the second derivative."""
+        along = Jet(torch.stack([x, torch.ones_like(x)]), Taylor(3))
+        y, slope, half = along.ring.elementary(self, along).stack.unbind()
+        return y, slope, 2 * half
+
 
 class Riccati(Elementary):
     """A function y of x with `y' = (constant + linear y + square y^2) x'`."""
@@ -310,6 +316,11 @@ class Riccati(Elementary):
             return (stack if self.linear == 1 else stack * self.linear), live
         rows = stack.unbind()
         return torch.stack([self._coefficient(rows, k) for k in range(len(rows))]), len(rows)
+
+    def second_order(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.value(x)
+        slope = self._coefficient([y], 0)
+        return y, slope, slope * (self.linear + 2 * self.square * y)
 
 
 class _ElementaryFunction(Function):
@@ -429,13 +440,10 @@ class Laplace(Ring):
         return Jet(torch.cat([z[:1], rest[:-1], last]), self)
 
     def elementary(self, function: Elementary, x: Jet) -> Jet:
-        # The first three coefficients of the function itself at the value.
-        value = x.stack[0]
-        along = Jet(torch.stack([value, torch.ones_like(value)]), Taylor(3))
-        y = along.ring.elementary(function, along).stack
-        z = x.stack * y[1]
-        z[0] = y[0]
-        z[-1] += 2 * y[2] * x.stack[1:-1].square().sum(0)
+        y, slope, curvature = function.second_order(x.stack[0])
+        z = x.stack * slope
+        z[0] = y
+        z[-1] += curvature * x.stack[1:-1].square().sum(0)
         return Jet(z, self)
 
     def logsumexp(self, x: Jet, dim: int) -> tuple[Jet, Jet]:
