@@ -152,9 +152,9 @@ class Jet(Tensor):
     ndim = property(lambda self: self.stack.ndim - 1)
     dtype = property(lambda self: self.stack.dtype)
     device = property(lambda self: self.stack.device)
-    # The graph is that of the stack: hooks of modules find nothing to hook here.
-    requires_grad = property(lambda self: False)
-    grad_fn = property(lambda self: None)
+    # The graph is that of the stack, for who hooks it.
+    requires_grad = property(lambda self: self.stack.requires_grad)
+    grad_fn = property(lambda self: self.stack.grad_fn)
 
     def dim(self) -> int:
         return self.stack.ndim - 1
@@ -246,7 +246,7 @@ class Elementary:
     def __init__(
         self,
         value: Callable[[Tensor], Tensor],
-        derivative: Callable[[Tensor], Tensor],
+        derivative: Callable[[Tensor], Tensor] | None,
         series: Callable[[Tensor, int], Tensor] | None = None,
         from_value: bool = False,
     ) -> None:
@@ -257,13 +257,14 @@ class Elementary:
 
     def integrate(self, stack: Tensor, length: int) -> Tensor:
         """From `k y_k = sum_j j x_j d_(k-j)`, with d the coefficients of the derivative."""
-        d, _ = lift(self.derivative(Jet(stack[: length - 1], Taylor(length - 1))))
+        d, _ = self.slope(stack[: length - 1], len(stack), length - 1)
         speed = speed_of(stack)
         rest = product(speed, d, length - 1, len(speed), len(d))
         return torch.cat([self.value(stack[0])[None], rest / orders_of(rest)])
 
     def slope(self, stack: Tensor, live: int, length: int) -> tuple[Tensor, int]:
         """The coefficients of the derivative, and how many of them live."""
+        assert self.derivative is not None, "where there is none, this method is another"
         return lift(self.derivative(Jet(stack, Taylor(length), live)))
 
     def second_order(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,12 +280,8 @@ class Riccati(Elementary):
     def __init__(
         self, value: Callable[[Tensor], Tensor], constant: float, linear: float, square: float
     ) -> None:
-        super().__init__(value, self.of_value, self.recurrence, from_value=True)
+        super().__init__(value, None, self.recurrence, from_value=True)
         self.constant, self.linear, self.square = constant, linear, square
-
-    def of_value(self, y: Tensor) -> Tensor:
-        """The derivative by x, from the value."""
-        return self.constant + self.linear * y + self.square * y.square()
 
     def _coefficient(self, y: Sequence[Tensor], k: int) -> Tensor:
         """That of order k of the derivative."""

@@ -50,11 +50,11 @@ def _named(names: str, *homes: Any) -> list[Any]:
 
 _PLAIN = """
     size dim ndimension numel nelement element_size __len__ stride is_contiguous is_floating_point
-    is_complex get_device is_same_size type
+    is_complex get_device is_same_size
     new_zeros new_ones new_full new_empty new_tensor
     zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli
     eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isnan isinf isfinite isposinf
-    isneginf isclose allclose equal sign sgn signbit floor ceil round trunc fix argmax argmin
+    isneginf isclose allclose equal sign signbit floor ceil round trunc fix argmax argmin
     argsort count_nonzero nonzero any all logical_not logical_and logical_or logical_xor
     heaviside result_type can_cast searchsorted bucketize floor_divide __floordiv__
     detach item tolist __bool__ __float__ __int__ __index__ __contains__ bool int long
@@ -79,6 +79,20 @@ for _name in _PLAIN_GETTERS.split():
     _plain(_getter(_name))
 
 
+@jet_rule(torch.sgn)
+def _sgn(x: Jet) -> Any:
+    if x.is_complex():
+        raise NotImplementedError("jet: torch.sgn has no rule for complex values, not analytic")
+    return torch.sgn(primal(x))
+
+
+@jet_rule(Tensor.type)
+def _type(x: Jet, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if dtype is None:
+        return primal(x).type()
+    return _wrap(x.stack.type(dtype, *args, **kwargs), x)
+
+
 @jet_rule(_getter("data"))
 def _data(x: Jet) -> Tensor:
     return cast(Tensor, primal(x).detach())
@@ -94,6 +108,8 @@ def _text(x: Jet, *args: Any, **kwargs: Any) -> str:
 
 def _wrap(result: Any, like: Jet) -> Any:
     if isinstance(result, Tensor):
+        if not (result.is_floating_point() or result.is_complex()):
+            return result[0]  # converted to integers, where there are no derivatives
         return Jet(result, like.ring, like.live)
     return tuple(_wrap(part, like) for part in result)
 
@@ -199,13 +215,17 @@ def _h(x: Jet) -> Jet:
 
 
 @jet_rule(torch.sum)
-def _sum(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Jet:
-    return x.map(lambda c: c.sum(_from_right(x, dim), keepdim, dtype=dtype)) if x.ndim else x
+def _sum(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if not x.ndim:
+        return x if dtype is None else x.to(dtype)
+    return _wrap(x.stack.sum(_from_right(x, dim), keepdim, dtype=dtype), x)
 
 
 @jet_rule(torch.mean)
-def _mean(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Jet:
-    return x.map(lambda c: c.mean(_from_right(x, dim), keepdim, dtype=dtype)) if x.ndim else x
+def _mean(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if not x.ndim:
+        return x if dtype is None else x.to(dtype)
+    return _wrap(x.stack.mean(_from_right(x, dim), keepdim, dtype=dtype), x)
 
 
 def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
@@ -620,36 +640,47 @@ def _gelu(input: Jet, approximate: str = "none") -> Tensor:
     return input.ring.elementary(_GELU, input)
 
 
-def _gelu_slope(x: Tensor) -> Tensor:
-    density = torch.exp(-0.5 * x.square()) * (1 / math.sqrt(2 * math.pi))
-    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * density
+class _Gelu(Elementary):
+    """`y = x P`, with the normal distribution `P' = p x'` and its density `p' = -x x' p`."""
+
+    def __init__(self) -> None:
+        super().__init__(F.gelu, None, self.recurrence)
+
+    def recurrence(self, stack: Tensor, length: int) -> Tensor:
+        x, (below, _) = stack.unbind(), _normal(stack, length)
+        room = Room(stack, length)
+        room.rows[0].copy_(F.gelu(x[0]))
+        for k, y in enumerate(room.rows[1:], start=1):
+            for j in range(min(k + 1, len(x))):
+                add_product(y, x[j], below[k - j])
+        return room.stack()
+
+    def slope(self, stack: Tensor, live: int, length: int) -> tuple[Tensor, int]:
+        """`P + x p`."""
+        x, (slopes, density) = stack[:live].unbind(), _normal(stack[:live], length)
+        for k, slope in enumerate(slopes):
+            for j in range(min(k + 1, len(x))):
+                add_product(slope, x[j], density[k - j])
+        return torch.stack(slopes), length
 
 
-def _gelu_series(stack: Tensor, length: int) -> Tensor:
-    """`y = x P` with the normal distribution `P' = p x'` and its density `p' = -x x' p`."""
+def _normal(stack: Tensor, length: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The coefficients of the normal distribution of a series and of its density."""
     x = stack.unbind()
     below = [0.5 * (1 + torch.erf(x[0] * math.sqrt(0.5)))]
     density = [torch.exp(-0.5 * x[0].square()) * (1 / math.sqrt(2 * math.pi))]
     speed = [torch.zeros_like(x[0])]  # -x x'
-    room = Room(stack, length)
-    y = room.rows
-    y[0].copy_(F.gelu(x[0]))
     for k in range(1, length):
         places = range(max(0, k + 1 - len(x)), k // 2 + 1)
-        speed.append(
-            sum_products([(x[i], x[k - i], -k / 2 if 2 * i == k else -k) for i in places])
-            if places
-            else speed[0]
-        )
-        terms = range(1, min(k + 1, len(x)))
-        below.append(sum_products([(x[j], density[k - j], j / k) for j in terms]))
+        pairs = [(x[i], x[k - i], -k / 2 if 2 * i == k else -k) for i in places]
+        speed.append(sum_products(pairs) if pairs else speed[0])
+        orders = range(1, min(k + 1, len(x)))
+        below.append(sum_products([(x[j], density[k - j], j / k) for j in orders]))
         density.append(sum_products([(speed[j], density[k - j], 1 / k) for j in range(1, k + 1)]))
-        for j in range(min(k + 1, len(x))):
-            add_product(y[k], x[j], below[k - j])
-    return room.stack()
+    return below, density
 
 
-_GELU = Elementary(F.gelu, _gelu_slope, _gelu_series)
+_GELU = _Gelu()
 
 
 @jet_rule(F.mish)
