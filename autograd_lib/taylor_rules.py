@@ -98,6 +98,15 @@ def _data(x: Jet) -> Tensor:
     return cast(Tensor, primal(x).detach())
 
 
+@jet_rule(Tensor.register_hook)
+def _register_hook(x: Jet, hook: Callable[[Tensor], Any]) -> Any:
+    def of_stack(grad: Tensor) -> None:
+        if hook(grad[0]) is not None:
+            raise NotImplementedError("jet: a hook that changes the gradient has no rule")
+
+    return x.stack.register_hook(of_stack)
+
+
 @jet_rule(Tensor.__repr__, Tensor.__format__)
 def _text(x: Jet, *args: Any, **kwargs: Any) -> str:
     return f"Jet({primal(x)!r})"
