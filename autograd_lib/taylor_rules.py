@@ -697,6 +697,12 @@ def _mish(input: Jet, inplace: bool = False) -> Tensor:
     return input * torch.tanh(F.softplus(input))
 
 
+@jet_rule(F.glu)
+def _glu(input: Jet, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * torch.sigmoid(gate)
+
+
 @jet_rule(F.softplus)
 def _softplus(input: Jet, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     smooth = _elementary(
