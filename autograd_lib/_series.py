@@ -98,8 +98,14 @@ class _Product(Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, size: int, live_a: int, live_b: int) -> Tensor:
-        if live_a == 1 or live_b == 1:
-            return pad(a[:live_a] * b[:live_b], size)
+        if live_a < live_b:
+            a, b, live_a, live_b = b, a, live_b, live_a
+        if live_b <= 2:
+            z = pad(a[:live_a] * b[0], size)
+            if live_b == 2:
+                n = min(live_a, size - 1)
+                add_product(z[1 : 1 + n], a[:n], b[1])
+            return z
         room = Room(a[:1] * b[:1], size)  # which is batched under vmap if one of them is
         left, right = a[:live_a].unbind(), b[:live_b].unbind()
         for k, z in enumerate(room.rows):

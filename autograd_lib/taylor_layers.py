@@ -344,7 +344,11 @@ for _n in (1, 2, 3):
 
 
 def _standardized(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    centered = x - x.mean(dims, keepdim=True)
+    dims = tuple(d if d < 0 else d - x.ndim for d in dims)  # which they are in a stack too
+    if isinstance(x, Jet):
+        centered: Tensor = x.map(lambda c: c - c.mean(dims, keepdim=True))
+    else:
+        centered = x - x.mean(dims, keepdim=True)
     return centered * torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)
 
 
@@ -453,7 +457,8 @@ def _attention(
         boolean = attn_mask.dtype == torch.bool
         mask = mask.masked_fill(~attn_mask, -math.inf) if boolean else mask + attn_mask
     scores = _product_of_matrices(query * scale, key.mT, mask)
-    return F.dropout(scores.softmax(-1), dropout_p) @ value
+    weights = scores.softmax(-1)
+    return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
 
 
 @jet_rule(F.multi_head_attention_forward)

@@ -213,7 +213,7 @@ for _function in (torch.cumsum, torch.select, torch.narrow):
     _along(_function, "dim")
 
 
-@jet_rule(torch.t, _getter("T"), _getter("H"))
+@jet_rule(torch.t, _getter("T"))
 def _t(x: Jet) -> Jet:
     return x if x.ndim < 2 else x.map(lambda c: c.mT)
 

@@ -1530,7 +1530,7 @@ def test_estimators_refuse(estimate: Callable[..., Estimate]) -> None:
     for samples in (1, 0, -3, 4.0):
         with pytest.raises(ValueError, match=f"{name}: expected 2 samples or more.*got {samples}"):
             estimate(quadratic, x, samples)
-    with pytest.raises(TypeError, match=f"{name}: expected real tensors"):
+    with pytest.raises(TypeError, match=f"{name}: expected x to be a real"):
         estimate(lambda x: x.abs().sum(), x.to(torch.complex128), 4)
     with pytest.raises(TypeError, match="floating-point"):
         estimate(lambda x: x.sum(), torch.arange(3), 4)
@@ -1632,7 +1632,7 @@ def test_top_eigenvalues_refuses() -> None:
     for k in (0, -1, N + 1, 2.0):
         with pytest.raises(ValueError, match=f"expected k between 1 and {N}, got {k}"):
             top_eigenvalues(quadratic, points(N), k)
-    with pytest.raises(TypeError, match="top_eigenvalues: expected real tensors"):
+    with pytest.raises(TypeError, match="top_eigenvalues: expected x to be a real"):
         top_eigenvalues(quadratic, points(N).to(torch.complex128), 1)
     with pytest.raises(TypeError, match="floating-point"):
         top_eigenvalues(quadratic, torch.arange(N), 1)
@@ -1738,7 +1738,7 @@ def test_each_silently_wrong_case_of_torch_2_13_is_caught(name: str) -> None:
     f, x, v, first_wrong, raising = SILENT[name]
     report = verify_derivatives(f, x, v, 4)
     assert isinstance(report, DerivativeReport)
-    assert report.first_wrong == first_wrong
+    assert report.first_wrong == {**first_wrong, **dict.fromkeys(raising, 0)}
     assert set(report.errors) == raising
     assert not report.ok
     assert all(
@@ -1881,7 +1881,7 @@ def test_ways_of_ones_own() -> None:
     ways = {"right": right, "wrong": wrong, "lost": lost, "raising": raising}
     x, v = torch.tensor(0.3), torch.tensor(0.5)
     report = verify_derivatives(torch.exp, x, v, 3, ways=ways)
-    assert report.first_wrong == {"right": None, "wrong": 1, "lost": 1, "raising": None}
+    assert report.first_wrong == {"right": None, "wrong": 1, "lost": 1, "raising": 1}
     assert report.errors == {"raising": "RuntimeError: no further"}
     assert len(report.values["raising"]) == 1
     assert not report.ok

@@ -1597,9 +1597,11 @@ PLAIN: list[Function] = [
 ]
 # Asked of a followed value these answer of the wrapper, or have a test of their own below, or
 # reach their rule under another name (x >= y is Tensor.ge).
+# special_entr has a rule where the doctest of jet_rule has run
 EXEMPT = """
     cuda get_device is_leaf requires_grad can_cast __index__ __contains__ __repr__ __format__
     register_hook multi_head_attention_forward dropout1d dropout2d dropout3d ndimension nelement
+    special_entr entr
     __ge__ __gt__ __le__ __lt__ __ne__ __iter__ __matmul__ __mod__ __rmatmul__ __truediv__
 """
 
