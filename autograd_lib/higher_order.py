@@ -27,7 +27,7 @@ from autograd_lib.taylor import (
     Laplace,
     Taylor,
     check_tensor,
-    factorial,
+    derivative,
     follow,
     jet,
     lift,
@@ -115,6 +115,7 @@ def linearize_hvp(f: Scalar, x: Inputs) -> Callable[[Inputs], Any]:
 
 def _linearized(operation: str, f: Scalar, x: Inputs) -> Callable[[Inputs], Any]:
     _check(operation, x)
+    _check_recording(operation)
     leaves = _map(lambda t: t.detach().requires_grad_(), x)
     inputs = _list(leaves)
     with torch.enable_grad(), _advice():
@@ -149,6 +150,14 @@ def _check(operation: str, x: object, real: bool = False) -> None:
                 f"{operation}: expected x to be a {'real ' if real else ''}floating-point tensor, "
                 f"or a dict of them, got {got}"
             )
+
+
+def _check_recording(operation: str) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{operation}: expected to be called outside of torch.inference_mode, which records no "
+            "graph, got inside; use torch.no_grad, which does not matter here"
+        )
 
 
 def _map(g: Callable[[Tensor], Any], x: Inputs) -> Any:
@@ -260,7 +269,8 @@ def derivative_tower(
 
     Args:
         model: a module; its parameters that require a gradient are differentiated, shared ones
-            once. It is left as it is: parameters, gradients, buffers, mode.
+            once. It is left as it is: parameters, gradients, buffers, mode; but while this runs,
+            its parameters are others, so no other thread may use it.
         loss_fn: `loss_fn(model(input), target)` is the loss, a scalar.
         input: what `model` is called with.
         target: the second argument of `loss_fn`.
@@ -287,6 +297,7 @@ def derivative_tower(
     """
     if not isinstance(order, int) or order < 1:
         raise ValueError(f"derivative_tower: expected an order of 1 or more, got {order!r}")
+    _check_recording("derivative_tower")
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.modules.batchnorm._NormBase)
@@ -302,13 +313,17 @@ def derivative_tower(
     if not parameters:
         raise ValueError("derivative_tower: no parameter of the model requires a gradient")
 
-    def loss(values: Mapping[str, Tensor]) -> Tensor:
+    def inside(values: Mapping[str, Tensor], action: Callable[[Tensor], Any]) -> Any:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        output = torch.func.functional_call(model, {**buffers, **values}, (input,))
-        return _scalar("derivative_tower", loss_fn(output, target))
+
+        def run(model: nn.Module) -> Any:
+            return action(_scalar("derivative_tower", loss_fn(model(input), target)))
+
+        swapped = {f"model.{name}": tensor for name, tensor in {**buffers, **values}.items()}
+        return torch.func.functional_call(_Inside(model, run), swapped, ())
 
     with torch.enable_grad():
-        v = _direction(loss, parameters) if direction is None else direction
+        v = _direction(inside, parameters) if direction is None else direction
         ring = Taylor(order)
 
         def seed(x: Tensor, v: Tensor) -> Jet:
@@ -317,35 +332,57 @@ def derivative_tower(
             return Jet(stack.requires_grad_(), ring, live=2)
 
         seeds = follow("derivative_tower, direction", parameters, v, seed)
-        stack, _ = lift(loss(seeds))
         stacks = [seed.stack for seed in seeds.values()]
-        slopes: Sequence[Tensor] = [torch.zeros_like(s) for s in stacks]
-        if len(stack) == order and stack.requires_grad:
-            slopes = torch.autograd.grad(stack[-1], stacks, materialize_grads=True)
+
+        def differentiate(loss: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+            stack, _ = lift(loss)
+            if len(stack) < order or not stack.requires_grad:
+                return stack, [torch.zeros_like(s) for s in stacks]
+            return stack, torch.autograd.grad(stack[-1], stacks, materialize_grads=True)
+
+        stack, slopes = inside(seeds, differentiate)
     vectors = [
         {
-            name: (slope[order - k] * factorial(k - 1)).contiguous()
+            name: derivative(slope[order - k], k - 1).contiguous()
             for name, slope in zip(parameters, slopes, strict=True)
         }
         for k in range(1, order + 1)
     ]
     with torch.no_grad():
         last = sum(torch.vdot(vectors[-1][k].flatten(), v[k].flatten()) for k in parameters)
-        known = [stack[k] * factorial(k) for k in range(len(stack))]
+        known = [derivative(c, k) for k, c in enumerate(stack.detach())]
         known += [torch.zeros_like(stack[0])] * (order - len(stack))
         values = torch.stack([*known, cast(Tensor, last).to(stack.dtype)])
     return DerivativeTower(vectors, values, {k: v[k].detach() for k in parameters})
 
 
-def _direction(loss: Scalar, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+class _Inside(nn.Module):
+    """A model and what is done with it while its parameters are others.
+
+    Its backward is done there too: a checkpointed block runs again in it.
+    """
+
+    def __init__(self, model: nn.Module, action: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.action = action
+
+    def forward(self) -> Any:
+        return self.action(self.model)
+
+
+def _direction(inside: Callable[..., Any], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The gradient by its norm, for the dropout masks that the next forward will draw."""
     devices = {p.device for p in parameters.values() if p.device.type != "cpu"}
+    leaves = {k: p.requires_grad_() for k, p in _map(Tensor.detach, parameters).items()}
+
+    def gradient(loss: Tensor) -> Sequence[Tensor]:
+        if not loss.requires_grad:
+            return [torch.zeros_like(p) for p in leaves.values()]
+        return torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+
     with torch.random.fork_rng(devices, device_type=next(iter(devices)).type if devices else "cpu"):
-        leaves = {k: p.requires_grad_() for k, p in _map(Tensor.detach, parameters).items()}
-        y = loss(leaves)
-        slopes: Sequence[Tensor] = [torch.zeros_like(p) for p in leaves.values()]
-        if y.requires_grad:
-            slopes = torch.autograd.grad(y, list(leaves.values()), materialize_grads=True)
+        slopes = inside(leaves, gradient)
     norm = _norm(slopes)
     size = norm.item()
     if not 0 < size < math.inf:
@@ -651,16 +688,22 @@ class DerivativeReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every way got through, and none disagrees with the fit."""
-        return all(wrong is None for wrong in self.first_wrong.values())
+        """Whether every way got through and agrees with a fit that resolves every order."""
+        resolved = all(self._resolved(k) for k in range(len(self.fit)))
+        return resolved and all(wrong is None for wrong in self.first_wrong.values())
+
+    def _resolved(self, k: int, found: float = 0.0) -> bool:
+        """Whether the fit knows the order well enough to vouch for a number."""
+        scale, largest = max(abs(self.fit[k]), abs(found)), np.nanmax(np.abs(self.fit))
+        return 10 * self.uncertainty[k] <= max(1e-2 * scale, 1e-6 * largest)
 
     def _verdict(self, found: list[float], k: int) -> str:
-        scale = max(abs(self.fit[k]), abs(found[k]))
-        doubt = 10 * self.uncertainty[k]
-        if abs(found[k] - self.fit[k]) <= self._rtol * scale + doubt:
-            largest = max(map(abs, self.fit))
-            return "" if doubt <= max(1e-2 * scale, 1e-6 * largest) else "?"
-        return "wrong"
+        if math.isinf(self.uncertainty[k]):
+            return "?"
+        allowed = self._rtol * max(abs(self.fit[k]), abs(found[k])) + 10 * self.uncertainty[k]
+        if not abs(found[k] - self.fit[k]) <= allowed:
+            return "wrong"
+        return "" if self._resolved(k, found[k]) else "?"
 
     def _table(self) -> tuple[str, list[str], list[list[str]]]:
         wrong = [
@@ -670,6 +713,9 @@ class DerivativeReport:
         ]
         agreement = "what came agrees with the fit" if self.errors else "all agree with the fit"
         title = f"wrong: {', '.join(wrong)}" if wrong else agreement
+        unknown = [k for k in range(len(self.fit)) if not self._resolved(k)]
+        if unknown:
+            title += f"; the fit does not resolve f from order {unknown[0]} on, scale v"
         rows = []
         for k, value in enumerate(self.fit):
             row = [str(k), f"{value:.6g} ± {self.uncertainty[k]:.0e}"]
@@ -808,6 +854,7 @@ _WIDTHS = (2.0, 1.0, 0.5, 0.25, 0.12, 0.06)
 
 def _fit(g: Callable[[float], float], order: int) -> tuple[list[float], list[float]]:
     """Derivatives at 0 by Chebyshev interpolation, and by how much two degrees differ."""
+    at_zero, finite = g(0.0), False
     best: list[tuple[float, float]] = []
     for width, (low, high) in itertools.product(_WIDTHS, ((4, 6), (12, 16))):
         fits, samples = [], np.zeros(0)
@@ -817,20 +864,26 @@ def _fit(g: Callable[[float], float], order: int) -> tuple[list[float], list[flo
             fits.append(Chebyshev.fit(points, samples, degree, domain=[-width, width]))
         if not all(np.isfinite(series.coef).all() for series in fits):
             continue
+        finite = True
         # Of float64, or of what f computes in less: coefficients that no longer fall are noise.
         tail = np.abs(fits[1].coef[-3:]).min()
         rounding = max(np.finfo(np.float64).eps * np.abs(samples).max(), tail)
+        missed = abs(float(fits[1](0.0)) - at_zero)
+        if missed > 1e-5 * np.abs(samples).max():
+            continue  # too wide to resolve f
         for k in range(order + 1):
             rough, fine = (float((series.deriv(k) if k else series)(0.0)) for series in fits)
             doubt = abs(fine - rough) + rounding * _amplification(order + high, k) / width**k
             if k == len(best):
                 best.append((doubt, fine))
             best[k] = min(best[k], (doubt, fine))
-    if not best:
+    if not finite:
         raise ValueError(
             "verify_derivatives: expected f to be finite along v, got none of the widths from "
             f"{_WIDTHS[0]} to {_WIDTHS[-1]}; scale v down"
         )
+    if not best:  # nothing is known beyond the value
+        return [at_zero] + [math.nan] * order, [0.0] + [math.inf] * order
     return [value for _, value in best], [doubt for doubt, _ in best]
 
 

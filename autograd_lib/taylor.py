@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -62,7 +63,7 @@ def jet_rule(*functions: Callable[..., Any], derivative: bool = False) -> Callab
         A decorator that leaves the rule as it is.
 
     Raises:
-        TypeError: if one of `functions` cannot be called.
+        TypeError: if one of `functions` cannot be called, or there is none.
 
     Example:
         >>> @jet_rule(torch.special.entr)
@@ -71,7 +72,7 @@ def jet_rule(*functions: Callable[..., Any], derivative: bool = False) -> Callab
         >>> jet(torch.special.entr, torch.tensor(1.0), torch.tensor(1.0), 2)
         (tensor(0.), tensor(-1.), tensor(-1.))
     """
-    for function in functions:
+    for function in functions or (None,):
         if not callable(function):
             raise TypeError(
                 f"jet_rule: expected functions, as in @jet_rule(torch.erfc), got {function!r}"
@@ -119,6 +120,10 @@ def _no_rule(name: str, in_place: bool = False) -> NotImplementedError:
         return NotImplementedError(
             f"jet: {name} modifies a value that jet follows in place, which has no rule; use the "
             "function that returns a new tensor"
+        )
+    if last in ("grad", "backward"):
+        return NotImplementedError(
+            f"jet: {name} within f has no rule; take a higher order, or put the gradient around jet"
         )
     return NotImplementedError(
         f"jet: {name} has no rule; register one with @jet_rule, or rewrite it by other functions"
@@ -182,8 +187,8 @@ class Jet(Tensor):
             )
         if ring.forward_mode and not torch._C._is_fwd_grad_enabled():
             raise NotImplementedError(
-                "jet: the forward of a torch.autograd.Function met a value that jet follows; "
-                "give that Function a rule with @jet_rule(TheFunction)"
+                f"jet: the forward of the torch.autograd.Function {_running_function()} met a "
+                "value that jet follows; give it a rule with @jet_rule, or remove the hook it is of"
             )
         if ring.recording and not torch.is_grad_enabled():
             args, kwargs = primal(args), primal(kwargs)  # what no_grad computes is constant
@@ -197,6 +202,17 @@ class Jet(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Jet({self.stack!r})"
+
+
+def _running_function() -> str:
+    """The Function whose forward called."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        cls = frame.f_locals.get("cls")
+        if isinstance(cls, type) and issubclass(cls, Function):
+            return cls.__name__
+    return "at work"
 
 
 def jets(values: Any) -> list[Jet]:
@@ -490,9 +506,18 @@ def follow(operation: str, x: Inputs, v: Inputs, make: Callable[[Tensor, Tensor]
     return make(x, v)
 
 
-def factorial(k: int) -> float:
-    """As a float, for beyond 20 it is no integer of 64 bits."""
-    return float(math.factorial(k)) if k <= 170 else math.inf
+def derivative(coefficient: Tensor, k: int) -> Tensor:
+    """The derivative of order k, by which the k-th coefficient falls short by k!."""
+    if k < 2:
+        return coefficient
+    dtype = coefficient.dtype
+    whole = math.factorial(k)
+    wide = coefficient
+    if whole > torch.finfo(dtype).max:
+        wide = coefficient.to(torch.promote_types(dtype, torch.float64))
+    for j in range(171, k + 1):  # 170! is the last in float64
+        wide, whole = wide * j, whole // j
+    return (wide * float(whole)).to(dtype)
 
 
 def check_tensor(operation: str, y: object) -> Tensor:
@@ -541,6 +566,6 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
     ring = Taylor(order + 1)
     inputs = follow("jet", x, v, lambda x, v: Jet(torch.stack([x, v])[: order + 1], ring))
     stack, _ = lift(check_tensor("jet", f(inputs)))
-    derivatives = [c * factorial(k) if k > 1 else c for k, c in enumerate(stack)]
+    derivatives = [derivative(c, k) for k, c in enumerate(stack)]
     zeros = [torch.zeros_like(stack[0])] * (order + 1 - len(stack))
     return (*derivatives, *zeros)
