@@ -353,7 +353,7 @@ def derivative_tower(
         known = [derivative(c, k) for k, c in enumerate(stack.detach())]
         known += [torch.zeros_like(stack[0])] * (order - len(stack))
         values = torch.stack([*known, cast(Tensor, last).to(stack.dtype)])
-    return DerivativeTower(vectors, values, {k: v[k].detach() for k in parameters})
+    return DerivativeTower(vectors, values, {k: v[k].detach().clone() for k in parameters})
 
 
 class _Inside(nn.Module):
@@ -663,7 +663,7 @@ class DerivativeReport:
         values: for each way, the derivatives as far as it came.
         errors: for each way that raised, what.
         first_wrong: for each way, the first order at which it disagrees with the fit, or which it
-            does not reach because it raises; None where all orders agree.
+            does not reach; None where all orders agree.
     """
 
     def __init__(
@@ -684,13 +684,12 @@ class DerivativeReport:
     def _first_wrong(self, name: str) -> int | None:
         found = self.values[name]
         wrong = (k for k in range(len(found)) if self._verdict(found, k) == "wrong")
-        return next(wrong, len(found) if name in self.errors else None)
+        return next(wrong, len(found) if len(found) < len(self.fit) else None)
 
     @property
     def ok(self) -> bool:
-        """Whether every way got through and agrees with a fit that resolves every order."""
-        resolved = all(self._resolved(k) for k in range(len(self.fit)))
-        return resolved and all(wrong is None for wrong in self.first_wrong.values())
+        """Whether every way got through and agrees with a fit that resolves f."""
+        return self._resolved(1) and all(wrong is None for wrong in self.first_wrong.values())
 
     def _resolved(self, k: int, found: float = 0.0) -> bool:
         """Whether the fit knows the order well enough to vouch for a number."""
@@ -719,8 +718,9 @@ class DerivativeReport:
         rows = []
         for k, value in enumerate(self.fit):
             row = [str(k), f"{value:.6g} ± {self.uncertainty[k]:.0e}"]
-            for found in self.values.values():
-                cell = f"{found[k]:.6g} {self._verdict(found, k)}" if k < len(found) else "raises"
+            for name, found in self.values.items():
+                absent = "raises" if name in self.errors else "missing"
+                cell = f"{found[k]:.6g} {self._verdict(found, k)}" if k < len(found) else absent
                 row.append(cell.strip())
             rows.append(row)
         return title, ["order", "fit", *self.values], rows
@@ -754,7 +754,8 @@ def verify_derivatives(
     of two degrees agree best is taken, and their difference stated.
 
     Args:
-        f: a function as for `jet`. It must take float64: convert a model by `model.double()`.
+        f: a function as for `jet`. It must take float64: convert a copy of a model by
+            `copy.deepcopy(model).double()`, and its data.
             Where it returns several numbers, a fixed random combination of them is checked.
         x: where to differentiate; converted to float64.
         v: the direction, like `x`; f must be smooth along it.
@@ -802,7 +803,7 @@ def verify_derivatives(
     fit, uncertainty = _fit(lambda t: one(_step(x, v, t)).item(), order)
     values: dict[str, list[float]] = {}
     errors: dict[str, str] = {}
-    for name, way in (ways or _WAYS).items():
+    for name, way in (_WAYS if ways is None else ways).items():
         values[name] = []
         try:
             for derivative in itertools.islice(way(one, x, v, order), order + 1):

@@ -243,7 +243,7 @@ def ring_of(*values: Any) -> Ring:
     if any(other.ring is not first.ring for other in others):
         raise NotImplementedError(
             "jet: values of two calls of jet or laplacian met; they cannot be nested: take a "
-            "higher order, or torch.func.jvp or grad around jet"
+            "higher order, or torch.func.grad around jet"
         )
     return first.ring
 
@@ -496,7 +496,7 @@ def follow(operation: str, x: Inputs, v: Inputs, make: Callable[[Tensor, Tensor]
         if isinstance(side, Jet):
             raise NotImplementedError(
                 f"{operation}: {name} is followed by another call already; calls cannot be nested: "
-                "take a higher order, or torch.func.jvp or grad around jet"
+                "take a higher order, or torch.func.grad around jet"
             )
     if (x.shape, x.dtype, x.device) != (v.shape, v.dtype, v.device):
         raise ValueError(
@@ -540,7 +540,8 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
     Args:
         f: a function of one tensor, or of one dict of tensors, that returns a tensor of any shape.
             Ordinary PyTorch code; modules through `torch.func.functional_call`. It may close over
-            tensors. What it computes under `torch.no_grad` or detaches is constant.
+            tensors. What it computes under `torch.no_grad` or detaches is constant, as is the
+            padding row of an embedding. A compiled module is passed uncompiled (`_orig_mod`).
         x: where to differentiate: a floating-point or complex tensor or a dict of them.
         v: the direction, like `x`.
         order: the highest derivative K, at least 0.
