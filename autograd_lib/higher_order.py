@@ -856,25 +856,22 @@ _WIDTHS = (2.0, 1.0, 0.5, 0.25, 0.12, 0.06)
 def _fit(g: Callable[[float], float], order: int) -> tuple[list[float], list[float]]:
     """Derivatives at 0 by Chebyshev interpolation, and by how much two degrees differ."""
     at_zero, finite = g(0.0), False
+    # The last coefficients over a short interval are noise: of float64, or of what f computes in.
+    noise = np.abs(_interpolate(g, _WIDTHS[-1], order + 16).coef[-3:]).max()
     best: list[tuple[float, float]] = []
     for width, (low, high) in itertools.product(_WIDTHS, ((4, 6), (12, 16))):
-        fits, samples = [], np.zeros(0)
-        for degree in (order + low, order + high):
-            points = width * np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
-            samples = np.array([g(t) for t in points])
-            fits.append(Chebyshev.fit(points, samples, degree, domain=[-width, width]))
+        fits = [_interpolate(g, width, degree) for degree in (order + low, order + high)]
+        largest = np.abs(fits[1].coef).sum()
         if not all(np.isfinite(series.coef).all() for series in fits):
             continue
         finite = True
-        # Of float64, or of what f computes in less: coefficients that no longer fall are noise.
-        tail = np.abs(fits[1].coef[-3:]).min()
-        rounding = max(np.finfo(np.float64).eps * np.abs(samples).max(), tail)
-        missed = abs(float(fits[1](0.0)) - at_zero)
-        if missed > 1e-5 * np.abs(samples).max():
+        between = 0.37 * width  # no point of the fit
+        if abs(float(fits[1](between)) - g(between)) > 1e-5 * largest:
             continue  # too wide to resolve f
+        error = np.finfo(np.float64).eps * largest + (noise if math.isfinite(noise) else 0.0)
         for k in range(order + 1):
             rough, fine = (float((series.deriv(k) if k else series)(0.0)) for series in fits)
-            doubt = abs(fine - rough) + rounding * _amplification(order + high, k) / width**k
+            doubt = abs(fine - rough) + error * _amplification(order + high, k) / width**k
             if k == len(best):
                 best.append((doubt, fine))
             best[k] = min(best[k], (doubt, fine))
@@ -886,6 +883,11 @@ def _fit(g: Callable[[float], float], order: int) -> tuple[list[float], list[flo
     if not best:  # nothing is known beyond the value
         return [at_zero] + [math.nan] * order, [0.0] + [math.inf] * order
     return [value for _, value in best], [doubt for doubt, _ in best]
+
+
+def _interpolate(g: Callable[[float], float], width: float, degree: int) -> Chebyshev:
+    points = width * np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
+    return Chebyshev.fit(points, [g(t) for t in points], degree, domain=[-width, width])
 
 
 @functools.cache

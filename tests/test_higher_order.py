@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from autograd_lib import (
@@ -1933,3 +1934,86 @@ def test_verify_derivatives_refuses() -> None:
         verify_derivatives(torch.exp, torch.tensor(1), torch.tensor(1), 2)
     with pytest.raises(TypeError, match="expected f to return one tensor, got tuple"):
         verify_derivatives(lambda x: (x, x), x, x, 2)
+
+
+# ------------------------------------------------------------------------------ what readers met
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.on = on
+        self.block = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False) if self.on else self.block(x)
+
+
+def test_a_checkpointed_block_runs_again_with_the_followed_parameters() -> None:
+    plain, kept = Checkpointed(False), Checkpointed(True)
+    kept.load_state_dict(plain.state_dict())
+    x, t = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    towers = [derivative_tower(model, F.mse_loss, x, t, 4) for model in (plain, kept)]
+    for one, other in zip(*towers, strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-12, atol=1e-12)
+
+
+def test_inference_mode_is_refused_and_never_zero() -> None:
+    x, f = torch.ones(2), lambda x: (x**3).sum()
+    model, batch = nn.Linear(2, 1), torch.ones(3, 2)
+    calls: list[Callable[[], Any]] = [
+        lambda: hvp(f, x, x),
+        lambda: linearize_hvp(f, x),
+        lambda: hessian_trace(f, x, 2),
+        lambda: hessian_diagonal(f, x, 2),
+        lambda: top_eigenvalues(f, x, 1),
+        lambda: derivative_tower(model, F.mse_loss, batch, torch.ones(3, 1)),
+    ]
+    for call in calls:
+        with (
+            torch.inference_mode(),
+            pytest.raises(RuntimeError, match=r"outside of torch\.inference_mode"),
+        ):
+            call()
+
+
+def test_the_direction_is_a_copy() -> None:
+    model, x, t = nn.Linear(2, 1), torch.ones(3, 2), torch.ones(3, 1)
+    direction = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    tower = derivative_tower(model, F.mse_loss, x, t, direction=direction)
+    direction["weight"].mul_(0)
+    assert tower.direction["weight"].eq(1).all()
+
+
+def test_autocast_reaches_the_tower() -> None:
+    model, x, t = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
+    exact = derivative_tower(model, F.mse_loss, x, t, 2).values
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = derivative_tower(model, F.mse_loss, x, t, 2).values
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+
+
+def test_a_fit_that_resolves_nothing_vouches_for_nothing() -> None:
+    x, v = torch.tensor(0.3), torch.tensor(1.0)
+    report = verify_derivatives(lambda x: torch.sin(1e4 * x), x, v, 2)
+    assert report.first_wrong == {"jet": None, "reverse": None, "forward": None}
+    assert not report.ok
+    assert "does not resolve f from order 1 on" in repr(report).splitlines()[0]
+
+
+def test_a_function_that_rounds_to_float32_is_not_called_wrong() -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        w, x, v = torch.randn(3, 4, 3).double()
+        report = verify_derivatives(lambda x: (x.float().double() ** 2 * w).sum().sin(), x, v, 3)  # noqa: B023
+        assert report.ok, report
+
+
+def test_complex_values_are_checked_in_both_parts() -> None:
+    x = torch.tensor([1 + 1j, 2 - 1j])
+    assert verify_derivatives(lambda x: (x**3).sum(), x, torch.ones(2) + 0j, 3).ok
+
+
+def test_the_laplacian_of_nothing() -> None:
+    assert laplacian(lambda x: x.square().sum(), torch.empty(0)) == 0

@@ -998,3 +998,25 @@ def test_laplacian_ring(name: str, device: str) -> None:
     if name != "masked":  # where both of its ways have a finite gradient
         got, slope = grad(lambda x: laplacian(f, x))(x), grad(lambda x: hessian(f)(x).trace())(x)
         torch.testing.assert_close(got, slope, rtol=1e-9, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------ what readers met
+
+
+@pytest.mark.parametrize(("dtype", "order"), [(torch.float32, 36), (torch.float64, 175)])
+def test_a_factorial_beyond_the_dtype(dtype: torch.dtype, order: int) -> None:
+    x, v = torch.tensor(0.5, dtype=dtype), torch.tensor(1.0, dtype=dtype)
+    found = jet(torch.sin, x, v, order)[order].item()
+    assert found == pytest.approx(math.sin(0.5 + order * math.pi / 2), rel=1e-2)  # a denormal's
+
+
+def test_errors_name_what_met_the_value() -> None:
+    x = torch.ones(2)
+    with pytest.raises(NotImplementedError, match="put the gradient around jet"):
+        jet(lambda x: torch.autograd.grad(x.sum(), x)[0], x, x, 1)
+    with pytest.raises(TypeError, match="expected functions"):
+        jet_rule()
+    layer = nn.Linear(2, 1)
+    layer.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match="BackwardHookFunction"):
+        jet(layer, x, x, 1)
