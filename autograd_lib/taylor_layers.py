@@ -59,7 +59,7 @@ class _Matmul(Operation):
     def add_to(self, z: Tensor, a: Tensor, b: Tensor) -> None:
         watched = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()
         plain = z.dtype == a.dtype == b.dtype and not torch._C._are_functorch_transforms_active()
-        if watched or b.ndim > 2 or not plain:
+        if watched or b.ndim > 2 or not (plain and z.is_contiguous()):
             z += a @ b
         else:  # without a pass over z; counters of FLOPs and autocast do not know addmm_
             z.view(-1, z.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), b)
