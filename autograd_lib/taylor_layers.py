@@ -457,9 +457,12 @@ def _attention(
     if attn_mask is not None:
         boolean = attn_mask.dtype == torch.bool
         mask = mask.masked_fill(~attn_mask, -math.inf) if boolean else mask + attn_mask
-    scores = _product_of_matrices(query * scale, key.mT, mask)
-    weights = scores.softmax(-1)
-    return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
+    return _attention_weights(query * scale, key, mask, dropout_p) @ value
+
+
+def _attention_weights(query: Tensor, key: Tensor, mask: Tensor, dropout_p: float) -> Tensor:
+    weights = _product_of_matrices(query, key.mT, mask).softmax(-1)
+    return F.dropout(weights, dropout_p) if dropout_p else weights
 
 
 @jet_rule(F.multi_head_attention_forward)
@@ -489,12 +492,12 @@ def _multi_head_attention(
     static_v: Any = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     rare = (bias_k, bias_v, static_k, static_v)
-    if need_weights or add_zero_attn or any(x is not None for x in rare):
+    if add_zero_attn or any(x is not None for x in rare):
         raise NotImplementedError(
-            "jet: F.multi_head_attention_forward has a rule for need_weights=False, without "
-            "bias_k, bias_v, add_zero_attn, static_k and static_v"
+            "jet: F.multi_head_attention_forward has a rule without bias_k, bias_v, "
+            "add_zero_attn, static_k and static_v"
         )
     unbatched = query.ndim == 2
     if unbatched:
@@ -512,10 +515,13 @@ def _multi_head_attention(
     mask = _attention_mask(attn_mask, q, num_heads)
     if key_padding_mask is not None:
         mask = mask + _attention_mask(key_padding_mask[:, None, None, :], q, num_heads)
-    heads = F.scaled_dot_product_attention(q, k, v, mask, dropout_p if training else 0.0)
-    merged = heads.permute(2, 0, 1, 3).flatten(-2)
+    attention = _attention_weights(q * q.shape[-1] ** -0.5, k, mask, dropout_p if training else 0.0)
+    merged = (attention @ v).permute(2, 0, 1, 3).flatten(-2)
     output = F.linear(merged, out_proj_weight, out_proj_bias)
-    return (output.squeeze(1) if unbatched else output), None
+    shown = attention.mean(1) if average_attn_weights else attention
+    if unbatched:
+        output, shown = output.squeeze(1), shown.squeeze(0)
+    return output, shown if need_weights else None
 
 
 def _attention_mask(mask: Tensor | None, like: Tensor, heads: int) -> Tensor:

@@ -1924,6 +1924,20 @@ def test_multihead_attention(masked: str, batch_first: bool, widths: str) -> Non
         assert_near(got, nested(phi, 3, "cpu"), 1e-9)
 
 
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("shape", [(3, 2, 4), (3, 4)])
+def test_multihead_attention_returns_its_weights(shape: tuple[int, ...], average: bool) -> None:
+    module, x, v = nn.MultiheadAttention(4, 2, dtype=torch.float64), real(*shape), real(*shape)
+    for part in (0, 1):
+
+        def attend(x: Tensor, part: int = part) -> Tensor:
+            return module(x, x.sin(), x.cos(), average_attn_weights=average)[part]
+
+        expected = nested(lambda t, f=attend: f(x + t * v), 3, "cpu")
+        for got, want in zip(jet(attend, x, v, 3), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
 def test_multihead_attention_of_one_sequence_and_causal() -> None:
     torch.manual_seed(0)
     module, x, v = nn.MultiheadAttention(4, 2, dtype=torch.float64), real(3, 4), real(3, 4)
@@ -1936,8 +1950,9 @@ def test_multihead_attention_of_one_sequence_and_causal() -> None:
 
     expected = nested(lambda t: attend(x + t * v, True), 3, "cpu")
     assert_near(jet(lambda x: attend(x, False), x, v, 3), expected, 1e-9)
+    odd = nn.MultiheadAttention(4, 2, add_zero_attn=True, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="multi_head_attention_forward"):
-        jet(lambda x: attend(x, True), x, v, 3)
+        jet(lambda x: odd(x, x, x)[0], x, v, 2)
 
 
 # ------------------------------------------------------------------ refused options
