@@ -120,19 +120,20 @@ def _linearized(operation: str, f: Scalar, x: Inputs) -> Callable[[Inputs], Any]
     inputs = _list(leaves)
     with torch.enable_grad(), _advice():
         y = _scalar(operation, f(leaves))
-        slopes: Sequence[Tensor] = inputs
+        slopes: Sequence[Tensor] = []
         if y.requires_grad:
             slopes = torch.autograd.grad(y, inputs, create_graph=True, materialize_grads=True)
-    curved = [slope for slope in slopes if slope.requires_grad and y.requires_grad]
+    curved = {i: slope for i, slope in enumerate(slopes) if slope.requires_grad}
 
     def product(v: Inputs) -> Any:
         follow(operation, x, v, lambda x, v: v)
-        weights = [w for w, s in zip(_list(_like(x, v)), slopes, strict=True) if s.requires_grad]
         if not curved:
             return _map(torch.zeros_like, x)
+        vectors = _list(_like(x, v))
+        weights = [vectors[i] for i in curved]
         with _advice():
             columns = torch.autograd.grad(
-                curved, inputs, weights, retain_graph=True, materialize_grads=True
+                list(curved.values()), inputs, weights, retain_graph=True, materialize_grads=True
             )
         return _unlist(x, columns)
 
@@ -733,9 +734,6 @@ class DerivativeReport:
         return html_table(*self._table())
 
 
-Way = Callable[[Scalar, Any, Any, int], Iterator[Tensor]]
-
-
 def verify_derivatives(
     f: Callable[..., Tensor],
     x: Inputs,
@@ -806,8 +804,8 @@ def verify_derivatives(
     for name, way in (_WAYS if ways is None else ways).items():
         values[name] = []
         try:
-            for derivative in itertools.islice(way(one, x, v, order), order + 1):
-                values[name].append(derivative.item())
+            for found in itertools.islice(way(one, x, v, order), order + 1):
+                values[name].append(found.item())
         except (RuntimeError, NotImplementedError) as error:
             errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return DerivativeReport(fit, uncertainty, values, errors, rtol)

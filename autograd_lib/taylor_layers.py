@@ -194,7 +194,7 @@ def _einsum(equation: str, *operands: Any) -> Tensor:
     equation = equation.replace(" ", "")
     left, arrow, out = equation.partition("->")
     terms = left.split(",")
-    if not isinstance(equation, str) or "." in equation or "Z" in equation:
+    if "." in equation or "Z" in equation:
         raise NotImplementedError(
             f"jet: torch.einsum has a rule for equations of the letters a to Y, got {equation!r}"
         )
@@ -289,14 +289,7 @@ def _convolution(n: int, transposed: bool) -> None:
             total = [d * (k - 1) for d, k in zip(several(dilation), weight.shape[2:], strict=True)]
             ends = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
             input, padding = F.pad(input, ends), 0
-        if not jets((input, weight)):
-            options = (several(stride), several(0 if padding == "valid" else padding))
-            spread, ends = several(dilation), several(output_padding)
-            plain = torch.convolution(
-                input, weight, None, *options, spread, transposed, ends, groups
-            )
-            return plain + cast(Tensor, bias).reshape(-1, *[1] * n)
-        operation = _Convolution(
+        whole = (
             several(stride),
             several(0 if padding == "valid" else padding),
             several(dilation),
@@ -304,7 +297,10 @@ def _convolution(n: int, transposed: bool) -> None:
             several(output_padding),
             groups,
         )
-        product = ring_of(input, weight).contract(operation, input, weight)
+        if jets((input, weight)):
+            product: Tensor = ring_of(input, weight).contract(_Convolution(*whole), input, weight)
+        else:
+            product = torch.convolution(input, weight, None, *whole)
         return product if bias is None else product + bias.reshape(-1, *[1] * n)
 
     if transposed:
@@ -540,12 +536,22 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 
 
-def _refuse_old(operation: str, *old: Any) -> None:
-    if any(option is not None for option in old):
-        raise NotImplementedError(
-            f"jet: {operation} has no rule for the deprecated size_average and reduce; "
-            "use reduction"
-        )
+def _loss(function: Any) -> Callable[[Callable[..., Tensor]], None]:
+    """Register the rule of a loss, which need not know the deprecated size_average and reduce."""
+
+    def register(rule: Callable[..., Tensor]) -> None:
+        @jet_rule(function)
+        def checked(
+            *args: Any, size_average: Any = None, reduce: Any = None, **options: Any
+        ) -> Tensor:
+            if size_average is not None or reduce is not None:
+                raise NotImplementedError(
+                    f"jet: F.{function.__name__} has no rule for the deprecated size_average and "
+                    "reduce; use reduction"
+                )
+            return rule(*args, **options)
+
+    return register
 
 
 def _weighted(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -557,29 +563,23 @@ def _weighted(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return _reduce(loss * weight, reduction)
 
 
-@jet_rule(F.mse_loss)
+@_loss(F.mse_loss)
 def _mse_loss(
     input: Tensor,
     target: Tensor,
-    size_average: Any = None,
-    reduce: Any = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    _refuse_old("F.mse_loss", size_average, reduce)
     return _weighted((input - target).square(), weight, reduction)
 
 
-@jet_rule(F.l1_loss)
+@_loss(F.l1_loss)
 def _l1_loss(
     input: Tensor,
     target: Tensor,
-    size_average: Any = None,
-    reduce: Any = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    _refuse_old("F.l1_loss", size_average, reduce)
     return _weighted((input - target).abs(), weight, reduction)
 
 
@@ -598,32 +598,26 @@ def _huber_loss(
     return _weighted(loss, weight, reduction)
 
 
-@jet_rule(F.smooth_l1_loss)
+@_loss(F.smooth_l1_loss)
 def _smooth_l1_loss(
     input: Tensor,
     target: Tensor,
-    size_average: Any = None,
-    reduce: Any = None,
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    _refuse_old("F.smooth_l1_loss", size_average, reduce)
     if beta == 0:
         return F.l1_loss(input, target, reduction=reduction)
     return F.huber_loss(input, target, reduction=reduction, delta=beta) / beta
 
 
-@jet_rule(F.nll_loss)
+@_loss(F.nll_loss)
 def _nll_loss(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: Any = None,
     ignore_index: int = -100,
-    reduce: Any = None,
     reduction: str = "mean",
 ) -> Tensor:
-    _refuse_old("F.nll_loss", size_average, reduce)
     dim = 0 if input.ndim == 1 else 1
     kept = target != ignore_index
     places = torch.where(kept, target, 0)
@@ -633,18 +627,15 @@ def _nll_loss(
     return loss.sum() / weights.sum() if reduction == "mean" else _reduce(loss, reduction)
 
 
-@jet_rule(F.cross_entropy)
+@_loss(F.cross_entropy)
 def _cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: Any = None,
     ignore_index: int = -100,
-    reduce: Any = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    _refuse_old("F.cross_entropy", size_average, reduce)
     dim = 0 if input.ndim == 1 else 1
     logs = input.log_softmax(dim)
     classes = input.shape[dim]
@@ -656,10 +647,10 @@ def _cross_entropy(
         loss = -(logs * (target if by_class is None else target * by_class)).sum(dim)
         return loss.sum() / (loss.numel()) if reduction == "mean" else _reduce(loss, reduction)
     if not label_smoothing:
-        return F.nll_loss(logs, target, weight, None, ignore_index, None, reduction)
+        return F.nll_loss(logs, target, weight, ignore_index=ignore_index, reduction=reduction)
     kept = target != ignore_index
     places = torch.where(kept, target, 0)
-    picked = F.nll_loss(logs, target, weight, None, ignore_index, None, "none")
+    picked = F.nll_loss(logs, target, weight, ignore_index=ignore_index, reduction="none")
     spread = -(logs if by_class is None else logs * by_class).sum(dim)
     loss = (1 - label_smoothing) * picked + label_smoothing / classes * torch.where(
         kept, spread, 0.0
@@ -670,32 +661,26 @@ def _cross_entropy(
     return loss.sum() / total
 
 
-@jet_rule(F.binary_cross_entropy_with_logits)
+@_loss(F.binary_cross_entropy_with_logits)
 def _bce_with_logits(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: Any = None,
-    reduce: Any = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    _refuse_old("F.binary_cross_entropy_with_logits", size_average, reduce)
     scale = 1.0 if pos_weight is None else pos_weight
     loss = -(scale * target * F.logsigmoid(input) + (1 - target) * F.logsigmoid(-input))
     return _reduce(loss if weight is None else loss * weight, reduction)
 
 
-@jet_rule(F.binary_cross_entropy)
+@_loss(F.binary_cross_entropy)
 def _bce(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    size_average: Any = None,
-    reduce: Any = None,
     reduction: str = "mean",
 ) -> Tensor:
-    _refuse_old("F.binary_cross_entropy", size_average, reduce)
     # as PyTorch, which bounds the logarithms by -100
     loss = -(
         target * input.log().clamp_min(-100) + (1 - target) * (1 - input).log().clamp_min(-100)
@@ -703,16 +688,13 @@ def _bce(
     return _reduce(loss if weight is None else loss * weight, reduction)
 
 
-@jet_rule(F.kl_div)
+@_loss(F.kl_div)
 def _kl_div(
     input: Tensor,
     target: Tensor,
-    size_average: Any = None,
-    reduce: Any = None,
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Tensor:
-    _refuse_old("F.kl_div", size_average, reduce)
     if log_target:
         loss = target.exp() * (target - input)
     else:

@@ -546,6 +546,12 @@ def _elementary(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return cast(Tensor, ring_of((x,)).elementary(Elementary(*args, **kwargs), cast(Jet, x)))
 
 
+def _elementwise(elementary: Elementary, *functions: Any) -> None:
+    @jet_rule(*functions)
+    def rule(x: Jet) -> Tensor:
+        return x.ring.elementary(elementary, x)
+
+
 def _smooth(
     *functions: Any,
     slope: Callable[[Tensor], Tensor],
@@ -553,11 +559,7 @@ def _smooth(
     from_value: bool = False,
 ) -> None:
     """An elementwise function without options, by its derivative."""
-    elementary = Elementary(functions[0], slope, series, from_value)
-
-    @jet_rule(*functions)
-    def rule(x: Jet) -> Tensor:
-        return cast(Tensor, x.ring.elementary(elementary, x))
+    _elementwise(Elementary(functions[0], slope, series, from_value), *functions)
 
 
 def _gauss(x: Tensor) -> Tensor:
@@ -565,11 +567,7 @@ def _gauss(x: Tensor) -> Tensor:
 
 
 def _riccati(*functions: Any, constant: float = 0, linear: float = 0, square: float = 0) -> None:
-    elementary = Riccati(functions[0], constant, linear, square)
-
-    @jet_rule(*functions)
-    def rule(x: Jet) -> Tensor:
-        return x.ring.elementary(elementary, x)
+    _elementwise(Riccati(functions[0], constant, linear, square), *functions)
 
 
 _riccati(torch.exp, linear=1)
@@ -734,22 +732,19 @@ def _pow(x: Any, exponent: Any) -> Tensor:
         return torch.exp(exponent.to(dtype) * log)
     x = x.to(dtype)
     if isinstance(exponent, Tensor):
-        if exponent.is_floating_point() or exponent.is_complex():
-            if torch.is_grad_enabled() and (
-                exponent.requires_grad or torch._C._are_functorch_transforms_active()
-            ):
-                return torch.exp(exponent * torch.log(x))
-            x = x.expand(torch.broadcast_shapes(x.shape, exponent.shape))
-            exponent = exponent.to(dtype)
-            return _elementary(
-                x, lambda t: t**exponent, lambda t: exponent * t ** (exponent - 1), power(exponent)
-            )
-        exponents = exponent.unique().tolist()
-        result: Tensor = x ** exponents[0]
-        for n in exponents[1:]:
-            result = torch.where(exponent == n, x**n, result)
-        return result
-    if not isinstance(exponent, complex) and exponent == int(exponent):
+        if not (exponent.is_floating_point() or exponent.is_complex()):
+            exponents = exponent.unique().tolist()
+            result: Tensor = x ** exponents[0]
+            for n in exponents[1:]:
+                result = torch.where(exponent == n, x**n, result)
+            return result
+        if torch.is_grad_enabled() and (
+            exponent.requires_grad or torch._C._are_functorch_transforms_active()
+        ):
+            return torch.exp(exponent * torch.log(x))
+        x = x.expand(torch.broadcast_shapes(x.shape, exponent.shape))
+        exponent = exponent.to(dtype)
+    elif not isinstance(exponent, complex) and exponent == int(exponent):
         return _integer_power(x, int(exponent))
     return _elementary(
         x, lambda t: t**exponent, lambda t: exponent * t ** (exponent - 1), power(exponent)
@@ -760,11 +755,9 @@ def _integer_power(x: Tensor, n: int) -> Tensor:
     """By squaring, which is right at 0 too."""
     if n < 0:
         return torch.reciprocal(_integer_power(x, -n))
-    if n == 0:
-        return torch.ones_like(x)
-    half = _integer_power(x, n // 2) if n > 1 else None
-    if half is None:
-        return x
+    if n < 2:
+        return x if n else torch.ones_like(x)
+    half = _integer_power(x, n // 2)
     return half * half * x if n % 2 else half * half
 
 
@@ -796,13 +789,11 @@ def _logaddexp(x: Tensor, other: Tensor) -> Tensor:
 
 @jet_rule(torch.where)
 def _where(condition: Tensor, x: Any, other: Any) -> Any:
-    y = other
     condition = primal(condition)
-    ring = ring_of(x, y)
-    like = next(t for t in (x, y) if isinstance(t, Jet))
+    ring, like = ring_of(x, other), jets((x, other))[0]
     x, y = (
         t if isinstance(t, Tensor) else torch.tensor(t, dtype=like.dtype, device=like.device)
-        for t in (x, y)
+        for t in (x, other)
     )
     ndim, dtype = max(condition.ndim, x.ndim, y.ndim), torch.result_type(primal(x), primal(y))
     (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)

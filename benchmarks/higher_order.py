@@ -488,9 +488,7 @@ def curvlinops_hvp(problem: Problem) -> Thunk | None:
     curvlinops = peer("curvlinops")
     if curvlinops is None:
         return None
-    model = (
-        problem.nested
-    )  # torch.func.jvp of jacrev, of which it is built, is wrong in F.layer_norm
+    model = problem.nested  # jvp of jacrev, of which it is built, is wrong in F.layer_norm
     try:
         operator = curvlinops.HessianLinearOperator(
             model,
