@@ -980,16 +980,23 @@ def _widened(x: Tensor, dtype: Any) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
+def _implied(x: Tensor, dim: int | None) -> int:
+    """The dimension that PyTorch takes, with a warning of its deprecation, where none is given."""
+    if dim is not None:
+        return dim
+    return 0 if x.ndim in (0, 1, 3) else 1
+
+
 @jet_rule(F.softmax)
 def _softmax(input: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
-    return torch.softmax(input, -1 if dim is None else dim, dtype)
+    return torch.softmax(input, _implied(input, dim), dtype)
 
 
 @jet_rule(F.log_softmax)
 def _log_softmax(
     input: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
 ) -> Tensor:
-    return torch.log_softmax(input, -1 if dim is None else dim, dtype)
+    return torch.log_softmax(input, _implied(input, dim), dtype)
 
 
 @jet_rule(torch.softmax, torch.special.softmax)

@@ -1624,6 +1624,14 @@ def test_what_sees_the_value_alone(index: int) -> None:
     assert same(seen[0], function(x))
 
 
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice:UserWarning")
+@pytest.mark.parametrize("function", [F.softmax, F.log_softmax, F.softmin])
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4), (2, 3, 4, 5)])
+def test_softmax_without_a_dimension(function: Function, shape: tuple[int, ...]) -> None:
+    x = real(*shape)
+    torch.testing.assert_close(jet(function, x, x, 1)[0], function(x))
+
+
 def test_every_rule_has_a_case() -> None:
     """A function is covered where it, or its namesake with the same rule, is called by a case."""
     with Recorder() as recorder:
