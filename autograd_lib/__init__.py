@@ -7,6 +7,13 @@ importable from here. Importing loads torch, NumPy and the standard library only
 from autograd_lib.activations import low_memory_gelu, low_memory_relu, low_memory_silu
 from autograd_lib.benchmark import Comparison, Ratio, compare
 from autograd_lib.cross_entropy import linear_cross_entropy
+from autograd_lib.figures import (
+    plot_gradient_flow,
+    plot_gradient_heatmap,
+    plot_gradient_histograms,
+    plot_issues,
+    plot_update_ratios,
+)
 from autograd_lib.functions import (
     CustomAutogradFunction,
     clip_gradient,
@@ -42,8 +49,10 @@ from autograd_lib.higher_order import (
 from autograd_lib.implicit import fixed_point
 from autograd_lib.losses import CustomLossFunction
 from autograd_lib.memory import SavedTensors, peak_bytes, saved_tensors
+from autograd_lib.monitor import GradientMonitor, Issue, NoiseScale
+from autograd_lib.nonfinite import NonFinite, NonFiniteGuard, find_nonfinite
 from autograd_lib.taylor import jet, jet_rule
-from autograd_lib.widgets import Explorer, explore
+from autograd_lib.widgets import Explorer, GradientDashboard, explore
 
 __version__ = "0.1.0"
 
@@ -56,7 +65,13 @@ __all__ = [
     "DerivativeTower",
     "Estimate",
     "Explorer",
+    "GradientDashboard",
+    "GradientMonitor",
     "GradientStatistics",
+    "Issue",
+    "NoiseScale",
+    "NonFinite",
+    "NonFiniteGuard",
     "Ratio",
     "SavedTensors",
     "check_gradients_exist",
@@ -66,6 +81,7 @@ __all__ = [
     "derivative_tower",
     "enable_gradients",
     "explore",
+    "find_nonfinite",
     "fixed_point",
     "get_gradient_norms",
     "hessian_diagonal",
@@ -82,6 +98,11 @@ __all__ = [
     "low_memory_silu",
     "missing_gradients",
     "peak_bytes",
+    "plot_gradient_flow",
+    "plot_gradient_heatmap",
+    "plot_gradient_histograms",
+    "plot_issues",
+    "plot_update_ratios",
     "reverse_gradient",
     "safe_norm",
     "safe_sqrt",

@@ -46,6 +46,16 @@ _Table = dict[str, np.ndarray]
 _STATISTICS = ("norm", "real", "imag", "spread", "min", "max", "abs_max", "zero", "nan", "inf")
 
 
+# The columns of the table: for each statistic its header, and how it is written.
+_SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
+    **{key: (key, "{:.3g}".format) for key in ("norm", "mean", "std", "min", "max", "abs_max")},
+    **{key: (key, "{:.3g}".format) for key in ("cosine", "update_ratio")},
+    "zero_fraction": ("zeros", lambda share: "" if math.isnan(share) else f"{share:.1%}"),
+    **{f"{key}_count": (key, "{:,}".format) for key in ("nan", "inf")},
+    "numel": ("numel", "{:,}".format),
+}
+
+
 class GradientStatistics(Mapping[str, Any]):
     """Statistics of a model's gradients: a mapping that prints as a table.
 
@@ -60,6 +70,9 @@ class GradientStatistics(Mapping[str, Any]):
     - `nan_count`, `inf_count`, `numel`: counts of elements.
 
     A NaN makes every statistic of its parameter NaN but the counts, as in PyTorch's reductions.
+
+    The summary of a `GradientMonitor` has `["step"]` and `["issues"]` too, and of the last three
+    kinds of statistics only `numel` unless it was asked to collect the others.
     """
 
     def __init__(
@@ -77,23 +90,19 @@ class GradientStatistics(Mapping[str, Any]):
         return len(self._data)
 
     def _table(self) -> tuple[str, list[str], list[list[str]]]:
+        """Title, header and rows; a column for each statistic that some parameter has."""
         parameters = self["parameters"]
+        step = f" at step {self['step']}" if self.get("step") else ""
+        issues = [f"issue: {issue}" for issue in self.get("issues", [])]
         if not parameters:
-            return "no gradients yet", [], []
-        values = ["norm", "mean", "std", "min", "max", "abs_max"]
-        counts = ["nan_count", "inf_count", "numel"]
+            return "\n".join(["no gradients yet", *issues]), [], []
+        shown = [key for key in _SHOWN if any(key in entry for entry in parameters.values())]
         rows = [
-            [
-                name,
-                *(f"{entry[key]:.3g}" if key in entry else "" for key in values),
-                f"{entry['zero_fraction']:.1%}" if entry["numel"] else "",
-                *(f"{entry[key]:,}" for key in counts),
-            ]
+            [name, *(_SHOWN[key][1](entry[key]) if key in entry else "" for key in shown)]
             for name, entry in parameters.items()
         ]
-        title = f"gradients of {len(rows)} parameters, total norm {self['total_norm']:.4g}"
-        header = ["parameter", *values, "zeros", "nan", "inf", "numel"]
-        return title, header, rows
+        title = f"gradients of {len(rows)} parameters{step}, total norm {self['total_norm']:.4g}"
+        return "\n".join([title, *issues]), ["parameter", *(_SHOWN[key][0] for key in shown)], rows
 
     def __repr__(self) -> str:
         title, header, rows = self._table()

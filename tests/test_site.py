@@ -333,6 +333,21 @@ def test_each_control_changes_its_picture(name: str, tab: Any) -> None:
 
 
 @pages
+def test_each_control_changes_its_dashboard(name: str, tab: Any) -> None:
+    visit(tab, name, unfold=True)
+    for figure in tab.locator("figure.dashboard").all():
+        controls = figure.locator("input[type=range], select").all()
+        assert controls
+        for control in controls:
+            control.focus()
+            seen = set()
+            for key in ("Home", "End"):
+                tab.keyboard.press(key)
+                seen.add(figure.inner_html())
+            assert len(seen) == 2, "curves, bars and descriptions change"
+
+
+@pages
 def test_axe_finds_no_violation(name: str, tab: Any) -> None:
     # With preload axe would fetch the style sheets, which a page opened from a file may not.
     options = {"preload": False, "resultTypes": ["violations"]}

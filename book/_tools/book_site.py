@@ -82,7 +82,8 @@ def tie_cache_to_library(app: Sphinx, config: Config) -> None:
     older library printed.
     """
     digest = hashlib.sha256(json.dumps([versions(), device()]).encode())
-    sources = [*(ROOT / "autograd_lib").rglob("*.py"), *(ROOT / "book").glob("*.mplstyle")]
+    library = ROOT / "autograd_lib"
+    sources = [*library.rglob("*.py"), *library.glob("*.html"), *(ROOT / "book").glob("*.mplstyle")]
     for path in sorted(sources):
         digest.update(path.read_bytes())
     caches = Path(app.outdir).parent / ".jupyter_cache"
