@@ -8,17 +8,15 @@ what is remembered and what was amiss in `_history`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from operator import is_not
 from os import PathLike
-from types import MethodType
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.compiler import disable
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -42,6 +40,16 @@ from autograd_lib._history import (
     Ring,
     derive,
 )
+from autograd_lib._hooks import (
+    EndOfBackward,
+    Handle,
+    ScalerHook,
+    calling,
+    has_closure,
+    hooked,
+    remove_all,
+    weak,
+)
 from autograd_lib._noise import NoiseScale, estimate
 from autograd_lib._reductions import BINS, LOWEST, Reduction, home, norms
 from autograd_lib.gradients import GradientStatistics, _check_module, _is_distributed
@@ -52,14 +60,8 @@ _STATISTICS = ("norm", "mean", "std", "min", "max", "abs_max")  # always collect
 _COUNTS = ("zero_fraction", "nan_count", "inf_count")
 _SEND_EVERY = 64  # rows go to the host in the background; issues are found in those that arrived
 _DETAILED_STEPS = 10  # for so long are counts and histograms taken once an issue has been read
+_UNASKED_HISTOGRAMS = 50  # that are remembered, of steps after an alarm
 _MOST_PLANS = 64  # of patterns of absent gradients, such as experts that no token chose leave
-
-
-class Handle(Protocol):
-    """What removes a hook."""
-
-    def remove(self) -> None:
-        """Remove the hook."""
 
 
 class GradientMonitor:
@@ -163,8 +165,8 @@ class GradientMonitor:
         self._complex = np.array([parameter.is_complex() for parameter in named.values()])
         self._model = weakref.ref(model)
         self._parameters = [weakref.ref(parameter) for parameter in named.values()]
-        self._optimizer = _weak(optimizer)
-        self._scaler = _weak(scaler)
+        self._optimizer = weak(optimizer)
+        self._scaler = weak(scaler)
         self._capacity, self._every = history, every
         self._update_every, self._histogram_every = update_every, histogram_every
         self._collect = frozenset(collect)
@@ -181,8 +183,7 @@ class GradientMonitor:
         self._detailed_until = 0
         self._previous: list[Tensor | None] | None = None  # gradients, for the cosine
         self._weights: list[Tensor] | None = None  # before the step, for the size of the update
-        self._backwards: set[int] = set()  # the graph tasks whose end is waited for
-        self._within: list[Handle] = []  # on nodes that ran a backward of their own
+        self._end = EndOfBackward(calling(self, "_after_backward"))
         self._micro_batches = (0, 0.0)  # in the step, and the variance of their sum in units of one
         self._handles: list[Handle] = []
         self._finalizer: weakref.finalize[..., Any] | None = None
@@ -211,15 +212,15 @@ class GradientMonitor:
         if optimizer is not None:
             self._handles += [
                 # A compiled `optimizer.step` would trace them and what they call.
-                optimizer.register_step_pre_hook(disable(_calling(self, "_before_step"))),
-                optimizer.register_step_post_hook(disable(_calling(self, "_after_step"))),
+                optimizer.register_step_pre_hook(disable(calling(self, "_before_step"))),
+                optimizer.register_step_post_hook(disable(calling(self, "_after_step"))),
             ]
             if scaler is not None:
-                self._handles.append(_ScalerHook(scaler, self))
+                self._handles.append(ScalerHook(scaler, self))
         if optimizer is None or self._noise:
-            gradient_is_there = _calling(self, "_gradient_is_there")
+            gradient_is_there = calling(self._end, "gradient_is_there")
             self._handles += [
-                _hooked(parameter, gradient_is_there)
+                hooked(parameter, gradient_is_there)
                 for parameter in self._live_parameters()
                 if parameter.is_floating_point() or parameter.is_complex()
             ]
@@ -229,7 +230,7 @@ class GradientMonitor:
                 modules[name].register_forward_hook(ActivationHook(self._activations, place))
                 for place, name in enumerate(self._activations.names)
             ]
-        self._finalizer = weakref.finalize(self, _remove_all, self._handles)
+        self._finalizer = weakref.finalize(self, remove_all, self._handles)
         return list(self._handles)
 
     def remove_hooks(self) -> None:
@@ -247,7 +248,7 @@ class GradientMonitor:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         step = self._step + 1
-        if not _has_closure(args, kwargs):  # else the gradients are yet to come
+        if not has_closure(args, kwargs):  # else the gradients are yet to come
             scale = getattr(optimizer, "grad_scale", None)  # set for the duration of a fused step
             self._look(scale=scale, skipped=getattr(optimizer, "found_inf", None))
         if _is_due(step, self._every) and _is_due(step, self._update_every):
@@ -255,31 +256,13 @@ class GradientMonitor:
                 self._weights = [parameter.clone() for parameter in self._live_parameters()]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _has_closure(args, kwargs):
+        if has_closure(args, kwargs):
             self._look()
         if self._weights is not None:
             self._measure_update(self._weights)
             self._weights = None
 
-    def _gradient_is_there(self, *_: Any) -> None:
-        """At the first gradient of a backward, ask for a call at its end."""
-        task = torch._C._current_graph_task_id()
-        if task not in self._backwards:
-            self._backwards.add(task)
-            Variable._execution_engine.queue_callback(_calling(self, "_at_the_end_of_backward"))
-
-    def _at_the_end_of_backward(self) -> None:
-        node = torch._C._current_autograd_node()
-        if node is None:
-            # Last of all: DistributedDataParallel finishes its reduction in such a call too.
-            Variable._execution_engine.queue_callback(_calling(self, "_after_backward"))
-        else:  # It was within another one, as reentrant checkpointing has it: await that one's end.
-            self._within.append(node.register_hook(_calling(self, "_gradient_is_there")))
-
     def _after_backward(self) -> None:
-        self._backwards.clear()
-        _remove_all(self._within)
-        self._within = []
         scaler = self._scaler()
         scale = scaler._scale if scaler is not None and scaler.is_enabled() else None
         if self._noise:
@@ -332,11 +315,18 @@ class GradientMonitor:
     def _keep(self, name: str, record: Tensor) -> None:
         ring = self._rings.get(name)
         if ring is None:
-            ring = Ring(self._capacity, record.shape, record.dtype, record.device)
+            ring = Ring(self._room(name), record.shape, record.dtype, record.device)
         elif ring.device != record.device:  # the model has moved
-            ring = Ring.from_state(ring.state_dict(), self._capacity, record.device)
+            ring = Ring.from_state(ring.state_dict(), self._room(name), record.device)
         self._rings[name] = ring
         ring.append(self._step, record)
+
+    def _room(self, name: str) -> int:
+        """How many records to keep; histograms are large, and seldom unless they are asked for."""
+        if name != "histogram" or self._histogram_every == 1:
+            return self._capacity
+        asked = self._capacity // self._histogram_every if self._histogram_every else 0
+        return min(self._capacity, asked + _UNASKED_HISTOGRAMS)
 
     def _live_parameters(self) -> Sequence[nn.Parameter]:
         """The watched parameters; none if the model is gone."""
@@ -719,7 +709,7 @@ class GradientMonitor:
             )
         device = home(self._live_parameters() or [torch.empty(0)])
         self._rings = {
-            name: Ring.from_state(ring, self._capacity, device)
+            name: Ring.from_state(ring, self._room(name), device)
             for name, ring in state["rings"].items()
         }
         absent, skipped = state["absent"].numpy(), state["skipped"].numpy()
@@ -731,84 +721,8 @@ class GradientMonitor:
         self._episodes.lasting = state["lasting"].numpy().copy()
 
 
-_T = TypeVar("_T")
-
-
-def _weak(thing: _T | None) -> Callable[[], _T | None]:
-    return (lambda: None) if thing is None else weakref.ref(thing)
-
-
-def _calling(monitor: GradientMonitor, method: str) -> Callable[..., None]:
-    """A function that calls a method of the monitor as long as there is one."""
-    ref = weakref.ref(monitor)
-
-    def hook(*args: Any) -> None:
-        if (alive := ref()) is not None:
-            getattr(alive, method)(*args)
-
-    return hook
-
-
-def _hooked(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> Handle:
-    """Register the hook, also of a frozen parameter: it may be thawed later."""
-    wanted = parameter.requires_grad
-    handle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
-    parameter.requires_grad_(wanted)
-    return handle
-
-
-def _remove_all(handles: Sequence[Handle]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-class _ScalerHook:
-    """Stands before `scaler.step` and tells the monitor of a step that the optimizer never saw."""
-
-    def __init__(self, scaler: torch.amp.GradScaler, monitor: GradientMonitor) -> None:
-        ref = weakref.ref(monitor)
-        around: Any = vars(scaler).get("step")
-
-        def step(self: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            alive = None if hook._removed else ref()
-            if alive is not None and alive._optimizer() is not optimizer:
-                alive = None
-            before = alive._step if alive is not None else 0
-            # Of a copied scaler `around` is still the original's.
-            function = type(self).step if around is None else getattr(around, "__func__", None)
-            call = around if function is None else MethodType(function, self)
-            result = call(optimizer, *args, **kwargs)
-            if alive is not None and alive._step == before:
-                alive._look(skipped=True)
-            return result
-
-        hook, self._removed = self, False
-        vars(step)["hook"] = self
-        self._scaler, self._around = weakref.ref(scaler), around
-        # Bound, it is pickled and copied with the scaler as the method of that name.
-        scaler.step = MethodType(step, scaler)  # type: ignore[method-assign]
-
-    def remove(self) -> None:
-        """Take it away, now or with the one that stands before it."""
-        self._removed = True
-        scaler = self._scaler()
-        while scaler is not None:
-            hook = getattr(vars(scaler).get("step"), "hook", None)
-            if not isinstance(hook, _ScalerHook) or not hook._removed:
-                return
-            if hook._around is None:
-                del scaler.step
-            else:
-                scaler.step = hook._around  # type: ignore[method-assign]
-
-
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and (step - 1) % every == 0
-
-
-def _has_closure(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether `optimizer.step` was called with a closure, which computes the gradients within."""
-    return any(map(callable, args[1:])) or kwargs.get("closure") is not None
 
 
 def _times(grads: Sequence[Tensor | None], factor: Tensor | None) -> Sequence[Tensor | None]:

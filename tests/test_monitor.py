@@ -580,8 +580,8 @@ def test_a_reentrant_checkpoint_is_part_of_its_backward(inside) -> None:
                 compute_gradient_statistics(layers)["total_norm"], rel=1e-5
             )
             assert len(summary["parameters"]) == 6
-    assert not monitor._within
-    assert not monitor._backwards
+    assert not monitor._end._within
+    assert not monitor._end._backwards
 
 
 def test_frozen_parameters_that_thaw_are_seen_without_an_optimizer() -> None:
