@@ -33,6 +33,7 @@ from autograd_lib.gradients import _check_module, _is_distributed
 __all__ = ["NonFinite", "NonFiniteGuard", "find_nonfinite"]
 
 _SMALL = 2**13  # tensors of fewer elements are summed together, those of one shape at once
+_AT_ONCE = 2**19  # elements that are copied together, so that they stay in the cache
 _RENEWED_EVERY = 50  # steps after which a guard notices a parameter that was added
 _COLUMNS = ["inputs", "shape", "dtype", "min", "max"]
 _GRAD, _LAYOUT = operator.attrgetter("grad"), operator.attrgetter("layout")
@@ -248,7 +249,7 @@ class NonFiniteGuard:
         result = step()
         losses = [result] if isinstance(result, Tensor) else tree_leaves(result)
         losses = [loss for loss in losses if isinstance(loss, Tensor)]
-        total = _total([*map(_GRAD, parameters)], parts.piles, losses, parts.device)
+        total = _total([*map(_GRAD, parameters)], parts, losses)
         for group in parts.groups:
             torch.distributed.all_reduce(total, group=group)
         if math.isfinite(total.item()):
@@ -342,7 +343,12 @@ class _Parts:
         # Parameters of one shape stand together, so that their gradients are summed together.
         parameters = sorted(model.parameters(), key=_kind)
         ends = itertools.accumulate(len([*same]) for _, same in groupby(parameters, _kind))
-        self.piles = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+        self.piles: list[slice] = []
+        for start, end in itertools.pairwise([0, *ends]):
+            most = max(1, _AT_ONCE // max(1, math.prod(_kind(parameters[start])[2])))
+            self.piles += [slice(i, min(i + most, end)) for i in range(start, end, most)]
+        self._room: dict[torch.dtype, Tensor] = {}
+        self._stacks: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
         self.groups = _groups(model, parameters)
         devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
         self.device = min(devices, key=str, default=torch.device("cpu"))
@@ -353,6 +359,15 @@ class _Parts:
         self.renew_in = _RENEWED_EVERY
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
         self._buffered = [weakref.ref(module) for module in model.modules() if module._buffers]
+
+    def stack(self, tensors: list[Tensor]) -> Tensor:
+        """Small tensors of one shape, copied where those before them were: no fresh pages."""
+        key = len(tensors), tensors[0].shape, tensors[0].dtype
+        if key not in self._stacks:
+            room = self._room.setdefault(key[2], torch.empty(_AT_ONCE, dtype=key[2], device="cpu"))
+            shape = key[0], *key[1]
+            self._stacks[key] = room[: math.prod(shape)].view(shape)
+        return torch.stack(tensors, out=self._stacks[key])
 
     def parameters(self) -> list[nn.Parameter]:
         return [*map(operator.call, self._parameters)]  # type: ignore[list-item]
@@ -400,12 +415,7 @@ class _State:
 
 
 @torch.no_grad()
-def _total(
-    grads: list[Tensor | None],
-    piles: Sequence[slice],
-    losses: Sequence[Tensor],
-    device: torch.device,
-) -> Tensor:
+def _total(grads: list[Tensor | None], parts: _Parts, losses: Sequence[Tensor]) -> Tensor:
     """A number that is finite only if every element is: a sum carries NaN and Inf.
 
     It may overflow all the same. Small gradients of one shape are stacked, which costs less than
@@ -415,24 +425,24 @@ def _total(
     sums = [*map(_sum, losses)]
     types = {*map(type, grads)}
     if types <= {Tensor, NoneType}:
-        for pile in piles:
+        for pile in parts.piles:
             some = grads[pile]
             there = [grad for grad in some if grad is not None] if NoneType in types else some
-            sums += _sums_of_pile(cast(list[Tensor], there))
+            sums += _sums_of_pile(cast(list[Tensor], there), parts)
     else:
         sums += [_sum(grad) for grad in grads if grad is not None]
     if not sums:
-        return torch.zeros((), device=device)
-    return torch.stack([s.to(device, torch.float32) for s in sums]).sum()
+        return torch.zeros((), device=parts.device)
+    return torch.stack([s.to(parts.device, torch.float32) for s in sums]).sum()
 
 
-def _sums_of_pile(grads: list[Tensor]) -> Iterable[Tensor]:
+def _sums_of_pile(grads: list[Tensor], parts: _Parts) -> Iterable[Tensor]:
     if not grads:
         return ()
     first = grads[0]
     try:
         if first.is_cpu and first.numel() < _SMALL:
-            return (_sum(torch.stack(grads)),)
+            return (_sum(parts.stack(grads)),)
         if not first.is_cpu and not first.is_complex():
             return torch._foreach_norm(grads, dtype=torch.promote_types(first.dtype, torch.float32))
     except (RuntimeError, NotImplementedError):
