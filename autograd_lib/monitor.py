@@ -274,8 +274,8 @@ class GradientMonitor:
 
     def _look(self, *, scale: Tensor | None = None, skipped: Tensor | bool | None = False) -> None:
         """Record the gradients as they stand, as those of one more step."""
-        parameters = self._live_parameters()
-        if not parameters:
+        grads = self._gradients()
+        if not grads:
             return
         self._step += 1
         self._micro_batches = (0, 0.0)
@@ -285,7 +285,7 @@ class GradientMonitor:
             return
         detailed = self._step <= self._detailed_until
         counts = detailed or not self._collect.isdisjoint(_COUNTS)
-        grads, absent, plan, fields = self._reduce(parameters, counts=counts)
+        absent, plan, fields = self._reduce(grads, counts=counts)
         unscale = None if scale is None else scale.to(fields.device, fields.dtype).reciprocal()
         if unscale is not None:
             fields[1:7] *= unscale
@@ -300,7 +300,7 @@ class GradientMonitor:
             self._keep("histogram", plan.histograms(_times(grads, unscale)))
         if "cosine" in self._collect:
             norm = norms(fields)
-            self._keep("cosine", self._cosine(_times(grads, unscale), parameters, norm))
+            self._keep("cosine", self._cosine(_times(grads, unscale), norm))
         if self._activations is not None and (found := self._activations.take()) is not None:
             self._keep("activations", found)
         if self._count % min(_SEND_EVERY, self._capacity) == 0:
@@ -345,9 +345,16 @@ class GradientMonitor:
             self._parameters = [weakref.ref(parameter) for parameter in parameters]
         return parameters
 
-    def _plan(
-        self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor], key: bytes
-    ) -> Reduction:
+    def _gradients(self) -> list[Tensor | None]:
+        """The gradients of the watched parameters as they stand; none if the model is gone."""
+        if self._model() is None:
+            return []
+        try:
+            return [ref().grad for ref in self._parameters]  # type: ignore[union-attr]
+        except AttributeError:  # one of them is gone
+            return [parameter.grad for parameter in self._live_parameters()]
+
+    def _plan(self, tensors: Sequence[Tensor | None], key: bytes) -> Reduction:
         if key not in self._plans:
             for name, tensor in zip(self._names, tensors, strict=True):
                 if tensor is not None and tensor.is_meta:
@@ -358,46 +365,42 @@ class GradientMonitor:
                     )
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            self._plans[key] = Reduction(tensors, likes)
+            self._plans[key] = Reduction(tensors, self._live_parameters())
         return self._plans[key]
 
     def _planned(
         self,
         tensors: Sequence[Tensor | None],
-        likes: Sequence[Tensor],
         key: bytes,
         *,
         counts: bool = False,
     ) -> tuple[Reduction, Tensor]:
         """The plan for tensors that look like these, and what it reduces them to."""
-        plan = self._plan(tensors, likes, key)
+        plan = self._plan(tensors, key)
         try:
             return plan, plan(tensors, counts=counts)
         except RuntimeError:  # they look otherwise than when it was made: on another device, say
             del self._plans[key]
-            plan = self._plan(tensors, likes, key)
+            plan = self._plan(tensors, key)
             return plan, plan(tensors, counts=counts)
 
     def _reduce(
-        self, parameters: Sequence[Tensor], *, counts: bool = False
-    ) -> tuple[list[Tensor | None], np.ndarray | int, Reduction, Tensor]:
-        """The gradients, which are absent and why, the plan, and what it reduces them to."""
-        grads = [parameter.grad for parameter in parameters]
+        self, grads: Sequence[Tensor | None], *, counts: bool = False
+    ) -> tuple[np.ndarray | int, Reduction, Tensor]:
+        """Which gradients are absent and why, the plan for them, and what it reduces them to."""
         absent: np.ndarray | int = PRESENT
         key = b""
         if not all(map(is_not, grads, repeat(None))):
-            pairs = zip(grads, parameters, strict=True)
+            pairs = zip(grads, self._live_parameters(), strict=True)
             kinds = [
                 PRESENT if g is not None else MISSING if p.requires_grad else FROZEN
                 for g, p in pairs
             ]
             absent = np.array(kinds, dtype=np.uint8)
             key = absent.tobytes()
-        return grads, absent, *self._planned(grads, parameters, key, counts=counts)
+        return absent, *self._planned(grads, key, counts=counts)
 
-    def _cosine(
-        self, grads: Sequence[Tensor | None], parameters: Sequence[Tensor], norm: Tensor
-    ) -> Tensor:
+    def _cosine(self, grads: Sequence[Tensor | None], norm: Tensor) -> Tensor:
         """Cosine of each gradient with the one recorded before it, NaN where one is absent or 0."""
         with torch.no_grad():
             units = [
@@ -412,7 +415,7 @@ class GradientMonitor:
                 None if a is None or b is None else a * b.to(a.device).conj() for a, b in pairs
             ]
             key = b"cosine" + bytes(product is None for product in products)
-            numel, mean = self._planned(products, parameters, key)[1][:2]
+            numel, mean = self._planned(products, key)[1][:2]
             return torch.where(numel > 0, (mean * numel).clamp(-1, 1), torch.nan)
 
     def _measure_update(self, before: Sequence[Tensor]) -> None:
@@ -420,7 +423,7 @@ class GradientMonitor:
         with torch.no_grad():
             updates = [p - b for p, b in zip(self._live_parameters(), before, strict=False)]
             if updates:
-                plan, fields = self._planned(updates, updates, b"update")
+                plan, fields = self._planned(updates, b"update")
                 self._keep("update_ratio", norms(fields) / norms(plan(before)))
 
     def _record_noise(self, scale: Tensor | None) -> None:
@@ -436,9 +439,10 @@ class GradientMonitor:
         if world > 1:
             variance = count / world  # what was local so far has been averaged over processes
         self._micro_batches = (count, variance)
-        if all(parameter.grad is None for parameter in parameters):  # taken within backward
+        grads = self._gradients()
+        if all(grad is None for grad in grads):  # taken within backward
             return
-        *_, fields = self._reduce(parameters)
+        *_, fields = self._reduce(grads)
         square = norms(fields).square().sum()
         if scale is not None:
             square = square / scale.to(square.device, square.dtype).square()

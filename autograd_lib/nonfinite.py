@@ -247,7 +247,7 @@ class NonFiniteGuard:
         parts, parameters = self._look(model)
         before = _State(parts, parameters)
         result = step()
-        losses = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        losses = [] if result is None else tree_leaves(result)
         losses = [loss for loss in losses if isinstance(loss, Tensor)]
         total = _total([*map(_GRAD, parameters)], parts, losses)
         for group in parts.groups:
