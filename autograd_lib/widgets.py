@@ -166,12 +166,7 @@ class Explorer:
         Raises:
             ImportError: if ipywidgets is not installed.
         """
-        try:
-            import ipywidgets  # noqa: PLC0415
-        except ImportError as error:
-            raise ImportError(
-                "explore: the live form needs ipywidgets; pip install 'autograd_lib[widgets]'"
-            ) from error
+        ipywidgets = _ipywidgets("explore")
         picture = ipywidgets.HTML()
         controls = [
             (ipywidgets.Dropdown if isinstance(values[0], str) else ipywidgets.SelectionSlider)(
@@ -194,6 +189,16 @@ class Explorer:
             control.observe(show, "value")
         show()
         return ipywidgets.VBox([picture, *controls])
+
+
+def _ipywidgets(operation: str) -> Any:
+    try:
+        import ipywidgets  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(
+            f"{operation}: the live form needs ipywidgets; pip install 'autograd_lib[widgets]'"
+        ) from error
+    return ipywidgets
 
 
 def _data_url(svg: str) -> str:
@@ -432,13 +437,7 @@ class GradientDashboard:
         Raises:
             ImportError: If ipywidgets is not installed.
         """
-        try:
-            import ipywidgets  # noqa: PLC0415
-        except ImportError as error:
-            raise ImportError(
-                "GradientDashboard: the live form needs ipywidgets; "
-                "pip install 'autograd_lib[widgets]'"
-            ) from error
+        ipywidgets = _ipywidgets("GradientDashboard")
         if self._output is None:
             self._output = ipywidgets.Output()
             self._key = f"dashboard-{next(_keys)}"  # under which the page remembers what is chosen

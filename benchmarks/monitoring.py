@@ -141,18 +141,11 @@ def guarded(training: Training, _: contextlib.ExitStack) -> Thunk:
     return step
 
 
-def loop_of_five_statistics(model: nn.Module) -> dict[str, dict[str, float]]:
-    statistics = {}
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad
-        statistics[name] = {
-            "norm": grad.norm().item(),
-            "mean": grad.mean().item(),
-            "std": grad.std(correction=0).item(),
-            "min": grad.min().item(),
-            "max": grad.max().item(),
-        }
-    return statistics
+def loop_of_five_statistics(model: nn.Module) -> dict[str, list[float]]:
+    return {
+        name: [*map(Tensor.item, (g.norm(), g.mean(), g.std(correction=0), g.min(), g.max()))]
+        for name, g in ((name, p.grad) for name, p in model.named_parameters())
+    }
 
 
 # ------------------------------------------------------------------ the peers

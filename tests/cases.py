@@ -1,9 +1,10 @@
-"""The case tables that every test file draws on: devices, dtypes, models."""
+"""What every test file draws on: tables of devices, dtypes and models, and a reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,3 +52,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "encoder": (encoder, lambda: torch.randn(2, 5, 16)),
     "cnn": (cnn, lambda: torch.randn(3, 1, 6, 6)),
 }
+
+
+def reference(grad: Tensor) -> dict[str, float | complex]:
+    """The statistics of one dense gradient, by NumPy in double precision."""
+    x = grad.detach().cpu()
+    x = x.to(torch.complex128 if x.is_complex() else torch.float64).numpy().ravel()
+    entry = {
+        "norm": np.linalg.norm(x),
+        "mean": x.mean(),
+        "std": x.std(),
+        "abs_max": np.abs(x).max(),
+        "zero_fraction": (x == 0).mean(),
+        "nan_count": np.isnan(x).sum(),
+        "inf_count": np.isinf(x).sum(),
+        "numel": x.size,
+    }
+    return entry if np.iscomplexobj(x) else entry | {"min": x.min(), "max": x.max()}

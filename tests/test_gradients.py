@@ -9,7 +9,7 @@ import socket
 import numpy as np
 import pytest
 import torch
-from cases import DEVICES, FLOAT_DTYPES, MODELS, mlp
+from cases import DEVICES, FLOAT_DTYPES, MODELS, mlp, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -28,23 +28,6 @@ from autograd_lib import (
     get_gradient_norms,
     missing_gradients,
 )
-
-
-def reference(grad: Tensor) -> dict[str, float | complex]:
-    """The statistics of one dense gradient, by NumPy in double precision."""
-    x = grad.detach().cpu()
-    x = x.to(torch.complex128 if x.is_complex() else torch.float64).numpy().ravel()
-    entry = {
-        "norm": np.linalg.norm(x),
-        "mean": x.mean(),
-        "std": x.std(),
-        "abs_max": np.abs(x).max(),
-        "zero_fraction": (x == 0).mean(),
-        "nan_count": np.isnan(x).sum(),
-        "inf_count": np.isinf(x).sum(),
-        "numel": x.size,
-    }
-    return entry if np.iscomplexobj(x) else entry | {"min": x.min(), "max": x.max()}
 
 
 def with_gradients(**grads: Tensor) -> nn.Module:

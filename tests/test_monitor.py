@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICES, FLOAT_DTYPES, MODELS, TiedLanguageModel, cnn, mlp
+from cases import DEVICES, FLOAT_DTYPES, MODELS, TiedLanguageModel, cnn, mlp, reference
 from distributed_monitor import SCENARIOS, run_all
 from pyarrow import parquet
 from torch import Tensor, nn
@@ -43,23 +43,6 @@ EVERYTHING = {
     "noise": True,
     "history": 2,  # so that rows are sent, and overwritten, within the few steps
 }
-
-
-def reference(grad: Tensor) -> dict[str, Any]:
-    """The statistics of one dense gradient, by NumPy in double precision."""
-    x = grad.detach().cpu()
-    x = x.to(torch.complex128 if x.is_complex() else torch.float64).numpy().ravel()
-    entry = {
-        "norm": np.linalg.norm(x),
-        "mean": x.mean(),
-        "std": x.std(),
-        "abs_max": np.abs(x).max(),
-        "zero_fraction": (x == 0).mean(),
-        "nan_count": np.isnan(x).sum(),
-        "inf_count": np.isinf(x).sum(),
-        "numel": x.size,
-    }
-    return entry if np.iscomplexobj(x) else entry | {"min": x.min(), "max": x.max()}
 
 
 def holding(**parameters: Tensor) -> nn.Module:
