@@ -25,7 +25,8 @@ class Issue(NamedTuple):
             is above `explode_above`), "vanishing" (below `vanish_below`) or "missing" (the
             parameter requires a gradient and has none).
         parameter: The parameter's name.
-        step: The step at which it began; as long as it lasts no second issue is raised.
+        step: The step at which it began; as long as it lasts no second issue is raised, and of what
+            comes and goes not more than twenty.
         value: The norm at that step, NaN or infinity for the first two kinds; None where missing.
     """
 
@@ -37,6 +38,9 @@ class Issue(NamedTuple):
     def __str__(self) -> str:
         value = "" if self.value is None else f" (norm {self.value:.3g})"
         return f"{self.kind} in {self.parameter} since step {self.step}{value}"
+
+
+_MOST_EPISODES = 20  # of one kind in one parameter: one that goes in and out is known by then
 
 
 class Ring:
@@ -52,7 +56,6 @@ class Ring:
         self.steps = np.zeros(capacity, dtype=np.int64)
         self.device = device
         self._records = torch.zeros(capacity, *shape, dtype=dtype, device=device)
-        self._rows = self._records.unbind()  # within a step, making a view costs more than a copy
         self._sent = self._arrived = 0
         self._sending: torch.Event | None = None
         self._host = self._records
@@ -69,7 +72,7 @@ class Ring:
     def append(self, step: int, record: Tensor) -> None:
         """Keep a record in the place of the oldest one."""
         place = self.count % self.capacity
-        self._rows[place].copy_(record, non_blocking=True)
+        self._records[place].copy_(record, non_blocking=True)
         self.steps[place] = step
         self.count += 1
 
@@ -144,10 +147,11 @@ class Episodes:
         self._names, self._watched = names, watched
         self._above, self._below = explode_above, vanish_below
         self.lasting = np.zeros((len(KINDS), len(names)), dtype=bool)
+        self.counts = np.zeros((len(KINDS), len(names)), dtype=np.int64)
         self.issues: list[Issue] = []
 
     def feed(self, steps: np.ndarray, statistics: dict[str, np.ndarray], absent: np.ndarray) -> int:
-        """Take rows [steps, parameters] in their order; return how many issues began in them."""
+        """Take rows [steps, parameters] in their order; return how many values went wrong anew."""
         norm, abs_max = statistics["norm"], statistics["abs_max"]
         present = (absent == PRESENT) & self._watched
         with np.errstate(invalid="ignore"):
@@ -162,10 +166,15 @@ class Episodes:
         lasting = np.stack([self.lasting, *np.stack([found[kind] for kind in KINDS], 1)])
         begun = np.argwhere(lasting[1:] & ~lasting[:-1])
         self.lasting = lasting[-1]
+        wrong = 0
         for row, kind, i in begun.tolist():
+            if self.counts[kind, i] == _MOST_EPISODES:
+                continue
+            self.counts[kind, i] += 1
+            wrong += KINDS[kind] != "missing"
             value = None if KINDS[kind] == "missing" else float(norm[row, i])
             self.issues.append(Issue(KINDS[kind], self._names[i], int(steps[row]), value))
-        return len(begun)
+        return wrong
 
 
 def derive(fields: np.ndarray, absent: np.ndarray) -> dict[str, np.ndarray]:

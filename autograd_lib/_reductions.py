@@ -220,8 +220,9 @@ class _Block:
 
     def pile(self, parts: Sequence[Tensor]) -> Tensor:
         """Copy tensors of equal shape into rows."""
-        if parts[0].dtype is not self.dtypes[0]:  # `out` would be cast to
-            raise RuntimeError(f"expected {self.dtypes[0]}, got {parts[0].dtype}")
+        first = parts[0]
+        if first.dtype is not self.dtypes[0] or first.shape != self.shape:  # `out` would be changed
+            raise RuntimeError(f"expected {self.dtypes[0]} of {self.shape}, got {first.shape}")
         if self._rows is None:
             return torch.stack([*parts]).flatten(1)
         torch.stack(parts, out=self._pile)  # type: ignore[arg-type]

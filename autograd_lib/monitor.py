@@ -8,11 +8,12 @@ what is remembered and what was amiss in `_history`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import repeat
+from numbers import Real
 from operator import is_not
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -60,8 +61,10 @@ _STATISTICS = ("norm", "mean", "std", "min", "max", "abs_max")  # always collect
 _COUNTS = ("zero_fraction", "nan_count", "inf_count")
 _SEND_EVERY = 64  # rows go to the host in the background; issues are found in those that arrived
 _DETAILED_STEPS = 10  # for so long are counts and histograms taken once an issue has been read
+_MICRO_BATCHES = 16  # in a step, for whose norms there is room
 _UNASKED_HISTOGRAMS = 50  # that are remembered, of steps after an alarm
-_MOST_PLANS = 64  # of patterns of absent gradients, such as experts that no token chose leave
+_EXCUSED_SKIPS = 20  # in a row: by then a scaler has lowered its scale by a factor of a million
+_MOST_PLANS = 8  # of patterns of absent gradients; then zeros stand in for those that are absent
 
 
 class GradientMonitor:
@@ -91,10 +94,13 @@ class GradientMonitor:
         model: The module whose parameters are watched.
         optimizer: Its `step()` is a step. (An optimizer that runs within backward cannot be seen.)
         scaler: The `GradScaler` in use. Values are then unscaled, with fused optimizers too, and a
-            step that it skips is recorded as skipped. Without it, a backward that no optimizer step
+            step that it skips is recorded as skipped, and is no issue before the twentieth in a
+            row. Without it, a backward that no optimizer step
             follows counts as accumulation.
-        history: How many of the last looked-at steps are remembered.
-        every: Look at the first step and at every so many after it.
+        history: How many of the last looked-at steps are remembered: 56 bytes for each and for
+            each parameter, on the device (on CUDA also in pinned memory).
+        every: Look at the first step and at every so many after it. What `update_every` and
+            `histogram_every` ask for is done in those of their steps that are looked at.
         collect: What to add to norm, mean, std, min, max and abs_max, which are always there:
             "zero_fraction", "nan_count", "inf_count", "cosine" (with the gradient seen before, of
             which a copy is kept).
@@ -152,6 +158,7 @@ class GradientMonitor:
             {"update_every": update_every, "histogram_every": histogram_every},
             noise,
         )
+        _check_thresholds(vanish_below, explode_above)
         named = dict(model.named_parameters())
         if not named:
             raise ValueError("GradientMonitor: the model has no parameters to watch")
@@ -180,6 +187,7 @@ class GradientMonitor:
         self._skipped = np.zeros(history, dtype=bool)
         self._episodes = Episodes(self._names, self._numel > 0, explode_above, vanish_below)
         self._fed = 0  # rows in which issues were looked for
+        self._skips = 0  # in a row
         self._detailed_until = 0
         self._previous: list[Tensor | None] | None = None  # gradients, for the cosine
         self._weights: list[Tensor] | None = None  # before the step, for the size of the update
@@ -240,14 +248,26 @@ class GradientMonitor:
         self._handles = []
 
     def __enter__(self) -> GradientMonitor:
+        if self._finalizer is not None and self._finalizer.alive:
+            raise RuntimeError(
+                "GradientMonitor: it watches already, and the end of this block would stop it; "
+                "leave the other block, or call remove_hooks() first"
+            )
         self.register_hooks()
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "GradientMonitor: it hooks into a running program and cannot be pickled or copied; "
+            "save its state_dict() and load that into a new monitor"
+        )
 
     def __exit__(self, *_: object) -> None:
         self.remove_hooks()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         step = self._step + 1
+        self._weights = None
         if not has_closure(args, kwargs):  # else the gradients are yet to come
             scale = getattr(optimizer, "grad_scale", None)  # set for the duration of a fused step
             self._look(scale=scale, skipped=getattr(optimizer, "found_inf", None))
@@ -323,6 +343,8 @@ class GradientMonitor:
 
     def _room(self, name: str) -> int:
         """How many records to keep; histograms are large, and seldom unless they are asked for."""
+        if name == "noise":
+            return _MICRO_BATCHES * self._capacity
         if name != "histogram" or self._histogram_every == 1:
             return self._capacity
         asked = self._capacity // self._histogram_every if self._histogram_every else 0
@@ -363,9 +385,9 @@ class GradientMonitor:
                         f"{tuple(tensor.shape)} is on the meta device, which holds no values; call "
                         "model.to_empty(device=...) and load the weights before training"
                     )
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
-            self._plans[key] = Reduction(tensors, self._live_parameters())
+            parameters = self._live_parameters()
+            self._numel[:] = [parameter.numel() for parameter in parameters]
+            self._plans[key] = Reduction(tensors, parameters)
         return self._plans[key]
 
     def _planned(
@@ -376,6 +398,11 @@ class GradientMonitor:
         counts: bool = False,
     ) -> tuple[Reduction, Tensor]:
         """The plan for tensors that look like these, and what it reduces them to."""
+        if key not in self._plans and len(self._plans) >= _MOST_PLANS:
+            # Other experts in each step: to plan each time would cost more than to read some zeros.
+            key = key[:1] + b"filled"
+            pairs = zip(tensors, self._live_parameters(), strict=True)
+            tensors = [_zeros_like(p) if t is None else t for t, p in pairs]
         plan = self._plan(tensors, key)
         try:
             return plan, plan(tensors, counts=counts)
@@ -463,10 +490,24 @@ class GradientMonitor:
         ring = self._rings["fields"]
         places = ring.places(self._fed)
         self._fed = max(self._fed, ring.arrived)
+        skipped = self._were_skipped(places)
+        for i, was_skipped in enumerate(skipped.tolist()):
+            self._skips = self._skips + 1 if was_skipped else 0
+            skipped[i] = 0 < self._skips < _EXCUSED_SKIPS
+        places = places[~skipped]  # to skip a step now and then is how a scaler finds its scale
         absent = self._absent[places]
         statistics = derive(ring.values[places], absent)
         if self._episodes.feed(ring.steps[places], statistics, absent):
             self._detailed_until = self._step + _DETAILED_STEPS
+
+    def _were_skipped(self, places: np.ndarray) -> np.ndarray:
+        """Which of the rows are those of steps that the scaler skipped."""
+        skipped = self._skipped[places]
+        if "skipped" in self._rings:
+            skipped = skipped | (
+                self._rings["skipped"].at(self._rings["fields"].steps[places]) == 1
+            )
+        return skipped
 
     @property
     def issues(self) -> list[Issue]:
@@ -506,9 +547,7 @@ class GradientMonitor:
         total = np.hypot.reduce(norms_there, axis=1)
         total[np.isnan(norms_there).any(1)] = np.nan  # hypot(nan, inf) is inf
         found |= {"step": steps, "total_norm": total, **statistics}
-        found["skipped"], found["missing"] = self._skipped[places], absent == MISSING
-        if "skipped" in self._rings:
-            found["skipped"] |= self._rings["skipped"].at(steps) == 1
+        found["skipped"], found["missing"] = self._were_skipped(places), absent == MISSING
         if "counts" in self._rings:
             counts = np.moveaxis(self._rings["counts"].at(steps), 1, 0)
             counts[:, absent != PRESENT] = np.nan
@@ -522,6 +561,8 @@ class GradientMonitor:
         for name in ("cosine", "update_ratio"):
             if name in self._rings:
                 found[name] = self._rings[name].at(steps)
+        if "cosine" in found:
+            found["cosine"][absent != PRESENT] = np.nan
         if "histogram" in self._rings:
             ring = self._rings["histogram"]
             places = ring.places()
@@ -614,8 +655,8 @@ class GradientMonitor:
         if not self._noise:
             raise ValueError("noise_scale: nothing was recorded; make the monitor with noise=True")
         for name, value in {"micro_batch": micro_batch, "last": last}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"noise_scale: expected {name} of 1 or more, got {value}")
+            if name == "micro_batch" or value is not None:
+                _check_integer("noise_scale", name, value, 1)
         self._read()
         ring = self._rings.get("noise")
         if ring is None:
@@ -705,11 +746,12 @@ class GradientMonitor:
         Raises:
             ValueError: The parameters have other names; nothing is changed then.
         """
-        if list(state["names"]) != self._names:
+        names = state.get("names", []) if isinstance(state, dict) else []
+        if list(names) != self._names:
             raise ValueError(
                 f"load_state_dict: expected the history of {len(self._names)} parameters "
-                f"{self._names[:3]}…, got that of {len(state['names'])} {state['names'][:3]}…; "
-                "load it into a monitor of the same model"
+                f"{self._names[:3]}…, got that of {len(names)} {names[:3]}…; "
+                "load what state_dict() of a monitor of the same model gave"
             )
         device = home(self._live_parameters() or [torch.empty(0)])
         self._rings = {
@@ -727,6 +769,12 @@ class GradientMonitor:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and (step - 1) % every == 0
+
+
+def _zeros_like(parameter: Tensor) -> Tensor:
+    if _is_distributed(parameter):
+        return torch.zeros_like(parameter)
+    return parameter.new_zeros(()).expand(parameter.shape)
 
 
 def _times(grads: Sequence[Tensor | None], factor: Tensor | None) -> Sequence[Tensor | None]:
@@ -751,6 +799,22 @@ def _check(model: object, optimizer: object, scaler: object) -> None:
         )
 
 
+def _check_integer(operation: str, name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(
+            f"{operation}: expected {name} to be an integer of {least} or more, got {value!r}"
+        )
+
+
+def _check_thresholds(vanish_below: float, explode_above: float) -> None:
+    numbers = isinstance(vanish_below, Real) and isinstance(explode_above, Real)
+    if not numbers or not 0 <= vanish_below < explode_above:
+        raise ValueError(
+            "GradientMonitor: expected numbers 0 <= vanish_below < explode_above, got "
+            f"vanish_below={vanish_below!r}, explode_above={explode_above!r}"
+        )
+
+
 def _check_options(
     optimizer: Optimizer | None,
     collect: Sequence[str],
@@ -760,13 +824,9 @@ def _check_options(
 ) -> None:
     for least, options in ((1, least_one), (0, least_zero)):
         for name, value in options.items():
-            if not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"GradientMonitor: expected {name} to be an integer of {least} or more, got "
-                    f"{value!r}"
-                )
+            _check_integer("GradientMonitor", name, value, least)
     known = (*_STATISTICS, *_COUNTS, "cosine")
-    if isinstance(collect, str) or not {*collect} <= {*known}:
+    if not isinstance(collect, Collection) or isinstance(collect, str) or {*collect} - {*known}:
         raise ValueError(f"GradientMonitor: expected collect among {known}, got {collect!r}")
     if optimizer is None and (least_zero["update_every"] or noise):
         option = "noise=True" if noise else "update_every"

@@ -860,7 +860,9 @@ def test_a_model_is_freed_by_counting_references() -> None:
 def test_rows_take_no_memory_that_grows() -> None:
     monitor = trained(mlp(), torch.randn(5, 8), steps=10, **EVERYTHING)
     shapes = {name: tuple(ring._records.shape) for name, ring in monitor._rings.items()}
+    noise = shapes.pop("noise")
     assert {shape[0] for shape in shapes.values()} == {2}
+    assert noise[0] == 16 * 2  # micro-batches
     assert len(monitor._plans) <= 3
     assert len(monitor._activations._plans) == 1
 
@@ -1878,7 +1880,9 @@ def test_reading_what_was_not_recorded() -> None:
     with pytest.raises(ValueError, match="noise_scale: nothing was recorded; make the monitor"):
         monitor.noise_scale(1)
     monitor = GradientMonitor(LINEAR, OPTIMIZER, noise=True)
-    with pytest.raises(ValueError, match="noise_scale: expected micro_batch of 1 or more, got 0"):
+    with pytest.raises(ValueError, match="expected micro_batch to be an integer of 1 or more, got 0"):
+        ValueError, match="noise_scale: expected micro_batch to be an integer of 1 or more, got 0"
+    ):
         monitor.noise_scale(0)
     with pytest.raises(ValueError, match=r"two micro-batches or more each, got 0 such steps"):
         monitor.noise_scale(1)
@@ -1918,3 +1922,137 @@ def two_processes(tmp_path_factory) -> dict[str, list[str]]:
 def test_two_processes(name, two_processes) -> None:
     for rank, error in enumerate(two_processes[name]):
         assert not error, f"rank {rank}:\n{error}"
+
+
+# --- what readers met
+
+
+def test_other_experts_in_every_step_cost_no_new_plans() -> None:
+    """Where the set of gradients changes at each step, the values are right all the same."""
+    torch.manual_seed(0)
+    experts = nn.ModuleList([nn.Linear(3, 2) for _ in range(12)])
+    optimizer = torch.optim.SGD(experts.parameters(), lr=0.0)
+    generator = np.random.default_rng(0)
+    with GradientMonitor(experts, optimizer, collect=["cosine", "zero_fraction"]) as monitor:
+        for _ in range(60):
+            for i in generator.choice(12, 4, replace=False):
+                experts[i](torch.randn(5, 3)).square().sum().backward()
+            optimizer.step()
+            expected = compute_gradient_statistics(experts)
+            summary = monitor.get_gradient_summary()
+            assert list(summary["parameters"]) == list(expected["parameters"])
+            for name, entry in expected["parameters"].items():
+                for key in ("norm", "std", "min", "max", "zero_fraction"):
+                    assert summary["parameters"][name][key] == pytest.approx(entry[key], rel=1e-5)
+            assert summary["total_norm"] == pytest.approx(expected["total_norm"], rel=1e-5)
+            optimizer.zero_grad()
+    assert len(monitor._plans) < 24
+    absent = np.isnan(monitor.history["norm"])
+    assert absent.any()
+    assert np.isnan(monitor.history["cosine"][absent]).all()
+
+
+def test_what_comes_and_goes_is_reported_twenty_times() -> None:
+    monitor = look(*[{"p": torch.zeros(2) if i % 2 else torch.ones(2)} for i in range(100)])
+    assert [issue.step for issue in monitor.issues] == [*range(2, 42, 2)]
+    assert monitor._detailed_until <= 100 + 10
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_to_skip_a_step_is_no_issue_until_it_does_not_end(fused: bool) -> None:
+    layer, scaler = nn.Linear(2, 1), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0, fused=fused)
+    with GradientMonitor(layer, optimizer, scaler) as monitor:
+        for step in range(1, 40):
+            factor = math.inf if step in (2, 3, 5) or step >= 10 else 1.0
+            scaler.scale(layer(torch.ones(3, 2)).sum() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert monitor.history["skipped"].sum() == 3 + 30
+    assert {(issue.kind, issue.step) for issue in monitor.issues} == {("inf", 10 + 19)}
+
+
+def test_an_update_is_not_measured_across_a_step_that_failed() -> None:
+    layer = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with GradientMonitor(layer, optimizer, update_every=2) as monitor:
+        for step in range(1, 5):
+            layer(torch.ones(1, 2)).sum().backward()
+            if step == 3:
+                handle = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    optimizer.step()
+                handle.remove()
+                layer.weight.data.mul_(100)
+            else:
+                optimizer.step()
+    ratios = monitor.history["update_ratio"]
+    assert np.isnan(ratios).all(1).tolist() == [False, True, True, True]
+
+
+def test_a_parameter_that_was_resized_is_read_as_it_is() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    with GradientMonitor(layer, optimizer) as monitor:
+        for size in (2, 5):
+            layer.weight.data = torch.ones(size, 2)
+            layer.weight.grad = None
+            layer(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+    assert monitor.history["norm"][:, 0] == pytest.approx([2.0, 10**0.5])
+    assert monitor.get_gradient_summary()["parameters"]["weight"]["numel"] == 10
+
+
+def test_noise_of_all_remembered_steps() -> None:
+    layer = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    with GradientMonitor(layer, optimizer, noise=True, history=10) as monitor:
+        for _ in range(12):
+            for _ in range(8):
+                layer(torch.randn(4, 3)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert monitor.noise_scale(4).steps >= 10
+
+
+def test_a_block_within_a_block_is_refused() -> None:
+    layer = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    with GradientMonitor(layer, optimizer) as monitor:
+        with pytest.raises(RuntimeError, match="it watches already"), monitor:
+            pass
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    with monitor:
+        optimizer.step()
+    assert len(monitor.history["step"]) == 2
+
+
+def test_a_monitor_is_not_pickled_but_its_state() -> None:
+    with pytest.raises(TypeError, match=r"cannot be pickled or copied; save its state_dict\(\)"):
+        pickle.dumps(GradientMonitor(nn.Linear(2, 1)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"explode_above": None},
+        {"explode_above": math.nan},
+        {"vanish_below": -1.0},
+        {"vanish_below": "x"},
+        {"explode_above": 1e-9},
+        {"history": True},
+        {"collect": None},
+    ],
+)
+def test_options_are_refused_when_they_are_given(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"GradientMonitor: expected .*got"):
+        GradientMonitor(nn.Linear(2, 1), **options)
+    GradientMonitor(nn.Linear(2, 1), history=np.int64(3))
+
+
+@pytest.mark.parametrize("state", [{}, None, {"names": ["other"]}])
+def test_a_foreign_state_is_refused(state: Any) -> None:
+    with pytest.raises(ValueError, match="load what state_dict"):
+        GradientMonitor(nn.Linear(2, 1)).load_state_dict(state)
