@@ -17,14 +17,14 @@ Style = dict[str, Any]  # keywords of Matplotlib
 
 # Okabe and Ito's colors, and the grey of what stands in the background.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676"
-# Statistic to the `collect` or option of the monitor that records it.
+# Statistic to the option of the monitor that records it.
 OPTIONS = {
-    "update_ratio": "update_every=10",
+    "update_ratio": "optimizer=optimizer, update_every=10",
     "histogram": "histogram_every=10",
-    "zero_fraction": "'zero_fraction' in collect=",
-    "nan_count": "'nan_count' in collect=",
-    "inf_count": "'inf_count' in collect=",
-    "cosine": "'cosine' in collect=",
+    "zero_fraction": 'collect=["zero_fraction"]',
+    "nan_count": 'collect=["nan_count"]',
+    "inf_count": 'collect=["inf_count"]',
+    "cosine": 'collect=["cosine"]',
 }
 LABELS = {
     "norm": "norm of the gradient",
@@ -39,6 +39,7 @@ LABELS = {
     "min": "least element of the gradient",
     "max": "largest element of the gradient",
 }
+_NEEDED = ("step", "names", "norm", "missing", "total_norm", "skipped")  # of a history
 _LONGEST_NAME = 30
 # A logarithmic axis ends here: Matplotlib places ticks so far beyond it that a float overflows.
 TINY, HUGE = 1e-150, 1e150
@@ -61,11 +62,18 @@ def read_history(
     history: Mapping[str, Any],
     statistic: str | None,
     *,
-    steps: slice | None = None,
+    steps: Any = None,
     biases: bool = True,
 ) -> Rows:
     """Check a history and take the rows and parameters that are to be drawn."""
-    check_history(operation, history, statistic)
+    check_history(operation, history, _NEEDED)
+    if statistic is not None:
+        check_statistic(operation, history, statistic)
+    if not isinstance(steps, slice | None):
+        raise TypeError(
+            f"{operation}: expected steps to be a slice, got {steps!r}; for the last ten rows pass "
+            "steps=slice(-10, None)"
+        )
     names = list(history["names"])
     is_bias = np.array(["bias" in name.rpartition(".")[2] for name in names])
     kept = np.ones(len(names), bool) if biases or is_bias.all() else ~is_bias
@@ -110,38 +118,56 @@ def classify(norm: Array, missing: Array, total_norm: Array) -> tuple[Array, Arr
     return ~np.isfinite(norm) & ~absent, absent
 
 
-def check_history(operation: str, history: Any, statistic: str | None) -> None:
+def check_history(operation: str, history: Any, needed: Sequence[str]) -> None:
     if not isinstance(history, Mapping):
         raise TypeError(
             f"{operation}: expected the history of a GradientMonitor, got "
             f"{type(history).__name__}; pass monitor.history"
         )
-    if not len(history["step"]) or not len(history["names"]):
+    if absent := [key for key in needed if key not in history]:
         raise ValueError(
-            f"{operation}: the history is empty; take at least one optimizer step while the "
-            "monitor is attached"
+            f"{operation}: expected the history of a GradientMonitor, got a mapping without "
+            f"{absent}; pass monitor.history"
         )
-    if statistic is None or statistic in history:
+    if not len(history["step"]) or not len(history["names"]):
+        what = "step" if len(history["names"]) else "parameter"
+        raise ValueError(
+            f"{operation}: no {what} was recorded; take at least one step while the monitor is "
+            "attached to a model with parameters"
+        )
+
+
+def check_statistic(
+    operation: str, history: Mapping[str, Any], statistic: str, among: Sequence[str] = (*LABELS,)
+) -> None:
+    """Check that a history has one of the statistics that can be drawn."""
+    if statistic in among and statistic in history:
         return
-    if statistic in OPTIONS:
+    if statistic in among and statistic in OPTIONS:
         raise ValueError(
             f"{operation}: the history has no {statistic!r}; record it with "
             f"GradientMonitor(..., {OPTIONS[statistic]})"
         )
-    known = [key for key in LABELS if key in history]
+    known = [key for key in among if key in history]
     raise ValueError(f"{operation}: expected a statistic among {known}, got {statistic!r}")
 
 
-def make_axes(operation: str, ax: Axes | None, rows: float) -> Axes:
+def make_axes(operation: str, ax: Any, rows: float) -> Axes:
     """Return `ax`, or the axes of a new figure that is high enough for so many rows."""
     try:
-        from matplotlib import pyplot as plt  # noqa: PLC0415 - an optional dependency
+        from matplotlib import axes  # noqa: PLC0415 - an optional dependency
+        from matplotlib import pyplot as plt  # noqa: PLC0415
     except ImportError as error:
         raise ImportError(
             f"{operation} needs Matplotlib: pip install 'autograd_lib[plot]'"
         ) from error
-    if ax is not None:
+    if isinstance(ax, axes.Axes):
         return ax
+    if ax is not None:
+        raise TypeError(
+            f"{operation}: expected ax to be a matplotlib Axes, got {type(ax).__name__}; pass one "
+            "Axes, as axes[0] of `figure, axes = plt.subplots(2)`"
+        )
     height = min(max(1.5 + 0.22 * rows, 2.6), 6.5)
     return plt.subplots(figsize=(6.8, height), layout="constrained")[1]
 
@@ -178,11 +204,14 @@ def _ordinal(number: int) -> str:
 
 
 def short_name(name: str, longest: int = _LONGEST_NAME) -> str:
-    """Cut the middle out of a long name: its block and its kind tell more."""
-    if len(name) <= longest:
-        return name
-    head = longest // 2 - 1
-    return f"{name[:head]}…{name[len(name) - (longest - head - 1) :]}"
+    """Return a name as it is drawn: without the middle if it is long, and never as a formula.
+
+    The block and the kind of a parameter, at the two ends, tell more than what is between them.
+    """
+    if len(name) > longest:
+        head = longest // 2 - 1
+        name = f"{name[:head]}…{name[len(name) - (longest - head - 1) :]}"
+    return name.replace("$", r"\$")  # or Matplotlib reads what is between two as mathematics
 
 
 def decades(values: Array, margin: float = 2.0) -> tuple[float, float]:

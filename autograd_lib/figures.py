@@ -30,6 +30,7 @@ from autograd_lib._plots import (
     Style,
     add_legend,
     check_history,
+    check_statistic,
     decades,
     make_axes,
     mark_edge,
@@ -90,7 +91,7 @@ def plot_gradient_flow(
         The axes.
 
     Raises:
-        TypeError: If `history` is not a mapping.
+        TypeError: If `history` is not a mapping, `steps` not a slice or `ax` not an Axes.
         ValueError: If the history, or what `steps` takes of it, is empty.
         ImportError: If Matplotlib is not installed.
 
@@ -161,8 +162,8 @@ def plot_gradient_heatmap(
         The axes.
 
     Raises:
-        TypeError: If `history` is not a mapping.
-        ValueError: If the history is empty, or `statistic` was not recorded.
+        TypeError: If `history` is not a mapping, `steps` not a slice or `ax` not an Axes.
+        ValueError: If the history is empty, or `statistic` is unknown or was not recorded.
         ImportError: If Matplotlib is not installed.
 
     Example:
@@ -238,7 +239,7 @@ def plot_gradient_histograms(
         The axes.
 
     Raises:
-        TypeError: If `history` is not a mapping, or `dtype` not a floating type.
+        TypeError: If `history` is not a mapping, `ax` not an Axes or `dtype` not a floating type.
         ValueError: If there is no histogram or no such parameter, or `loss_scale` is not positive.
         ImportError: If Matplotlib is not installed.
 
@@ -307,7 +308,7 @@ def plot_update_ratios(
         The axes.
 
     Raises:
-        TypeError: If `history` is not a mapping.
+        TypeError: If `history` is not a mapping, `steps` not a slice or `ax` not an Axes.
         ValueError: If the history is empty, or was recorded without `update_every=`.
         ImportError: If Matplotlib is not installed.
 
@@ -318,7 +319,7 @@ def plot_update_ratios(
         ...            "skipped": np.zeros(3, bool), "total_norm": np.ones(3)}
         >>> ax = plot_update_ratios(history)
         >>> [line.get_label() for line in ax.lines[-2:]]
-        ['0.weight (largest)', '2.weight (smallest)']
+        ['largest: 0.weight', 'smallest: 2.weight']
     """
     rows = read_history("plot_update_ratios", history, "update_ratio", steps=steps, biases=biases)
     ax = make_axes("plot_update_ratios", ax, 14)
@@ -339,7 +340,8 @@ def plot_update_ratios(
         look: Style = {**faint, "linestyle": "-"}
         if column in ends:
             color, line, which = ends[column]
-            label = f"{short_name(rows.names[column])} ({which})"
+            # The name comes last: of labels that begin with "_" a legend shows nothing.
+            label = f"{which}: {short_name(rows.names[column])}"
             look = {"color": color, "linewidth": 1.8, "linestyle": line, "label": label}
         at = known[:, column]
         ax.plot(rows.step[at], ratios[at, column], **style, **look)
@@ -367,7 +369,7 @@ def plot_issues(
         The axes.
 
     Raises:
-        TypeError: If `history` is not a mapping.
+        TypeError: If `history` is not a mapping or `ax` not an Axes.
         ValueError: If the history is empty, or an issue names a parameter or kind that it has not.
         ImportError: If Matplotlib is not installed.
 
@@ -424,7 +426,8 @@ def _read_histograms(
     loss_scale: float,
 ) -> tuple[Array, Array]:
     """Return the counts of the histograms that are to be drawn, and their steps."""
-    check_history(operation, history, "histogram")
+    check_history(operation, history, ("step", "names"))
+    check_statistic(operation, history, "histogram", ["histogram"])
     if parameter not in history["names"]:
         raise ValueError(
             f"{operation}: expected a parameter among {list(history['names'])!r:.300}, "

@@ -346,7 +346,7 @@ class GradientDashboard:
     statistic that is chosen, beside it the values at the step that is chosen, as bars over the
     range that each parameter had. Hovering names the parameter and gives the value, a click
     chooses it; menus and a slider do the same from the keyboard. Issues are marked where they
-    began.
+    began, and steps that the `GradScaler` skipped above the heat map.
 
     Display it in a cell of its own and call `update` in the training loop. It redraws at most twice
     a second, and no more often than costs a twentieth of the time; each redraw reads the history,

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PatchCollection, QuadMesh
 from torch import nn
 
-from autograd_lib import compute_gradient_statistics
+from autograd_lib import GradientMonitor, compute_gradient_statistics
 from autograd_lib.figures import (
     plot_gradient_flow,
     plot_gradient_heatmap,
@@ -75,6 +75,10 @@ ODD = {
     "skipped": make_history([[1, 2], [INF, INF], [1, 2]], skipped=np.array([False, True, False])),
     "all skipped": make_history(np.full((3, 2), INF), skipped=np.ones(3, dtype=bool)),
     "tiny and huge": make_history([[5e-324, 1e308], [1e-310, 1e-10]]),
+    "names with dollars": make_history(
+        random_norms(parameters=5), names=[r"a.$\frac$", "a.a_$b$", "a.$x", r"a.b\$", r"a.$\$$"]
+    ),
+    "one module with dollars": make_history([[1.0, 2.0]], names=[r"$\frac$.a", r"$\frac$.b"]),
     "biases only": make_history(random_norms(parameters=2), names=["a.bias", "b.bias"]),
     "no histogram counts": make_history([[1.0]], histogram=np.zeros((2, 1, 64), dtype=np.int64)),
     "zeros in the histogram": make_history(
@@ -183,8 +187,102 @@ def test_names_and_legend_keep_clear_of_one_another(draw: Callable[..., Axes]) -
 @every_figure
 def test_an_empty_history_says_what_to_do(draw: Callable[..., Axes]) -> None:
     history = make_history(np.ones((0, 2)))
-    with pytest.raises(ValueError, match=r"plot_\w+: the history is empty; take at least one"):
+    with pytest.raises(ValueError, match=r"plot_\w+: no step was recorded; take at least one step"):
         draw(history, None)
+
+
+@pytest.mark.parametrize("history", [{}, {"step": [1]}], ids=str)
+@pytest.mark.parametrize(
+    "draw",
+    [
+        plot_gradient_flow,
+        plot_gradient_heatmap,
+        plot_update_ratios,
+        lambda history: plot_gradient_histograms(history, "0.weight"),
+        lambda history: plot_issues([], history),
+    ],
+)
+def test_what_is_no_history_is_said(draw: Callable[..., Axes], history: dict[str, Any]) -> None:
+    message = r"history of a GradientMonitor, got a mapping without \[.*'names'.*monitor.history"
+    with pytest.raises(ValueError, match=message):
+        draw(history)
+
+
+@every_figure
+def test_axes_must_be_one(draw: Callable[..., Axes]) -> None:
+    axes = plt.subplots(2)[1]
+    with pytest.raises(TypeError, match=r"ax to be a matplotlib Axes, got ndarray.*axes\[0\]"):
+        draw(make_history([[1.0]]), axes)
+
+
+@pytest.mark.parametrize("draw", [plot_gradient_flow, plot_gradient_heatmap, plot_update_ratios])
+@pytest.mark.parametrize("steps", [10, (0, 2)], ids=str)
+def test_steps_must_be_a_slice(draw: Callable[..., Axes], steps: Any) -> None:
+    with pytest.raises(TypeError, match=r"steps to be a slice, got .*steps=slice\(-10, None\)"):
+        draw(make_history(random_norms()), steps=steps)
+
+
+@pytest.mark.parametrize("statistic", ["total_norm", "missing", "numel", "histogram", "x"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_heat_map_knows_its_statistics(statistic: str, recorded: bool) -> None:
+    history = make_history(random_norms())
+    if not recorded:
+        del history["histogram"]
+    message = rf"a statistic among \['norm', 'std', .*'max'\], got '{statistic}'"
+    with pytest.raises(ValueError, match=message):
+        plot_gradient_heatmap(history, statistic=statistic)
+
+
+@pytest.mark.parametrize(
+    "statistic", ["update_ratio", "histogram", "zero_fraction", "nan_count", "inf_count", "cosine"]
+)
+def test_the_advice_for_a_missing_statistic_can_be_followed(statistic: str) -> None:
+    history = make_history(random_norms())
+    history.pop(statistic, None)
+    draw: Callable[..., Axes] = plot_gradient_heatmap
+    arguments = {"statistic": statistic}
+    if statistic == "histogram":
+        draw, arguments = plot_gradient_histograms, {"parameter": "0.weight"}
+    with pytest.raises(ValueError, match="record it with") as caught:
+        draw(history, **arguments)
+    advice = str(caught.value).partition("record it with ")[2].replace("...", "model")
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    place = {"GradientMonitor": GradientMonitor, "model": model, "optimizer": optimizer}
+    with eval(advice, place) as monitor:
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        assert statistic in monitor.history
+
+
+def as_drawn(text: mpl.text.Text) -> str:
+    """What a reader sees of a text that holds no formula."""
+    shown, is_math = text._preprocess_math(text.get_text())
+    assert not is_math
+    return shown
+
+
+def test_names_are_drawn_as_they_are_and_not_as_formulas() -> None:
+    names = [r"$\frac$.a_$b$", r"$\frac$.$\alpha$", r"$\frac$.x\$"]
+    history = make_history(np.ones((3, 3)) * [1, 2, 3], names)
+    for ax in (plot_gradient_flow(history), plot_gradient_heatmap(history)):
+        assert as_drawn(ax.yaxis.label) == r"parameter of $\frac$"
+        labels = [as_drawn(label) for label in ax.get_yticklabels()]
+        assert labels == ["a_$b$", r"$\alpha$", r"x\$"]
+    ax = plot_gradient_histograms(history, names[0])
+    assert as_drawn(ax.xaxis.label) == rf"magnitude of the elements of {names[0]}"
+    shown = [as_drawn(text) for text in plot_update_ratios(history).get_legend().get_texts()]
+    assert shown[1:] == [f"largest: {names[2]}", f"smallest: {names[0]}"]
+    ax = plot_issues([("nan", names[1], 1, NAN)], history)
+    assert [as_drawn(label) for label in ax.get_yticklabels()] == [names[1]]
+
+
+def test_the_legend_names_parameters_of_a_compiled_model() -> None:
+    names = ["_orig_mod.0.weight", "_orig_mod.2.weight"]
+    ax = plot_update_ratios(make_history([[1.0, 2.0]], names))
+    assert legend(ax)[1:] == ["largest: _orig_mod.2.weight", "smallest: _orig_mod.0.weight"]
+    ax = plot_gradient_flow(make_history([[1.0]], names[:1]))
+    assert [label.get_text() for label in ax.get_yticklabels()] == names[:1]
 
 
 @every_figure
@@ -203,7 +301,7 @@ def test_without_matplotlib(draw: Callable[..., Axes], monkeypatch: pytest.Monke
         (
             lambda h: plot_gradient_heatmap(h, statistic="zero_fraction"),
             ValueError,
-            "'zero_fraction' in collect=",
+            r'GradientMonitor\(\.\.\., collect=\["zero_fraction"\]\)',
         ),
         (
             lambda h: plot_gradient_heatmap(h, statistic="median"),
@@ -458,8 +556,8 @@ def test_histograms_that_are_not_due_yet() -> None:
 def test_ratios_name_the_extremes_over_the_band() -> None:
     ratio = np.array([1e-3, 1e-1, 1e-5, 1e-2]) * np.ones((6, 4))
     ax = plot_update_ratios(make_history(ratio, update_ratio=ratio))
-    assert legend(ax) == ["healthy: 0.0001 to 0.01", "1.weight (largest)", "2.weight (smallest)"]
-    assert np.allclose(line(ax, "1.weight (largest)").get_ydata(), 1e-1)
+    assert legend(ax) == ["healthy: 0.0001 to 0.01", "largest: 1.weight", "smallest: 2.weight"]
+    assert np.allclose(line(ax, "largest: 1.weight").get_ydata(), 1e-1)
     (band,) = ax.patches
     assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((1e-4, 1e-2))
     assert len(ax.lines) == 1 + 4

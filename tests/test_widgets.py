@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import itertools
 import json
 import re
@@ -551,6 +552,48 @@ def test_bars_are_as_long_as_the_numbers_say(tab: Any) -> None:
     tab.keyboard.press("End")
     starts = {start for start, _, _ in bars("now")}
     assert starts == {0.5}, "signed numbers start in the middle"
+
+
+def test_every_total_norm_is_drawn(tab: Any) -> None:
+    """A line between neighbors, a dot where there is none, nothing where it is not finite."""
+    total = np.array([1, NAN, 10, INF, 100, 100, NAN, NAN, 1])
+    monitor = make_monitor(norms(9, 2), total_norm=total)
+    show(tab, GradientDashboard(monitor).to_html())
+    dots, line = (tab.locator(f".d-{name}").get_attribute("d") for name in ("dots", "line"))
+    places = re.findall(r"M(\S+) (\S+)h0", dots)
+    assert [float(x) for x, _ in places] == pytest.approx([0.5 / 9, 2.5 / 9, 8.5 / 9], abs=1e-4)
+    assert [float(y) for _, y in places] == pytest.approx([0.92, 0.5, 0.92])
+    assert re.fullmatch(r"M(\S+) (\S+)L(\S+) (\S+)", line)
+    box = tab.locator(".d-total").bounding_box()
+    at = {"x": box["x"] + 2.5 / 9 * box["width"], "y": box["y"] + box["height"] / 2}
+    around = {"x": at["x"] - 2, "y": at["y"] - 2, "width": 4, "height": 4}
+    image = plt.imread(io.BytesIO(tab.screenshot(clip=around)))[..., :3]
+    assert image[1:3, 1:3].mean() < 0.8, "a dot is seen"
+
+
+def test_one_step_is_drawn_where_it_belongs(tab: Any) -> None:
+    show(tab, GradientDashboard(make_monitor([[1.0, 2.0]])).to_html())
+    assert tab.locator(".d-dots").get_attribute("d") == "M0.5000 0.5000h0"
+    assert tab.locator(".d-line").get_attribute("d") == ""
+    label, area = tab.locator(".d-when span"), tab.locator(".d-map").bounding_box()
+    assert label.inner_text() == "step 1"
+    assert label.bounding_box()["x"] >= area["x"]
+
+
+def test_skipped_steps_are_marked_above_the_map(tab: Any) -> None:
+    show(tab, GradientDashboard(planted()).to_html())
+    area, mark = tab.locator(".d-map").bounding_box(), tab.locator(".d-total i")
+    assert mark.count() == 1
+    box = mark.bounding_box()
+    center = box["x"] + box["width"] / 2
+    assert center == pytest.approx(area["x"] + 2.5 / 4 * area["width"], abs=2)
+    assert area["y"] - 16 < box["y"] + box["height"] / 2 < area["y"]
+    (entry,) = tab.locator(".d-key li", has_text="skipped step").all()
+    assert entry.locator("i").inner_text() == mark.inner_text()
+    assert "skipped steps: 1" in tab.locator("canvas").get_attribute("aria-label")
+    show(tab, GradientDashboard(make_monitor(norms())).to_html())
+    assert tab.locator(".d-total i").count() == 0
+    assert "skipped" not in tab.locator(".d-key").inner_text()
 
 
 def test_a_live_dashboard_keeps_what_was_chosen(tab: Any) -> None:
