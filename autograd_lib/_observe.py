@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import itertools
 import math
+import operator
 import os
 import re
 import sys
@@ -40,6 +41,10 @@ _NO_TASK = -1  # the number of the backward that runs, if none does
 _UNINITIALIZED = re.compile(r"aten\.(new_)?(empty|resize)")  # memory that nobody has written yet
 _Operator = torch._ops.OpOverload | torch._ops.HigherOrderOperator
 _BLANK = "no observed operation wrote to this memory"
+OUTSIDE = "it came from outside the model"
+UNLINKED = "no observed operation carries it there"
+_MADE, _DATA, _BEFORE = range(3)  # whom to believe first where several NaN meet
+_NEVER = math.inf
 _Extremes = tuple[Tensor, Tensor] | None
 
 
@@ -98,6 +103,10 @@ class _Origin(NamedTuple):
     # Written down as such: a mask filled with -inf, memory that nobody has filled yet. What turns
     # it into a NaN is the culprit, not this.
     meant: bool
+    # Code may look past a NaN in a target or a buffer, so what the step itself made goes before
+    # it (`_DATA`), and last a gradient from before the step. A parameter counts as `_MADE`.
+    source: int = _MADE
+    surfaced: float = _NEVER  # the event in which a NaN came of it
 
 
 @dataclass(slots=True)
@@ -120,8 +129,13 @@ class _Input(NamedTuple):
     extremes: _Extremes  # taken in advance where the operation may overwrite it
 
 
-def observe(model: nn.Module, step: Callable[[], object]) -> Culprit | None:
-    """Run `step` once, uncompiled; name what first made a NaN, or an Inf with consequences."""
+def observe(
+    model: nn.Module, step: Callable[[], object], report: Callable[[Culprit], object]
+) -> Culprit | None:
+    """Run `step` once, uncompiled; name what first made a NaN, or an Inf with consequences.
+
+    If `step` raises, what was seen until then is noted, as a `report`, on the exception.
+    """
     observer = _Observer(model)
     hook = unwrap(model).register_forward_pre_hook(
         observer.note_arguments, with_kwargs=True, prepend=True
@@ -133,6 +147,10 @@ def observe(model: nn.Module, step: Callable[[], object]) -> Culprit | None:
         # On one thread sequence numbers are unique, and the stack shows who called backward.
         with eager, torch.autograd.set_multithreading_enabled(False), observer:
             result = step()
+    except Exception as error:
+        if (guess := observer.guess) is not None:
+            error.add_note(str(report(guess.culprit)))
+        raise
     finally:
         hook.remove()
     return observer.conclude(result)
@@ -199,8 +217,16 @@ def kinds(tensor: Tensor) -> tuple[bool, bool]:
 
 
 def outcome(model: nn.Module, result: object) -> Culprit | None:
-    """The first among the tensors in `result` and the gradients of `model` that is not finite."""
-    losses = [("", "forward", t) for t in tree_leaves(result) if isinstance(t, Tensor)]
+    """The first among the numbers in `result` and the gradients of `model` that is not finite."""
+    losses = [
+        (
+            "",
+            "forward",
+            torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf,
+        )
+        for leaf in tree_leaves(result)
+        if isinstance(leaf, (Tensor, float))
+    ]
     grads = [
         (readable(name), "backward", parameter.grad)
         for name, parameter in model.named_parameters()
@@ -220,7 +246,7 @@ class _Observer(TorchDispatchMode):
         super().__init__()
         self._model = model
         self._names = {id(module): readable(name) for name, module in model.named_modules()}
-        self._found: Culprit | None = None
+        self.guess: _Origin | None = None  # where no loss and no gradient tells more
         self._order = itertools.count()
         self._marks: dict[int, _Mark] = {}
         # A weak reference keeps the address of a storage from being given to another one.
@@ -228,8 +254,6 @@ class _Observer(TorchDispatchMode):
         # By the sequence number of a node of the graph, then by the plain name of the operation.
         self._sites: dict[int, dict[str, _Site]] = {}
         self._roots: dict[int, list[Tensor]] = {}  # what each backward started from
-        # A NaN that was there before anything ran is the culprit, wherever it surfaces.
-        self._given: _Origin | None = None
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self._note(tensor, "parameter", readable(name), readable(name).rpartition(".")[0])
         for name, parameter in model.named_parameters():
@@ -243,7 +267,8 @@ class _Observer(TorchDispatchMode):
             bound = inspect.signature(root.forward).bind(*args, **kwargs).arguments
         except TypeError:
             return  # the call is about to raise this itself
-        with _disable_current_modes():
+        # Within torch.func even reading a plain tensor would wrap it.
+        with _disable_current_modes(), torch._C._DisableFuncTorch():
             for name, argument in bound.items():
                 for path, leaf in tree_flatten_with_path(argument)[0]:
                     if isinstance(leaf, Tensor):
@@ -257,16 +282,25 @@ class _Observer(TorchDispatchMode):
             given = Culprit(phase, "", module, name=name)
             if phase == "backward":
                 given = given._replace(detail="the gradient held it before the step")
+            source = _MADE if isinstance(tensor, nn.Parameter) else _DATA
+            source = _BEFORE if phase == "backward" else source
             if inf and (mark.inf is None or mark.inf.meant):
-                mark.inf = self._brought(given, "inf", tensor)
+                mark.inf = self._brought(given, "inf", tensor, source)
             if nan and (mark.nan is None or mark.nan.meant):
-                mark.nan = self._brought(given, "nan", tensor)
-                if self._given is None and self._found is None and phase != "backward":
-                    self._given = mark.nan
+                mark.nan = self._brought(given, "nan", tensor, source)
+                if phase != "backward":
+                    self._consider(mark.nan)
 
-    def _brought(self, given: Culprit, kind: str, tensor: Tensor, meant: bool = False) -> _Origin:
+    def _consider(self, origin: _Origin) -> None:
+        there = [origin] if self.guess is None else [self.guess, origin]
+        self.guess = min(there, key=lambda o: (o.surfaced == _NEVER, o.source, o.order))
+
+    def _brought(
+        self, given: Culprit, kind: str, tensor: Tensor, source: int, meant: bool = False
+    ) -> _Origin:
         operands = (_operand(given.name, tensor, _extremes(tensor)),)
-        return _Origin(next(self._order), given._replace(kind=kind, inputs=operands), meant)
+        culprit = given._replace(kind=kind, inputs=operands)
+        return _Origin(next(self._order), culprit, meant, source)
 
     def _first_sight(self, site: _Site, name: str, values: Tensor) -> _Mark:
         """The mark of a tensor that no observed operation has made: a target, a constant."""
@@ -275,10 +309,10 @@ class _Observer(TorchDispatchMode):
         if site.phase == "backward":
             given = _unseen(given)
         elif not site.op.startswith("aten.lift_fresh"):  # torch.tensor(...), within the step
-            given = Culprit("input", "", name=name, detail="it came from outside the model")
+            given = Culprit("input", "", name=name, detail=OUTSIDE)
         return _Mark(
-            self._brought(given, "nan", values, meant=given.phase != "input") if nan else None,
-            self._brought(given, "inf", values, meant=True) if inf else None,
+            self._brought(given, "nan", values, _DATA, given.phase != "input") if nan else None,
+            self._brought(given, "inf", values, _DATA, meant=True) if inf else None,
         )
 
     # --- one operation
@@ -290,8 +324,6 @@ class _Observer(TorchDispatchMode):
         task = torch._C._current_graph_task_id()
         if task not in self._roots:
             self._roots[task] = _roots(sys._getframe(1)) if task != _NO_TASK else []
-        if self._found is not None:
-            return func(*args, **kwargs)
         site = self._site(func)
         inputs = [self._input(site, *named) for named in _named_tensors(func, args, kwargs)]
         result = func(*args, **kwargs)
@@ -348,25 +380,29 @@ class _Observer(TorchDispatchMode):
             nan, inf = kinds(values)
             if inf:
                 inf_origin = inf_origin or self._origin_of_inf(site, inputs, literal)
-                mark.inf = inf_origin
+                mark.inf = _after_writing(values, mark.inf, inf_origin)
             if nan:
                 nan_origin = nan_origin or self._origin_of_nan(site, inputs, literal)
-                mark.nan = nan_origin
+                mark.nan = _after_writing(values, mark.nan, nan_origin)
 
     def _origin_of_inf(self, site: _Site, inputs: Sequence[_Input], literal: bool) -> _Origin:
         return _earliest(i.inf for i in inputs) or self._made(site, "inf", inputs, literal)
 
     def _origin_of_nan(self, site: _Site, inputs: Sequence[_Input], literal: bool) -> _Origin:
+        became = ""
         origin = _earliest(i.nan for i in inputs)
         if origin is None:
             origin = _earliest(i.inf for i in inputs if i.inf and not i.inf.meant)
             if origin is not None:
                 became = f"its Inf becomes a NaN in {site.backward_op or site.op}"
-                origin = origin._replace(culprit=origin.culprit._replace(detail=became))
         if origin is None:
             origin = self._made(site, "nan", inputs, literal)
-        if not origin.meant and self._given in (None, origin):
-            self._found = _surfaced(origin.culprit, site)
+        if not origin.meant and origin.surfaced == _NEVER:
+            names = [i.name for i in inputs if i.nan is origin or i.inf is origin]
+            culprit = _surfaced(origin.culprit, site, *names[:1])
+            culprit = culprit._replace(detail=became or culprit.detail)
+            origin = origin._replace(culprit=culprit, surfaced=next(self._order))
+            self._consider(origin)
         return origin
 
     def _made(self, site: _Site, kind: str, inputs: Sequence[_Input], literal: bool) -> _Origin:
@@ -448,26 +484,40 @@ class _Observer(TorchDispatchMode):
     # --- after the step
 
     def conclude(self, result: object) -> Culprit | None:
-        """The culprit of the first NaN, or else of an Inf that reached the loss or a gradient."""
+        """The first event whose NaN, or else whose Inf, is in the loss or in a gradient."""
         losses = [*tree_leaves(result), *itertools.chain(*self._roots.values())]
         final = outcome(self._model, losses)
-        found = self._found or (self._given and self._given.culprit)
-        if found is not None:
-            return found if final else found.also("it reaches neither the loss nor a gradient")
+        guess = self.guess and self.guess.culprit
         if final is None:
-            return None
+            return guess and guess.also("it reaches neither the loss nor a gradient")
+        carried = min(self._carried(losses), default=None, key=operator.itemgetter(0))
+        if carried is not None and (guess is None or not carried[0][0]):
+            _, culprit, reaches = carried
+            return culprit.also(reaches)
         where = f"the gradient of {final.name!r}" if final.name else "the loss"
-        named = {readable(name): p.grad for name, p in self._model.named_parameters()}
-        origins = []
-        for tensor in [named[final.name]] if final.name else losses:
-            if isinstance(tensor, Tensor):
-                has_nan, has_inf = kinds(tensor)
-                for values in real_values(tensor):
-                    mark = self._marks.get(self._identify(values), _Mark())
-                    origins += [mark.nan if has_nan else None, mark.inf if has_inf else None]
-        if (origin := _earliest(origins)) is None:
-            return final._replace(detail=f"{where} holds it, but no observed operation made it")
-        return origin.culprit.also(f"it reaches {where}")
+        if guess is not None:
+            return guess.also(f"{where} is not finite, but {UNLINKED}")
+        return final._replace(detail=f"{where} holds it, but no observed operation made it")
+
+    def _carried(self, losses: Iterable[object]) -> Iterator[tuple[Any, Culprit, str]]:
+        """What is in the loss and in the gradients: how much it explains, and what to tell."""
+        named = [("the loss", loss) for loss in losses if isinstance(loss, Tensor)]
+        for name, parameter in self._model.named_parameters():
+            if parameter.grad is not None:
+                named.append((f"the gradient of {readable(name)!r}", parameter.grad))
+        for where, tensor in named:
+            has_nan, has_inf = kinds(tensor)
+            if not (has_nan or has_inf):
+                continue
+            for values in real_values(tensor):
+                mark = self._marks.get(self._identify(values), _Mark())
+                for is_inf, held, o in ((False, has_nan, mark.nan), (True, has_inf, mark.inf)):
+                    if held and o is not None:
+                        # What nobody was seen to write explains nothing, so it comes last.
+                        unseen = o.culprit.phase != "input" and not o.culprit.op
+                        dark = o.meant and (unseen or _BLANK in o.culprit.detail)
+                        key = (dark, o.source == _BEFORE, o.meant, is_inf, o.order, o.surfaced)
+                        yield key, o.culprit, f"it reaches {where}" if is_inf or o.meant else ""
 
 
 def _roots(frame: FrameType | None) -> list[Tensor]:
@@ -481,9 +531,15 @@ def _roots(frame: FrameType | None) -> list[Tensor]:
 
 
 def _earliest(origins: Iterable[_Origin | None]) -> _Origin | None:
-    """The first event, one that was not meant before any that was."""
+    """The first event, one that was not meant before any that was, data after what was made."""
     there = [origin for origin in origins if origin is not None]
-    return min(there, key=lambda origin: (origin.meant, origin.order), default=None)
+    return min(there, key=lambda o: (o.meant, o.source, o.order, o.surfaced), default=None)
+
+
+def _after_writing(values: Tensor, before: _Origin | None, origin: _Origin) -> _Origin | None:
+    """The origin of what is in the memory of `values` after `origin` was written there."""
+    whole = values.numel() * values.itemsize == values.untyped_storage().nbytes()
+    return origin if whole else _earliest([before, origin])
 
 
 def _named_tensors(
@@ -526,10 +582,13 @@ def _unseen(culprit: Culprit) -> Culprit:
     return culprit._replace(op="", detail=detail)
 
 
-def _surfaced(culprit: Culprit, site: _Site) -> Culprit:
-    """Tell of what was given in which operation it came to light."""
+def _surfaced(culprit: Culprit, site: _Site, name: str = "") -> Culprit:
+    """Tell of what was given in which operation it came to light, there under which name."""
     if culprit.phase not in ("parameter", "input"):
         return culprit
+    if culprit.detail == OUTSIDE and name:  # the operation that saw it first may be another
+        operands = tuple(operand._replace(name=name) for operand in culprit.inputs)
+        culprit = culprit._replace(name=name, inputs=operands)
     module = culprit.module if culprit.phase == "parameter" else site.module
     return culprit._replace(module=module, op=site.op, place=site.place)
 

@@ -7,6 +7,7 @@ operation when somebody asks or when the sum is not finite.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import linecache
 import math
@@ -14,7 +15,7 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import groupby
 from types import NoneType
@@ -26,7 +27,15 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from autograd_lib._observe import Culprit, Operand, observe, outcome, real_values
+from autograd_lib._observe import (
+    OUTSIDE,
+    UNLINKED,
+    Culprit,
+    Operand,
+    observe,
+    outcome,
+    real_values,
+)
 from autograd_lib._tables import html_table, text_table
 from autograd_lib.gradients import _check_module, _is_distributed
 
@@ -36,7 +45,7 @@ _SMALL = 2**13  # tensors of fewer elements are summed together, those of one sh
 _AT_ONCE = 2**19  # elements that are copied together, so that they stay in the cache
 _RENEWED_EVERY = 50  # steps after which a guard notices a parameter that was added
 _COLUMNS = ["inputs", "shape", "dtype", "min", "max"]
-_GRAD, _LAYOUT = operator.attrgetter("grad"), operator.attrgetter("layout")
+_GRAD, _VERSION = operator.attrgetter("grad"), operator.attrgetter("_version")
 _Buffer = tuple[dict[str, Tensor | None], str, Tensor | None]
 
 
@@ -59,7 +68,8 @@ class NonFinite:
             inside a custom Function's backward.
         inputs: What the culprit was given, or the culprit itself if it is a parameter or an
             input: `name`, `shape`, `dtype`, `min`, `max` of each tensor.
-        name: Of the parameter, the buffer, the argument.
+        name: Of the parameter, the buffer, the argument: one of `model`'s, or of `op`'s for what
+            came from outside the model, such as a target.
         detail: What followed, or what the report cannot know.
         source: The lines of code around `location`.
     """
@@ -77,6 +87,8 @@ class NonFinite:
 
     def _title(self) -> str:
         kind = {"nan": "NaN", "inf": "Inf"}[self.kind]
+        if self.op and OUTSIDE in self.detail:
+            return f"{kind} in argument {self.name!r} of {self.op}"
         if self.phase in ("parameter", "input"):
             return f"{kind} in {self.phase} {self.name!r}"
         if not self.op:
@@ -122,18 +134,23 @@ class NonFinite:
 def find_nonfinite(model: nn.Module, step: Callable[[], object]) -> NonFinite | None:
     """Run `step` once under observation and name the operation that first made a NaN.
 
-    The culprit is the first operation that makes a NaN, or an Inf that later becomes one. An
+    The culprit is the first operation that makes a NaN, or an Inf that later becomes one, and
+    whose NaN is still there in the loss or a gradient; failing that, one whose NaN is not. An
     infinity that the code writes down, such as a mask filled with -inf, is no culprit: what turns
     it into a NaN is. An Inf that leaves no NaN behind is reported only if it reaches the loss or
-    a gradient. A parameter, buffer or argument of `model` that holds a NaN is the culprit
-    whatever operation it surfaces in; so is one that holds an Inf from which a NaN descends.
+    a gradient. A parameter, buffer, target or argument of `model` that holds a NaN from which
+    theirs descends is the culprit whatever operation it surfaces in; so is one that holds an Inf
+    from which a NaN descends. One that the code masks out is reported only if nothing else is
+    wrong.
 
     How it observes: a `TorchDispatchMode` around `step` sees each ATen operation, one
     forward pre-hook on `model` its arguments; `torch.compile`d code runs eagerly, backward on
     the calling thread. Afterward parameters, buffers, gradients and the state of PyTorch's
     random number generators (the CPU's and those of the model's devices) are what they were,
-    also if `step` raises. Whatever else `step` changes stays changed: do not draw the batch
-    inside.
+    also if `step` raises; the exception passes, with what was found until then as a note on it.
+    Whatever else `step` changes stays changed: the gradients of other models (of a GAN pass a
+    module that holds both), the generators of Python and NumPy, a `GradScaler` that is told to
+    `unscale_` inside. Draw the batch outside.
 
     A compiled model runs twice, as it is and eagerly, since one may be finite where the other is
     not; the report says so. A distributed model (DDP, FSDP2, `DTensor` parameters) makes the
@@ -144,14 +161,15 @@ def find_nonfinite(model: nn.Module, step: Callable[[], object]) -> NonFinite | 
 
     Args:
         model: The module whose parameters, arguments and submodules are named.
-        step: Runs forward and backward, not the optimizer. What it returns (a tensor, or tensors
-            in lists, tuples and dicts) counts as loss, and so does what `backward()` is called on.
+        step: Runs forward and backward, not the optimizer. What it returns (tensors and floats,
+            also in lists, tuples and dicts) counts as loss, and so does what `backward()` is
+            called on.
 
     Returns:
         The report, or None if the step leaves nothing to report.
 
     Raises:
-        TypeError: If `model` is not a module or `step` not callable.
+        TypeError: If `model` is not a module or `step` not a function without arguments.
 
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
@@ -163,7 +181,7 @@ def find_nonfinite(model: nn.Module, step: Callable[[], object]) -> NonFinite | 
         ('forward', 'inf', 'aten.log.default', 'its Inf becomes a NaN in aten.mul.Tensor')
     """
     _check_module("find_nonfinite", model)
-    _check_callable("find_nonfinite", step)
+    _check_step("find_nonfinite", step)
     parts = _Parts(model)
     parameters = parts.parameters()
     before = _State(parts, parameters, *parameters)
@@ -181,31 +199,37 @@ class NonFiniteGuard:
     """Watch every step of a model for a NaN or an Inf, at the price of one sum.
 
     Calling the guard runs `step`. Before it the guard keeps the state of the random number
-    generators, the buffers, and each `.grad` that there already is; after it, it sums the loss
+    generators, the buffers, and each `.grad` that there already is (accumulation,
+    `set_to_none=False`), which costs a copy of all these gradients; after it, it sums the loss
     and all gradients and reads that number: one host synchronization. If the number is finite,
-    what the step did stands, bit by bit as without the guard.
+    what the step did stands, bit by bit as without the guard. The guard sees the loss only if
+    `step` returns it; otherwise it sees the gradients alone.
 
-    If it is not, the guard puts everything back, replays the step as `find_nonfinite` does,
-    puts everything back again and returns the report. So a faulty step leaves no trace, and
-    skipping the optimizer is all there is to do about it. Should every element be finite and
-    only the sum overflow, the step stands and nothing is reported.
+    If it is not, the guard puts all that back, replays the step as `find_nonfinite` does, puts
+    it back again and returns the report; skipping the optimizer is all there is to do about the
+    step. Should every element be finite and only the sum overflow, the step stands and nothing is
+    reported. So it does, and nothing is explained, if `step` raises.
+
+    Not put back: the gradients of other models (of a GAN guard a module that holds both),
+    parameters that the step itself changes (`nn.Embedding` with `max_norm`, an optimizer inside
+    `step`; the report says so), the generators of Python and NumPy.
 
     With a `GradScaler`, gradients that overflow are the scaler's business: it skips the step and
     lowers the scale. Given the scaler, the guard leaves such a step alone, and takes a closer
     look only when the loss is not finite (let `step` return the loss unscaled) or when the scale
-    is down to 1 or less and cannot be what is wrong.
+    is down to 1 or less and cannot be what is wrong. `step` may call `unscale_`.
 
     The guard keeps no hook and only weak references. A parameter that is added later is watched
-    at most 50 steps late. A step that draws from generators other than PyTorch's global ones is
-    not replayed bit by bit. With a distributed model (DDP, FSDP2, `DTensor` parameters) each call
-    is a collective of one number, and every rank returns the same report.
+    at most 50 steps late. A step that draws from generators other than PyTorch's global ones, or
+    draws its batch, is not replayed bit by bit. With a distributed model (DDP, FSDP2, `DTensor`
+    parameters) each call is a collective of one number, and every rank returns the same report.
 
     Args:
         model: The module whose gradients are watched, with its wrapper if it has one.
         scaler: The `GradScaler` that scales the loss in `step`.
 
     Raises:
-        TypeError: If `model` is not a module.
+        TypeError: If `model` is not a module or `scaler` not a `GradScaler`.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -226,6 +250,11 @@ class NonFiniteGuard:
 
     def __init__(self, model: nn.Module, *, scaler: GradScaler | None = None) -> None:
         _check_module("NonFiniteGuard", model)
+        if not isinstance(scaler, GradScaler | None):
+            raise TypeError(
+                "NonFiniteGuard: expected scaler to be a torch.amp.GradScaler or None, got "
+                f"{type(scaler).__name__}; pass the one that scales the loss"
+            )
         self._model = weakref.ref(model)
         self._scaler = scaler
         self._parts = _Parts(model)
@@ -235,7 +264,7 @@ class NonFiniteGuard:
 
         Raises:
             RuntimeError: If the model no longer exists.
-            TypeError: If `step` is not callable.
+            TypeError: If `step` is not a function without arguments.
         """
         _check_callable("NonFiniteGuard", step)
         model = self._model()
@@ -245,10 +274,14 @@ class NonFiniteGuard:
                 "deleted (the guard keeps only a weak reference); make a new guard"
             )
         parts, parameters = self._look(model)
-        before = _State(parts, parameters)
-        result = step()
-        losses = [] if result is None else tree_leaves(result)
-        losses = [loss for loss in losses if isinstance(loss, Tensor)]
+        before = _State(parts, parameters, scaler=self._scaler)
+        try:
+            result = step()
+        except TypeError:
+            _check_step("NonFiniteGuard", step)  # if that is what is wrong, it says the remedy
+            raise
+        leaves = [] if result is None else tree_leaves(result)
+        losses = [leaf for leaf in leaves if isinstance(leaf, (Tensor, float))]
         total = _total([*map(_GRAD, parameters)], parts, losses)
         for group in parts.groups:
             torch.distributed.all_reduce(total, group=group)
@@ -258,10 +291,15 @@ class NonFiniteGuard:
         everywhere = [w for w in _gather(parts.groups, wrong) if w is not None]
         if not everywhere or self._is_for_the_scaler(everywhere):
             return None
-        del result, losses  # the graph is no longer needed, its memory is
+        del result, leaves, losses  # the graph is no longer needed, its memory is
         try:
             before.restore()
-            return _explain(model, step, wrong, parts.groups)
+            versions = _versions(parameters)
+            found = _explain(model, step, wrong, parts.groups)
+            if found is not None and versions != _versions(parameters):
+                more = "the step changed parameters, not put back: keep the optimizer out of it"
+                found = replace(found, detail="; ".join(filter(None, [found.detail, more])))
+            return found
         finally:
             before.restore()
 
@@ -289,6 +327,27 @@ def _check_callable(operation: str, step: object) -> None:
         )
 
 
+def _check_step(operation: str, step: Callable[[], object]) -> None:
+    _check_callable(operation, step)
+    try:
+        signature = inspect.signature(step)
+    except ValueError:
+        return  # one written in C, which does not tell
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise TypeError(
+            f"{operation}: expected step to be a function without arguments, got one with "
+            f"{signature} ({error}); bind them: lambda: step(batch)"
+        ) from None
+
+
+def _versions(parameters: Sequence[Tensor]) -> list[int]:
+    """Numbers that grow when a parameter is changed in place."""
+    lazy = nn.parameter.is_lazy
+    return [_VERSION(p) for p in parameters if not (lazy(p) or p.is_inference())]
+
+
 def _is_compiled(model: nn.Module) -> bool:
     return any(
         module._compiled_call_impl is not None or "_orig_mod" in module._modules
@@ -300,9 +359,13 @@ def _explain(
     model: nn.Module, step: Callable[[], object], before: Culprit | None, groups: Sequence[Any]
 ) -> NonFinite | None:
     """Observe `step`, of which an unobserved run had the outcome `before`, if there was one."""
-    culprit = observe(model, step)
+    culprit = observe(model, step, _report)
     if culprit is None and before is not None:
         culprit = before.also("only without observation: the step, replayed eagerly, is finite")
+        if not _is_compiled(model):
+            culprit = culprit.also(
+                "it does not repeat itself: it may draw its batch, or numbers from Python or NumPy"
+            )
     elif culprit is not None and _is_compiled(model):
         finite = "is finite" if before is None else "is not finite either"
         culprit = culprit.also(f"the compiled step {finite}")
@@ -311,12 +374,16 @@ def _explain(
     found = None if culprit is None else _report(culprit)
     everywhere = [report for report in _gather(groups, found) if report is not None]
     # What was made by no operation of one rank, and only arrived there, began on another.
-    return min(everywhere, key=_only_arrived, default=None)
+    return min(everywhere, key=_doubt, default=None)
 
 
-def _only_arrived(report: NonFinite) -> bool:
+def _doubt(report: NonFinite) -> int:
     made = report.op and not report.op.startswith(("aten.empty", "aten.new_empty"))
-    return not made and report.phase in ("forward", "backward")
+    if not made and report.phase in ("forward", "backward"):
+        return 3
+    if UNLINKED not in report.detail:
+        return 0
+    return 1 if report.phase == "parameter" else 2  # a target may be masked out
 
 
 def _report(culprit: Culprit) -> NonFinite:
@@ -387,7 +454,13 @@ class _State:
     """What a step changes, kept as it was: a clone beside each tensor, and where it stood."""
 
     @torch.no_grad()
-    def __init__(self, parts: _Parts, parameters: Sequence[Tensor], *more: Tensor) -> None:
+    def __init__(
+        self,
+        parts: _Parts,
+        parameters: Sequence[Tensor],
+        *more: Tensor,
+        scaler: GradScaler | None = None,
+    ) -> None:
         self._parameters = parameters
         self._grads = [*map(_GRAD, parameters)]
         self._buffers = parts.buffers()
@@ -399,6 +472,9 @@ class _State:
         self._on_devices = [
             (module, args, module.get_rng_state(*args)) for module, args in parts.generators
         ]
+        # Which optimizers were unscaled; a disabled scaler has no such table.
+        self._unscaled: dict[int, dict[str, Any]] = getattr(scaler, "_per_optimizer_states", {})
+        self._stages = {key: {**state} for key, state in self._unscaled.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -412,17 +488,19 @@ class _State:
         torch.set_rng_state(self._random)
         for module, args, state in self._on_devices:
             module.set_rng_state(state, *args)
+        self._unscaled.clear()
+        self._unscaled.update((key, {**state}) for key, state in self._stages.items())
 
 
 @torch.no_grad()
-def _total(grads: list[Tensor | None], parts: _Parts, losses: Sequence[Tensor]) -> Tensor:
+def _total(grads: list[Tensor | None], parts: _Parts, losses: Sequence[Tensor | float]) -> Tensor:
     """A number that is finite only if every element is: a sum carries NaN and Inf.
 
     It may overflow all the same. Small gradients of one shape are stacked, which costs less than
     a call for each; large ones are not copied. Off the CPU, where each kernel counts, a norm of
     many tensors is one kernel.
     """
-    sums = [*map(_sum, losses)]
+    sums = [_sum(loss) if isinstance(loss, Tensor) else torch.tensor(loss) for loss in losses]
     types = {*map(type, grads)}
     if types <= {Tensor, NoneType}:
         for pile in parts.piles:

@@ -746,6 +746,160 @@ def test_an_input_that_the_step_computed_is_the_step_s_fault():
     assert (found.phase, found.kind, found.op) == ("forward", "inf", "aten.log.default")
 
 
+def hidden_by_where(model, y):
+    return torch.where(y.isnan(), 0.0, model(X) - y).square().mean()
+
+
+def hidden_by_nan_to_num(model, y):
+    return (model(X) - y).nan_to_num().square().mean()
+
+
+def hidden_after_a_look(model, y):
+    """The target is seen before the model runs, so its NaN is the earlier one."""
+    y = y * 1
+    return torch.where(y.isnan(), 0.0, model(X) - y).square().mean()
+
+
+class Sentinel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(2, 4)
+        self.register_buffer("last", torch.full((3, 4), NAN))
+
+    def forward(self, x, unused=None):
+        y = self.net(x)
+        return torch.where(self.last.isnan(), y, self.last)
+
+
+@pytest.mark.parametrize("hidden", [hidden_by_where, hidden_by_nan_to_num, hidden_after_a_look])
+@pytest.mark.parametrize("look", [find_nonfinite, lambda m, s: NonFiniteGuard(m)(s)])
+def test_a_given_nan_that_is_masked_out_hides_no_real_fault(hidden, look):
+    model = mlp(2, 4)
+    y = torch.zeros(3, 4)
+    y[2] = NAN
+
+    def backward_fails():
+        square = (model(X) - model(X.clone())).square().sum(1)
+        loss = hidden(model, y) + square.sqrt().mean()  # here
+        loss.backward()
+        return loss
+
+    found = look(model, backward_fails)
+    assert (found.phase, found.kind, found.op) == ("backward", "inf", "aten.sqrt.default")
+    line = line_of(test_a_given_nan_that_is_masked_out_hides_no_real_fault)
+    assert found.location == f"{__file__}:{line}"
+
+    def forward_fails():
+        loss = hidden(lambda x: (model(x).abs() * -1 - 1).log(), y)
+        loss.backward()
+        return loss
+
+    if hidden is not hidden_by_nan_to_num:  # which hides this one too
+        found = look(model, forward_fails)
+        assert (found.phase, found.op) == ("forward", "aten.log.default")
+
+    def healthy():
+        loss = hidden(model, y)
+        loss.backward()
+        return loss
+
+    assert NonFiniteGuard(model)(healthy) is None
+    found = find_nonfinite(model, healthy)
+    assert found.phase == "input"
+    assert found.detail.endswith("it reaches neither the loss nor a gradient")
+
+
+def test_a_sentinel_and_an_unused_argument_hide_no_real_fault():
+    model = Sentinel()
+
+    argument = torch.full((2,), NAN)
+    found = find_nonfinite(model, lambda: (model(X, argument) * 0).square().sum().sqrt().backward())
+    assert (found.phase, found.op) == ("backward", "aten.sqrt.default")
+
+
+def test_a_given_nan_that_reaches_the_loss_is_the_culprit_before_what_it_caused():
+    model = mlp(2, 4)
+    y = torch.zeros(3, 4)
+    y[2] = NAN
+    found = find_nonfinite(model, lambda: (model(X) - y).square().mean().sqrt().backward())
+    assert (found.phase, found.name, found.op) == ("input", "other", "aten.sub.Tensor")
+    with torch.no_grad():
+        model[2].bias[0] = NAN
+    found = find_nonfinite(model, lambda: (model(X) * 0).square().sum(0).sqrt().sum().backward())
+    assert (found.phase, found.name) == ("parameter", "2.bias")
+
+
+def test_a_row_written_later_does_not_take_the_blame():
+    def transform(x):
+        out = torch.zeros_like(x)
+        out[0] = (-x[0].detach().abs()).log()  # here
+        out[1] = torch.zeros(4) / torch.zeros(4)
+        return x + out
+
+    model = chain(transform)
+    found = find_nonfinite(model, run(model, X))
+    assert found.op == "aten.log.default"
+
+
+def test_gradients_left_from_a_faulty_step_do_not_take_the_blame():
+    model = chain(lambda x: (x * 0).sqrt())
+    step = run(model, X)
+    step()
+    assert model[0].weight.grad.isnan().any()
+    model.unused = nn.Linear(2, 2, bias=False)  # what the step does not reach keeps its own
+    model.unused.weight.grad = torch.full((2, 2), NAN)
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    assert find_nonfinite(model, step).op == "aten.sqrt.default"
+
+
+def test_an_argument_of_an_operation_is_titled_as_such():
+    model = mlp(2, 4)
+    y = torch.full((3, 4), NAN)
+
+    def step():
+        y.isnan().any()  # sees it first, under another name
+        (model(X) - y).sum().backward()
+
+    found = find_nonfinite(model, step)
+    assert repr(found).startswith("NaN in argument 'other' of aten.sub.Tensor\n")
+    assert (found.phase, found.name, found.inputs[0].name) == ("input", "other", "other")
+    model, step = FAULTS["nan_in_the_input"][0]()
+    assert repr(find_nonfinite(model, step)).startswith("NaN in input 'input'\n")
+
+
+def test_the_finding_is_noted_on_an_exception_that_the_nan_causes():
+    model = chain(lambda x: (-x.abs()).log())
+
+    def step():
+        torch.distributions.Normal(model(X), 1.0, validate_args=True)
+
+    with pytest.raises(ValueError, match="Expected parameter loc") as raised:
+        find_nonfinite(model, step)
+    (note,) = raised.value.__notes__
+    assert note.startswith("NaN made in forward by aten.log.default")
+    with pytest.raises(ValueError, match="Expected parameter loc"):
+        NonFiniteGuard(model)(step)
+
+
+def test_torch_func_within_the_step():
+    model = mlp(2, 4)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+
+    def passed(x):
+        return lambda: torch.func.grad(loss)(parameters, x)
+
+    def captured(x):
+        return lambda: torch.func.grad(lambda parameters: loss(parameters, x))(parameters)
+
+    for step, name in [(passed, "mat1"), (captured, "input")]:  # wrapped, it has no name
+        assert find_nonfinite(model, step(X)) is None
+        found = find_nonfinite(model, step(torch.where(X > 0.9, NAN, X)))
+        assert (found.phase, found.name, found.op) == ("input", name, "aten.addmm.default")
+
+
 def test_a_gradient_that_was_broken_before_is_told_apart():
     model = mlp(2, 4)
     model[0].weight.grad = torch.full((4, 4), NAN)
@@ -1118,6 +1272,14 @@ def test_arguments_that_are_no_arguments():
         NonFiniteGuard([])
     with pytest.raises(TypeError, match="NonFiniteGuard: expected step to be a function"):
         NonFiniteGuard(nn.Identity())(X)
+    with pytest.raises(TypeError, match=r"expected scaler to be a torch.amp.GradScaler .* got int"):
+        NonFiniteGuard(nn.Identity(), scaler=3)
+    model = nn.Identity()
+    for look in (NonFiniteGuard(model), lambda step: find_nonfinite(model, step)):
+        with pytest.raises(TypeError, match=r"step to be a function without .*'batch'.* lambda"):
+            look(lambda batch: batch)
+    with pytest.raises(TypeError, match=r"^planted$"):  # one of the step's own
+        NonFiniteGuard(model)(lambda: (_ for _ in ()).throw(TypeError("planted")))
 
 
 # --- the guard: training is what it was
@@ -1470,6 +1632,67 @@ def test_a_scaler_does_not_hide_what_it_cannot_mend():
     assert nan_loss.kind == "nan"  # a loss that is not finite is nobody's business but ours
     disabled = torch.amp.GradScaler("cpu", enabled=False)
     assert NonFiniteGuard(model, scaler=disabled)(run(model, X)) is not None
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_loss_may_be_returned_as_a_float(value):
+    model = nn.Linear(2, 2)
+    for result in (value, {"loss": 1.0, "parts": [2.0, value]}):
+        found = NonFiniteGuard(model)(lambda result=result: result)
+        assert (found.phase, found.kind) == ("forward", "nan" if value != value else "inf")
+    assert NonFiniteGuard(model)(lambda: {"loss": 3e300, "steps": 5, "name": "run"}) is None
+    broken = chain(lambda x: (-x.abs()).log())
+
+    def step():
+        return {"loss": broken(X).mean().item()}
+
+    assert NonFiniteGuard(broken)(step).op == "aten.log.default"
+
+
+def test_unscaling_within_the_step_is_put_back():
+    model = chain(lambda x: (x * scale[0]).sqrt())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1000)
+    guard = NonFiniteGuard(model, scaler=scaler)
+
+    def step():
+        loss = model(X).square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        return loss
+
+    scale = [0.0]
+    assert guard(step).op == "aten.sqrt.default"
+    assert not scaler._per_optimizer_states
+    model[1].function = lambda x: x
+    assert guard(step) is None  # not "has already been called"
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_an_optimizer_within_the_step_is_told():
+    model = chain(lambda x: (x * 0).sqrt())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        model(X).square().mean().backward()
+        optimizer.step()
+
+    guard = NonFiniteGuard(model)
+    assert "keep the optimizer out" in guard(step).detail
+    model = chain(lambda x: (x * 0).sqrt())
+    assert "optimizer" not in NonFiniteGuard(model)(run(model, X)).detail
+
+
+def test_a_step_that_does_not_repeat_itself_is_told():
+    model = mlp(2, 4)
+    batches = iter([X * NAN, X])
+
+    def step():
+        return run(model, next(batches))()
+
+    found = NonFiniteGuard(model)(step)
+    assert "the step, replayed eagerly, is finite; it does not repeat itself" in found.detail
 
 
 # --- compiled
