@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autograd_lib._reductions import Reduction, _merge, home
+from autograd_lib._reductions import Reduction, home, merge
 
 
 class Activations:
@@ -52,7 +52,7 @@ class Activations:
         fields = self._plans[key]([values], counts=True)
         before = self._found[place]
         self._found[place] = (
-            fields if before is None else _merge(torch.stack([before, fields], dim=-1))
+            fields if before is None else merge(torch.stack([before, fields], dim=-1))
         )
 
     def take(self) -> Tensor | None:

@@ -6,6 +6,7 @@ memory in the background, so that reading them later waits for nothing but the n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -147,7 +148,6 @@ class Episodes:
         self._names, self._watched = names, watched
         self._above, self._below = explode_above, vanish_below
         self.lasting = np.zeros((len(KINDS), len(names)), dtype=bool)
-        self.counts = np.zeros((len(KINDS), len(names)), dtype=np.int64)
         self.issues: list[Issue] = []
 
     def feed(self, steps: np.ndarray, statistics: dict[str, np.ndarray], absent: np.ndarray) -> int:
@@ -166,14 +166,16 @@ class Episodes:
         lasting = np.stack([self.lasting, *np.stack([found[kind] for kind in KINDS], 1)])
         begun = np.argwhere(lasting[1:] & ~lasting[:-1])
         self.lasting = lasting[-1]
+        before = Counter((issue.kind, issue.parameter) for issue in self.issues if len(begun))
         wrong = 0
-        for row, kind, i in begun.tolist():
-            if self.counts[kind, i] == _MOST_EPISODES:
+        for row, number, i in begun.tolist():
+            kind, name = KINDS[number], self._names[i]
+            if before[kind, name] == _MOST_EPISODES:
                 continue
-            self.counts[kind, i] += 1
-            wrong += KINDS[kind] != "missing"
-            value = None if KINDS[kind] == "missing" else float(norm[row, i])
-            self.issues.append(Issue(KINDS[kind], self._names[i], int(steps[row]), value))
+            before[kind, name] += 1
+            wrong += kind != "missing"
+            value = None if kind == "missing" else float(norm[row, i])
+            self.issues.append(Issue(kind, name, int(steps[row]), value))
         return wrong
 
 

@@ -105,7 +105,7 @@ class Reduction:
 
         sizes: dict[torch.dtype, int] = {}
         for block in blocks:
-            for dtype in block.dtypes:
+            for dtype in block.dtypes if block.device.type == "cpu" else ():
                 numel = len(block.owners) * block.shape.numel()
                 sizes[dtype] = max(sizes.get(dtype, 0), numel)
         scratch = {
@@ -150,11 +150,11 @@ class Reduction:
                 pieces[:4].mul_(results[-1].to(self.device, self.dtype, non_blocking=True))
         joined = self._pieces[:fields].index_select(1, self._places)
         if self._most > 1:
-            joined = _merge(joined.unflatten(1, (-1, self._most)))
+            joined = merge(joined.unflatten(1, (-1, self._most)))
         for mesh, (index, dims) in self._meshes.items():
             own = joined[:, index]
             for dim in dims:
-                own = _merge(_gather(own, mesh, dim))
+                own = merge(_gather(own, mesh, dim))
             joined[:, index] = own
         return joined
 
@@ -326,7 +326,7 @@ def _power_of_two(largest: Tensor) -> Tensor:
     return (largest.view(bits) & mask).view(largest.dtype).clamp(1 / bound, bound)
 
 
-def _merge(pieces: Tensor) -> Tensor:
+def merge(pieces: Tensor) -> Tensor:
     """Join pieces [fields, tensors, pieces] along the last dimension."""
     numel = pieces[0]
     total = numel.sum(-1)

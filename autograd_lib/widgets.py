@@ -119,12 +119,7 @@ class Explorer:
         return index
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self.to_html()}
-        try:
-            live = self.to_widget()
-        except ImportError:
-            return bundle  # the page's own form needs no package
-        return {**live._repr_mimebundle_(), **bundle}
+        return _both_forms(self)
 
     def to_html(self) -> str:
         """Return the figure as HTML that stands alone: pictures, controls and script."""
@@ -189,6 +184,16 @@ class Explorer:
             control.observe(show, "value")
         show()
         return ipywidgets.VBox([picture, *controls])
+
+
+def _both_forms(figure: Explorer | GradientDashboard) -> dict[str, Any]:
+    """What a notebook takes of a figure, the live form, and what a page without a kernel takes."""
+    bundle: dict[str, Any] = {"text/plain": repr(figure), "text/html": figure.to_html()}
+    try:
+        live = figure.to_widget()
+    except ImportError:
+        return bundle  # the page's own form needs no package
+    return {**live._repr_mimebundle_(), **bundle}
 
 
 def _ipywidgets(operation: str) -> Any:
@@ -407,12 +412,7 @@ class GradientDashboard:
         return f"GradientDashboard({len(history['names'])} parameters, steps {first} to {last})"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self.to_html()}
-        try:
-            live = self.to_widget()
-        except ImportError:
-            return bundle  # the page's own form needs no package
-        return {**live._repr_mimebundle_(), **bundle}
+        return _both_forms(self)
 
     def update(self, *, force: bool = False) -> None:
         """Redraw the live form, if there is one on display and a redraw is due.

@@ -1956,6 +1956,11 @@ def test_what_comes_and_goes_is_reported_twenty_times() -> None:
     monitor = look(*[{"p": torch.zeros(2) if i % 2 else torch.ones(2)} for i in range(100)])
     assert [issue.step for issue in monitor.issues] == [*range(2, 42, 2)]
     assert monitor._detailed_until <= 100 + 10
+    again = GradientMonitor(holding(p=torch.zeros(2)))
+    again.load_state_dict(monitor.state_dict())
+    row = {name: np.zeros((1, 1)) for name in ("norm", "abs_max")}
+    again._episodes.lasting[:] = False
+    assert again._episodes.feed(np.array([101]), row, np.zeros((1, 1))) == 0
 
 
 @pytest.mark.parametrize("fused", [False, True])
