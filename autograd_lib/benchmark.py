@@ -12,8 +12,6 @@ import json
 import math
 import os
 import platform
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -26,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from autograd_lib._progress import progress
 from autograd_lib._tables import html_table, readable_bytes, text_table
 from autograd_lib.memory import peak_bytes
 
@@ -43,7 +42,6 @@ _LEAST_ROUNDS = 5  # below this the bootstrap interval of a median is a formalit
 _RESAMPLES = 2000
 _SAMPLE_SECONDS = 0.01  # a thousand times what reading the clock and synchronizing take
 _MOST_WARMUP_SAMPLES = 50
-_QUIET_SECONDS = 2.0  # a comparison shorter than this shows no progress
 
 
 class Ratio(NamedTuple):
@@ -305,7 +303,7 @@ def compare(
     names = sorted(candidates)  # whatever order the caller wrote, the schedule is the same
     entries = [*names, baseline]
     samples = np.empty((rounds, len(entries)))
-    with _threads(threads), _progress() as show:
+    with _threads(threads), progress("compare") as show:
         numbers = {}
         for name in names:
             show(f"warming up {name}")
@@ -442,27 +440,6 @@ def _threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Give a function that shows one line on a terminal, which is wiped at the end."""
-    start, shown = time.monotonic(), 0
-
-    def show(text: str) -> None:
-        nonlocal shown
-        if sys.stderr.isatty() and time.monotonic() - start > _QUIET_SECONDS:
-            line = f"compare: {text}"
-            sys.stderr.write(f"\r{line.ljust(shown)}")
-            sys.stderr.flush()
-            shown = len(line)
-
-    try:
-        yield show
-    finally:
-        if shown:
-            sys.stderr.write(f"\r{'':{shown}}\r")
-            sys.stderr.flush()
 
 
 def _environment() -> dict[str, str | int]:

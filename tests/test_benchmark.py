@@ -21,7 +21,7 @@ import pytest
 import torch
 from cases import DEVICES
 
-from autograd_lib import benchmark
+from autograd_lib import _progress, benchmark
 from autograd_lib.benchmark import Comparison, Ratio, compare
 
 
@@ -531,7 +531,7 @@ class Terminal(io.StringIO):
 
 def test_progress_on_a_terminal_is_one_line_wiped_at_the_end(fake, monkeypatch):
     fake()
-    monkeypatch.setattr(benchmark, "_QUIET_SECONDS", -1.0)
+    monkeypatch.setattr(_progress, "_QUIET_SECONDS", -1.0)
     monkeypatch.setattr(sys, "stderr", Terminal())
     compare({"a": takes(1.0)}, rounds=5)
     text = sys.stderr.getvalue()
@@ -546,7 +546,7 @@ def test_progress_on_a_terminal_is_one_line_wiped_at_the_end(fake, monkeypatch):
 
 def test_progress_is_wiped_after_an_error(fake, monkeypatch):
     fake()
-    monkeypatch.setattr(benchmark, "_QUIET_SECONDS", -1.0)
+    monkeypatch.setattr(_progress, "_QUIET_SECONDS", -1.0)
     monkeypatch.setattr(sys, "stderr", Terminal())
     with pytest.raises(AttributeError):
         compare({"a": lambda: None}, rounds=5)  # the fake clock finds no `seconds`
@@ -556,7 +556,7 @@ def test_progress_is_wiped_after_an_error(fake, monkeypatch):
 @pytest.mark.parametrize(("stream", "quiet"), [(io.StringIO, -1.0), (Terminal, 1e9)])
 def test_no_progress_without_a_terminal_or_for_a_short_run(fake, monkeypatch, stream, quiet):
     fake()
-    monkeypatch.setattr(benchmark, "_QUIET_SECONDS", quiet)
+    monkeypatch.setattr(_progress, "_QUIET_SECONDS", quiet)
     monkeypatch.setattr(sys, "stderr", stream())
     compare({"a": takes(1.0)}, rounds=5)
     assert sys.stderr.getvalue() == ""

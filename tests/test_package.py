@@ -66,7 +66,16 @@ def test_the_readme_runs() -> None:
 
 # May be imported by their siblings, from the ground up.
 ORDER = [
-    *("_tables", "_rules", "gradients", "functions", "activations", "implicit", "losses"),
+    *(
+        "_tables",
+        "_progress",
+        "_rules",
+        "gradients",
+        "functions",
+        "activations",
+        "implicit",
+        "losses",
+    ),
     *("_reductions", "_activations", "_history", "_hooks", "_noise", "_exports", "monitor"),
     *("_observe", "nonfinite", "_plots", "figures"),
     *("_series", "taylor", "taylor_rules", "taylor_layers", "higher_order", "cross_entropy"),
