@@ -6,6 +6,7 @@ importable from here. Importing loads torch, NumPy and the standard library only
 
 from autograd_lib.activations import low_memory_gelu, low_memory_relu, low_memory_silu
 from autograd_lib.benchmark import Comparison, Ratio, compare
+from autograd_lib.checkpointing import CheckpointPlan, plan_checkpoints
 from autograd_lib.cross_entropy import linear_cross_entropy
 from autograd_lib.figures import (
     plot_gradient_flow,
@@ -58,6 +59,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutogradUtils",
+    "CheckpointPlan",
     "Comparison",
     "CustomAutogradFunction",
     "CustomLossFunction",
@@ -98,6 +100,7 @@ __all__ = [
     "low_memory_silu",
     "missing_gradients",
     "peak_bytes",
+    "plan_checkpoints",
     "plot_gradient_flow",
     "plot_gradient_heatmap",
     "plot_gradient_histograms",

@@ -80,6 +80,7 @@ ORDER = [
     *("_observe", "nonfinite", "_plots", "figures"),
     *("_series", "taylor", "taylor_rules", "taylor_layers", "higher_order", "cross_entropy"),
     *("memory", "benchmark", "widgets"),
+    *("_schedule", "_recompute", "_trace", "_probe", "_chain", "checkpointing"),
 ]
 
 

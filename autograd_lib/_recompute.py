@@ -1,0 +1,274 @@
+"""Run blocks of a model under checkpoints, in place.
+
+The checkpoint is PyTorch's (``use_reentrant=False``). Two things are added that it leaves to the
+user: buffers that a forward changes, such as the running statistics of BatchNorm, are changed once
+per step and the repetition sees them as the first forward did; and under autocast the low-precision
+copies of the weights are not kept in autocast's cache until the end of the forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import flop_registry
+
+from autograd_lib._schedule import Step, length
+
+_Buffers = dict[tuple[nn.Module, str], Tensor]  # by module and name
+# What costs FLOPs, by PyTorch's own count, and attention on the CPU, which that count leaves out.
+_COSTLY = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
+
+
+def apply_checkpoints(
+    model: nn.Module, steps: Mapping[str, Step | Sequence[Step]], *, compile: bool = False
+) -> None:
+    """Let the named modules of `model` run by their steps from now on, instead of as before.
+
+    Args:
+        model: Changed in place; its parameters, buffers, and their names stay what they are.
+        steps: The qualified name of a module to its step, or to one step for each of its children,
+            of an `nn.Sequential` (where tuples are runs of several children) or `nn.ModuleList`.
+        compile: Whether to compile each block, inside its checkpoint.
+
+    Raises:
+        ValueError: A name, or a number of steps, does not fit the model; nothing is changed.
+    """
+    found = []
+    for name, step in steps.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"checkpoint: the model has no module {name!r}; expected qualified names as in "
+                "named_modules()"
+            ) from None
+        found.append((module, step))
+        _check(name, module, step)
+    for module, step in found:
+        if isinstance(step, str):
+            _set_forward(module, step, compile)
+        elif isinstance(module, nn.Sequential):
+            run_chain(module, tuple(step), compile)
+        else:
+            for child, inner in zip(module.children(), step, strict=True):
+                _set_forward(child, inner, compile)
+
+
+def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
+    for leaf in tree_leaves(step):
+        if leaf not in ("save", "selective", "recompute"):
+            raise ValueError(
+                f"checkpoint: expected 'save', 'selective' or 'recompute' for {name!r}, "
+                f"got {leaf!r}"
+            )
+    if isinstance(step, str):
+        return
+    if not isinstance(module, (nn.Sequential, nn.ModuleList)):
+        raise ValueError(
+            f"checkpoint: {name!r} is a {type(module).__name__}, which takes one step; only an "
+            "nn.Sequential or an nn.ModuleList takes one for each of its children"
+        )
+    if length(tuple(step)) != len(module):
+        raise ValueError(
+            f"checkpoint: {name!r} has {len(module)} blocks, but the steps are for "
+            f"{length(tuple(step))}; make the plan with this model"
+        )
+    if isinstance(module, nn.ModuleList) and any(not isinstance(inner, str) for inner in step):
+        raise ValueError(
+            f"checkpoint: {name!r} is an nn.ModuleList, whose blocks are called by code of the "
+            "model: each takes a step of its own; runs of blocks need an nn.Sequential"
+        )
+
+
+def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
+    undo(block)
+    if step == "save":
+        if compile:
+            block.compile()
+        return
+    block.forward = _CheckpointedForward(block, step, compile)
+
+
+def run_chain(sequence: nn.Sequential, steps: tuple[Step, ...], compile: bool = False) -> None:
+    """Let an `nn.Sequential` run by `steps`."""
+    undo(sequence)
+    if compile:
+        for child in sequence:
+            child.compile()
+    if any(step != "save" for step in steps):
+        sequence.forward = _ChainForward(sequence, steps)  # type: ignore[method-assign]
+
+
+def undo(module: nn.Module) -> None:
+    """Take away what `apply_checkpoints` gave to this module."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, _CheckpointedForward | _ChainForward):
+        del module.forward
+        if forward.replaced is not None:
+            module.forward = forward.replaced
+
+
+@contextlib.contextmanager
+def undone(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Run these modules as they were before `apply_checkpoints`."""
+    forwards = {module: vars(module).get("forward") for module in modules}
+    try:
+        for module in forwards:
+            undo(module)
+        yield
+    finally:
+        for module, forward in forwards.items():
+            if forward is not None:
+                module.forward = forward
+
+
+class _CheckpointedForward:
+    """The forward of one block under a checkpoint; not a closure, so that models can be copied."""
+
+    def __init__(self, block: nn.Module, step: str, compile: bool) -> None:
+        self.replaced = vars(block).get("forward")  # of other tools that change a forward in place
+        self.block, self.selective = block, step == "selective"
+        self.compiled = torch.compile(self._plain()) if compile else None
+        self.contexts = Contexts([block])
+
+    def _plain(self) -> Callable[..., Any]:
+        return self.replaced or type(self.block).forward.__get__(self.block)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.compiled or self._plain()
+        return self.contexts.checkpoint(forward, *args, selective=self.selective, **kwargs)
+
+
+class _ChainForward:
+    """The forward of an `nn.Sequential` by steps."""
+
+    def __init__(self, sequence: nn.Sequential, steps: tuple[Step, ...]) -> None:
+        self.replaced = vars(sequence).get("forward")
+        self.sequence, self.steps = sequence, steps
+        self.contexts: dict[tuple[int, int], Contexts] = {}
+
+    def __call__(self, x: Any) -> Any:
+        return self._run(self.steps, 0, x)
+
+    def _run(self, steps: tuple[Step, ...], start: int, x: Any) -> Any:
+        blocks = list(self.sequence)
+        for step in steps:
+            end = start + length(step)
+            if step == "save":
+                x = blocks[start](x)
+            else:
+                contexts = self.contexts.get((start, end))
+                if contexts is None:
+                    contexts = self.contexts[start, end] = Contexts(blocks[start:end])
+                x = contexts.checkpoint(
+                    self._run,
+                    ("save",) if isinstance(step, str) else step,
+                    start,
+                    x,
+                    selective=step == "selective",
+                )
+            start = end
+        return x
+
+
+class Contexts:
+    """The checkpoint of some blocks, with what it has learned about their buffers."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.modules = list(dict.fromkeys(m for block in blocks for m in block.modules()))
+        # Which buffers a forward changes, by the training mode of each module; learned at the
+        # first forward in that mode, which copies all of them.
+        self.changing: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
+
+    def checkpoint(
+        self, run: Callable[..., Any], *args: Any, selective: bool, **kwargs: Any
+    ) -> Any:
+        def context_fn() -> tuple[Any, Any]:
+            first: _Buffers = {}
+            modes = create_selective_checkpoint_contexts(_policy) if selective else ()
+            forward, again = partial(self._forward, first), partial(self._again, first)
+            return _Stacked(forward, *modes[:1]), _Stacked(again, *modes[1:])
+
+        if torch.compiler.is_compiling():  # traced into the graph, which knows dispatch modes only
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+
+    @contextlib.contextmanager
+    def _forward(self, first: _Buffers) -> Iterator[None]:
+        """Run the first forward: note what the buffers were that it changes."""
+        mode = tuple(module.training for module in self.modules)
+        known = self.changing.get(mode)
+        keys = known
+        if keys is None:
+            keys = [(m, n) for m in self.modules for n, b in m._buffers.items() if b is not None]
+        before = {key: _buffer(*key) for key in keys}
+        versions = {key: buffer._version for key, buffer in before.items()}
+        copies = {key: buffer.detach().clone() for key, buffer in before.items()}
+        with _no_cast_cache():
+            yield
+        for key, buffer in before.items():
+            if _buffer(*key) is not buffer or buffer._version != versions[key]:
+                first[key] = copies[key]
+        if known is None:
+            self.changing[mode] = list(first)
+
+    @contextlib.contextmanager
+    def _again(self, first: _Buffers) -> Iterator[None]:
+        """Run it again, on copies of these buffers as they were."""
+        now = {key: _buffer(*key) for key in first}
+        for (module, name), buffer in first.items():
+            module._buffers[name] = buffer.clone()
+        try:
+            with _no_cast_cache():
+                yield
+        finally:
+            for (module, name), buffer in now.items():
+                module._buffers[name] = buffer
+
+
+def _buffer(module: nn.Module, name: str) -> Tensor:
+    buffer = module._buffers[name]
+    assert buffer is not None
+    return buffer
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    packet = getattr(op, "overloadpacket", op)
+    return CheckpointPolicy.MUST_SAVE if packet in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextlib.contextmanager
+def _no_cast_cache() -> Iterator[None]:
+    # The cache would keep the casts of a region until autocast ends, saved by nobody.
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+class _Stacked:
+    """Context managers entered together, as often as there are backwards through the graph."""
+
+    def __init__(self, generator: Callable[[], Any], *modes: Any) -> None:
+        self.generator, self.modes = generator, modes
+
+    def __enter__(self) -> None:
+        self.stack = contextlib.ExitStack()
+        for context in (self.generator(), *self.modes):
+            self.stack.enter_context(context)
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.stack.__exit__(*error)

@@ -1,0 +1,423 @@
+"""Which blocks of a chain to save, and which to run again: the optimal schedules, all at once.
+
+The step is a chain of blocks between a head (what the model does before them) and a tail (what it
+does after, and the loss). Each block is run in one way, its *step* of the schedule:
+
+- ``"save"``: as it is; autograd keeps what backward needs;
+- ``"selective"``: checkpointed, but results of matrix products are kept;
+- ``"recompute"``: checkpointed; its forward runs again in backward;
+- a tuple of steps: a run of blocks under one checkpoint, of which only the input is kept. In
+  backward the run is done again, now with the steps of the tuple, which may hold runs themselves.
+
+With runs within runs these are the persistent schedules of Beaumont et al. (2019), of which those
+of Griewank and Walther (2000) are the homogeneous case. What they need and what they cost is
+additive, so one program finds the whole trade-off: to each interval of the chain it assigns a
+*frontier*, the list of (bytes, seconds) that no other schedule of the interval beats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import accumulate
+from typing import Any
+
+Step = Any  # "save", "selective", "recompute" or a tuple of steps: a type that contains itself
+Steps = tuple[Step, ...]
+
+_POINTS = 256  # of a frontier: longer ones are thinned
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to run a block, bytes relative to what stands when the phase begins.
+
+    Attributes:
+        seconds: Forward and backward.
+        forward_peak: High-water mark of the forward, its output included.
+        kept: What it leaves for backward, without its input; with its output if `keeps_output`.
+        keeps_output: Whether backward of this block needs its output.
+        keeps_input: Whether it needs its input.
+        backward_peak: High-water mark of the backward, where the input stays.
+        backward_peak_freed: The same where the block is the last to need its input.
+    """
+
+    seconds: float
+    forward_peak: int
+    kept: int
+    keeps_output: bool
+    keeps_input: bool
+    backward_peak: int
+    backward_peak_freed: int
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """A block under a checkpoint.
+
+    Attributes:
+        forward_seconds: Of the forward that keeps nothing.
+        forward_peak: High-water mark of that forward, its output included.
+        left: What is left of it until backward, without input and output.
+        seconds: Of the forward done again and the backward.
+        alone_peak: High-water mark of these two for a checkpoint around this block alone.
+        again_peak: High-water mark of the forward done again.
+    """
+
+    forward_seconds: float
+    forward_peak: int
+    left: int
+    seconds: float
+    alone_peak: int
+    again_peak: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is known of one block.
+
+    Attributes:
+        name: For reports.
+        output: Bytes of its output's storage.
+        aliases: Whether the output is the input's storage, as of a view.
+        overwrites: Whether the input is modified in place.
+        output_gradient: Bytes of the gradient with respect to the output.
+        parameters: Bytes of the gradients of its parameters, as far as no later block made them.
+        save: How it runs as it is.
+        selective: How it runs under a selective checkpoint; None if it cannot.
+        recompute: How it runs under a checkpoint; None if it cannot, or gives other gradients.
+    """
+
+    name: str
+    output: int
+    aliases: bool
+    overwrites: bool
+    output_gradient: int
+    parameters: int
+    save: Mode
+    selective: Mode | None
+    recompute: Recomputation | None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The blocks and what stands around them.
+
+    Attributes:
+        blocks: In the order in which they run.
+        input: Bytes of the first block's input.
+        input_held: Whether it stands until backward whatever the first block does.
+        input_gradient: Bytes of the gradient with respect to it.
+        head_kept: What the head leaves until its backward, with the input if that is held.
+        head_frames: What the head keeps in addition while the forward lasts.
+        head_forward_peak: High-water mark of the head's forward.
+        head_backward_peak: High-water mark of the head's backward.
+        tail: The tail, loss included, as one more block that is saved.
+        tail_parameters: Bytes of the gradients of its parameters.
+        checkpoint_bytes: What a checkpoint itself keeps (the state of the random numbers).
+        seconds: Of head and tail.
+    """
+
+    blocks: tuple[Block, ...]
+    input: int
+    input_held: bool
+    input_gradient: int
+    head_kept: int
+    head_frames: int
+    head_forward_peak: int
+    head_backward_peak: int
+    tail: Mode
+    tail_parameters: int
+    checkpoint_bytes: int
+    seconds: float
+
+    @cached_property
+    def gradients(self) -> tuple[int, ...]:
+        """Bytes of parameter gradients that the blocks from each index on and the tail made."""
+        later = accumulate([self.tail_parameters, *(b.parameters for b in reversed(self.blocks))])
+        return tuple(later)[::-1]
+
+    def size(self, index: int) -> int:
+        """Bytes of the input of block `index`, or of that of the tail."""
+        return self.blocks[index - 1].output if index else self.input
+
+
+# Frontiers
+
+_Linked = Any  # (step, the steps after it) or None: schedules share their ends
+_Point = tuple[int, float, _Linked]
+_Frontier = list[_Point]  # bytes ascending, seconds descending
+
+
+def frontier(chain: Chain, runs: bool) -> list[tuple[int, float, Steps]]:
+    """Every optimal schedule of a step as (peak bytes, seconds, steps), bytes ascending.
+
+    Args:
+        chain: The costs.
+        runs: Whether several blocks may stand under one checkpoint.
+    """
+    found = _Solver(chain, runs).solve()
+    points = _prune([(*_whole(chain, need, t), steps) for need, t, steps in found])
+    return [(need, t, _steps(linked)) for need, t, linked in points]
+
+
+def _whole(chain: Chain, need: int, seconds: float) -> tuple[int, float]:
+    """Add the head to what tail and blocks need."""
+    last = chain.head_kept + chain.input_gradient + chain.gradients[0] + chain.head_backward_peak
+    return max(chain.head_forward_peak, chain.head_kept + need, last), chain.seconds + seconds
+
+
+def _steps(linked: _Linked) -> Steps:
+    found = []
+    while linked is not None:
+        step, linked = linked
+        run = step if isinstance(step, str) else _steps(step)
+        found.append("recompute" if run == ("save",) else run)
+    return tuple(found)
+
+
+def _prune(points: _Frontier) -> _Frontier:
+    best: _Frontier = []
+    for point in sorted(points, key=lambda p: p[:2]):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    if len(best) > _POINTS:  # the ends stay: the least possible and the fastest
+        best = [best[i * (len(best) - 1) // (_POINTS - 1)] for i in range(_POINTS)]
+    return best
+
+
+def _before(head: int, kept: int, seconds: float, step: str, rest: _Frontier) -> _Frontier:
+    """One block before `rest`, which keeps `kept` meanwhile and needs `head` for itself."""
+    return [(max(head, kept + need), seconds + t, (step, after)) for need, t, after in rest]
+
+
+def _run_before(
+    head: int, kept: int, seconds: float, inner: _Frontier, rest: _Frontier
+) -> _Frontier:
+    """A run before `rest`, each schedule of its repetition with the fastest that need no more."""
+    points: _Frontier = []
+    if not inner or not rest:
+        return points
+    i = j = 0
+    level = max(inner[0][0], rest[0][0])
+    while True:
+        while i + 1 < len(inner) and inner[i + 1][0] <= level:
+            i += 1
+        while j + 1 < len(rest) and rest[j + 1][0] <= level:
+            j += 1
+        steps = inner[i][2], rest[j][2]
+        points.append((max(head, kept + level), seconds + inner[i][1] + rest[j][1], steps))
+        higher = [f[at + 1][0] for f, at in ((inner, i), (rest, j)) if at + 1 < len(f)]
+        if not higher:
+            return points
+        level = min(higher)
+
+
+class _Solver:
+    """The dynamic program. All bytes are counted from what stands before an interval begins.
+
+    `held` says whether the input of the interval stands until backward on somebody else's account.
+    """
+
+    def __init__(self, chain: Chain, runs: bool) -> None:
+        self.chain, self.blocks, self.grouped = chain, chain.blocks, runs
+        self.first = cache(self.first)  # type: ignore[method-assign]
+        self.again = cache(self.again)  # type: ignore[method-assign]
+
+    def solve(self) -> _Frontier:
+        for k in range(len(self.blocks)):  # from the small to the large, for a shallow recursion
+            for j in range(k, -1, -1) if self.grouped else ():
+                self.again(j, k, True)
+        for s in range(len(self.blocks), -1, -1):
+            self.first(s, True)
+        return self.first(0, self.chain.input_held)
+
+    def first(self, s: int, held: bool) -> _Frontier:
+        """Blocks from `s` to the tail: forward and backward."""
+        chain = self.chain
+        waiting = 0 if held else chain.size(s)
+        if s == len(self.blocks):
+            need, _, _ = self.cost(chain.tail, chain.head_frames, 0, waiting)
+            return [(need, 0.0, None)]
+        block, points = self.blocks[s], []
+        for step, mode in (("save", block.save), ("selective", block.selective)):
+            if mode is not None:
+                back = block.output_gradient + chain.gradients[s + 1]
+                need, kept, own = self.cost(mode, chain.head_frames, back, waiting)
+                stays = held or mode.keeps_input if block.aliases else own
+                points += _before(need, kept, mode.seconds, step, self.first(s + 1, stays))
+        for k, need, kept, seconds, aliased in self.runs(s, len(self.blocks) - 1, waiting):
+            rest = self.first(k + 1, aliased)
+            head = chain.head_frames + need
+            points += _run_before(head, kept, seconds, self.repeat(s, k), rest)
+        return _prune(points)
+
+    def repeat(self, s: int, k: int) -> _Frontier:
+        """The run from `s` to `k` in backward: forward again, and backward."""
+        block = self.blocks[k]
+        if s < k:
+            return self.again(s, k, True)
+        assert block.recompute is not None
+        base = block.output_gradient + self.chain.gradients[k + 1]
+        return [(base + block.recompute.alone_peak, block.recompute.seconds, ("save", None))]
+
+    def again(self, j: int, k: int, held: bool) -> _Frontier:
+        """Blocks `j` to `k`, the end of a run, while the gradient of its output waits."""
+        chain, block = self.chain, self.blocks[j]
+        base = self.blocks[k].output_gradient + chain.gradients[k + 1]
+        waiting = 0 if held else chain.size(j)
+        back = block.output_gradient + chain.gradients[j + 1]
+        if block.recompute is None:
+            return []
+        if j == k:  # stops before its last operation if nothing needs the output
+            peak = max(
+                base + waiting + block.recompute.again_peak, self.back(block.save, back, waiting)
+            )
+            return [(peak, block.recompute.seconds, ("save", None))]
+        need, kept, own = self.cost(block.save, base, back, waiting)
+        stays = held or block.save.keeps_input if block.aliases else own
+        points = _before(need, kept, block.save.seconds, "save", self.again(j + 1, k, stays))
+        for m, need, kept, seconds, aliased in self.runs(j, k - 1, waiting):
+            rest = self.again(m + 1, k, aliased)
+            points += _run_before(base + need, kept, seconds, self.repeat(j, m), rest)
+        return _prune(points)
+
+    def cost(self, mode: Mode, base: int, back: int, waiting: int) -> tuple[int, int, bool]:
+        """Need of one block, what it keeps, and whether that includes its output."""
+        need = max(base + waiting + mode.forward_peak, self.back(mode, back, waiting))
+        return need, mode.kept + (waiting if mode.keeps_input else 0), mode.keeps_output
+
+    def back(self, mode: Mode, back: int, waiting: int) -> int:
+        if waiting and mode.keeps_input:
+            return mode.kept + waiting + back + mode.backward_peak_freed
+        return mode.kept + back + mode.backward_peak
+
+    def runs(self, s: int, last: int, waiting: int) -> Iterator[tuple[int, int, int, float, bool]]:
+        """Runs from `s`: end, need of the forward, bytes kept, seconds, whether output is input."""
+        need, left, seconds, current, aliased = 0, 0, 0.0, 0, True
+        for k in range(s, last + 1 if self.grouped else min(s, last) + 1):
+            block = self.blocks[k]
+            if block.recompute is None or (aliased and block.overwrites):
+                return  # what overwrites the kept input would be given another one the second time
+            need = max(need, waiting + current + left + block.recompute.forward_peak)
+            left += block.recompute.left
+            seconds += block.recompute.forward_seconds
+            aliased = aliased and block.aliases
+            current = 0 if aliased else block.output
+            yield k, need, waiting + left + self.chain.checkpoint_bytes, seconds, aliased
+
+
+# Replay
+
+
+def replay(chain: Chain, steps: Steps) -> tuple[int, float]:
+    """Peak bytes and seconds of one schedule, by following what is allocated and freed."""
+    walk = _Replay(chain)
+    return walk.whole(steps)
+
+
+class _Replay:
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self.standing = self.peak = 0
+        self.seconds = chain.seconds
+        self.gradients = 0
+
+    def spike(self, nbytes: int) -> None:
+        self.peak = max(self.peak, self.standing + self.gradients + nbytes)
+
+    def whole(self, steps: Steps) -> tuple[int, float]:
+        chain = self.chain
+        self.spike(chain.head_forward_peak)
+        self.standing = chain.head_kept + chain.head_frames
+        held, undo = self.forward(steps, 0, chain.input_held)
+        waiting = 0 if held else chain.size(len(chain.blocks))
+        self.run(chain.tail, waiting)
+        self.standing -= chain.head_frames
+        self.back(chain.tail, 0, waiting)
+        self.gradients = chain.tail_parameters
+        self.backward(undo)
+        self.spike(chain.input_gradient + chain.head_backward_peak)
+        return self.peak, self.seconds
+
+    def run(self, mode: Mode, waiting: int) -> None:
+        """Run a block forward; `waiting` is an input on nobody's account yet."""
+        self.spike(waiting + mode.forward_peak)
+        self.standing += mode.kept + (waiting if mode.keeps_input else 0)
+
+    def back(self, mode: Mode, gradient: int, waiting: int) -> None:
+        freed = waiting and mode.keeps_input
+        self.spike(gradient + (mode.backward_peak_freed if freed else mode.backward_peak))
+        self.standing -= mode.kept + (waiting if mode.keeps_input else 0)
+
+    def forward(self, steps: Steps, start: int, held: bool) -> tuple[bool, list[Any]]:
+        """Run blocks from `start`; return whether the output is held, and how to go back."""
+        undo: list[Any] = []
+        for step in steps:
+            waiting = 0 if held else self.chain.size(start)
+            if step in ("save", "selective"):
+                block = self.chain.blocks[start]
+                mode = block.save if step == "save" else block.selective
+                assert mode is not None
+                self.run(mode, waiting)
+                self.seconds += mode.seconds
+                undo.append((start, mode, waiting))
+                held = held or mode.keeps_input if block.aliases else mode.keeps_output
+                start += 1
+            else:
+                inner = ("save",) if step == "recompute" else step
+                end = start + length(inner)
+                held, kept = self.drop(start, end, waiting)
+                undo.append((start, inner, kept))
+                start = end
+        return held, undo
+
+    def drop(self, start: int, end: int, waiting: int) -> tuple[bool, int]:
+        """Run blocks forward under one checkpoint."""
+        left, current, aliased = 0, 0, True
+        for block in self.chain.blocks[start:end]:
+            assert block.recompute is not None
+            self.spike(waiting + current + left + block.recompute.forward_peak)
+            self.seconds += block.recompute.forward_seconds
+            left += block.recompute.left
+            aliased = aliased and block.aliases
+            current = 0 if aliased else block.output
+        kept = waiting + left + self.chain.checkpoint_bytes
+        self.standing += kept
+        return aliased, kept
+
+    def backward(self, undo: list[Any]) -> None:
+        for start, how, size in reversed(undo):
+            if isinstance(how, Mode):
+                block = self.chain.blocks[start]
+                self.back(how, block.output_gradient, size)
+                self.gradients += block.parameters
+            else:
+                self.repeat(start, how)
+                self.standing -= size
+
+    def repeat(self, start: int, steps: Steps) -> None:
+        """Do a run again, and its backward."""
+        end = start + length(steps) - 1
+        block = self.chain.blocks[end]
+        again, gradient = block.recompute, block.output_gradient
+        assert again is not None
+        if start == end:
+            self.spike(gradient + again.alone_peak)
+        else:
+            self.standing += gradient
+            held, undo = self.forward(steps[:-1], start, True)
+            waiting = 0 if held else self.chain.size(end)
+            self.spike(waiting + again.again_peak)
+            self.standing += block.save.kept + (waiting if block.save.keeps_input else 0) - gradient
+            self.back(block.save, gradient, waiting)
+        self.seconds += again.seconds
+        self.gradients += block.parameters
+        if start < end:
+            self.backward(undo)
+
+
+def length(step: Step) -> int:
+    """How many blocks a step, or the steps of a run, stand for."""
+    return 1 if isinstance(step, str) else sum(length(inner) for inner in step)

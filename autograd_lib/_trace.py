@@ -1,0 +1,144 @@
+"""The allocations of one run, each byte with its phase.
+
+What runs leaves marks among the events of the allocator; two Functions hand a block its input and
+the gradient of its output, and mark where its own forward and backward begin and end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autograd_lib.memory import _allocations
+
+
+class Marks:
+    """Moments of a run, each with its time and a tensor whose allocation shows in the events."""
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[str, Tensor]] = []
+        self.times: dict[str, float] = {}
+
+    def __call__(self, name: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.times[name] = time.perf_counter()
+        self.tensors.append((name, torch.empty(1, dtype=torch.uint8)))
+
+    def seconds(self, start: str, end: str) -> float:
+        return self.times[end] - self.times[start]
+
+
+class Trace:
+    """The allocations and releases of one run, cut at its marks."""
+
+    def __init__(self, run: Callable[[Marks], None], device: torch.device) -> None:
+        marks = Marks()
+        events = _allocations(lambda: run(marks))
+        names = {tensor.data_ptr(): name for name, tensor in marks.tensors}
+        self.at: dict[str, int] = {}  # of a mark set twice the later one
+        self.events: list[tuple[int, int]] = []
+        standing: dict[int, int] = {}
+        for where, address, size in events:
+            if where.type == "cpu" and size == 1 and address in names:
+                self.at[names[address]] = len(self.events)
+            elif where.type == device.type:
+                # what was freed may have been allocated before, and is not of this run then
+                nbytes = size if size > 0 else -standing.pop(address, 0)
+                if size > 0:
+                    standing[address] = size
+                if nbytes:
+                    self.events.append((address, nbytes))
+
+    def cut(self, start: str, end: str) -> list[tuple[int, int]]:
+        return self.events[self.at[start] : self.at[end]]
+
+    def peak(self, start: str, end: str, *, stays: int | None = None) -> int:
+        """High-water mark of a phase above its start; the storage `stays` is not freed in it."""
+        sums = [0]
+        for address, nbytes in self.cut(start, end):
+            sums.append(sums[-1] + (0 if address == stays and nbytes < 0 else nbytes))
+        return max(sums)
+
+    def standing(self, start: str, end: str, at: str) -> dict[int, int]:
+        """Address and bytes of what was allocated in a phase and stands at a later mark."""
+        found: dict[int, int] = {}
+        for index in range(self.at[start], self.at[at]):
+            address, nbytes = self.events[index]
+            if nbytes < 0:
+                found.pop(address, None)
+            elif index < self.at[end]:
+                found[address] = nbytes
+        return found
+
+
+class Input(torch.autograd.Function):
+    """Hand out a copy of a value; mark the arrival of its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, value: Tensor, arrived: Callable[[Tensor], Any]
+    ) -> Tensor:
+        ctx.arrived = arrived
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.arrived(gradient)
+        return None, None, None
+
+
+class Output(torch.autograd.Function):
+    """Take an output, and begin the backward with a gradient that `make` makes."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        ctx.make = make
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return ctx.make(), None
+
+
+class StandIn(torch.autograd.Function):
+    """Stand for all blocks: give out `value`; in backward give `back(gradient)`."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, value: Tensor, back: Any) -> Tensor:
+        ctx.back = back
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return None, ctx.back(gradient), None, None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a gradient lies in memory; one that was expanded takes less than its shape says."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: Any
+    elements: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> Layout:
+        elements = x.untyped_storage().nbytes() // x.element_size()
+        return cls(x.shape, x.stride(), x.storage_offset(), elements, x.dtype, x.device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+    def ones(self) -> Tensor:
+        flat = torch.ones(self.elements, dtype=self.dtype, device=self.device)
+        return flat.as_strided(self.shape, self.stride, self.offset)
