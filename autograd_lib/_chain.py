@@ -25,7 +25,7 @@ from autograd_lib._probe import (
     no_collection,
     other_generators,
 )
-from autograd_lib._recompute import undone
+from autograd_lib._recompute import put_back, slot, undone
 from autograd_lib._schedule import Block, Chain, Mode
 from autograd_lib._trace import Layout, Marks, StandIn, Trace
 
@@ -61,17 +61,15 @@ def intercept(blocks: Blocks, handler: Callable[..., Tensor]) -> Iterator[None]:
         overridden[blocks] = sequence
     else:
         for block in blocks:
-            overridden[block] = partial(forward, block, block.forward)
-    before: dict[nn.Module, Any] = {m: vars(m).get("forward") for m in overridden}
+            overridden[block] = partial(forward, block, getattr(block, slot(block)))
+    before = [(module, slot(module), vars(module).get(slot(module))) for module in overridden]
     try:
         for module, function in overridden.items():
-            module.forward = function
+            setattr(module, slot(module), function)
         yield
     finally:
-        for module, function in before.items():
-            del module.forward
-            if function is not None:
-                module.forward = function
+        for module, name, original in before:
+            put_back(module, name, original)
     if position != len(blocks):
         raise ValueError(
             f"plan_checkpoints: the step ran {position} of {len(blocks)} blocks; expected all of "

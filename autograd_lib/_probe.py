@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import pickle
 import random
 import statistics
@@ -23,7 +24,6 @@ from autograd_lib._trace import Input, Layout, Marks, Output, Trace
 from autograd_lib.memory import _parts
 
 ROUNDS = 3  # timings of each way to run a block, interleaved
-_WIDE = {False: torch.float64, True: torch.complex128}
 _ROUNDING = 1e-3  # a gradient that is off by more was not computed from the same numbers
 
 
@@ -177,14 +177,15 @@ class Probe:
 
     # May the block be recomputed?
 
-    def _gradients(self, call: Callable[..., Tensor]) -> list[Tensor]:
-        found: list[Tensor] = []
-        self._run(call, Marks(), found)
-        found += [p.grad for p in self.parameters if p.grad is not None]
+    def _gradients(self, call: Callable[..., Tensor]) -> dict[str, Tensor]:
+        arrived: list[Tensor] = []
+        self._run(call, Marks(), arrived)
+        found = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
         self._forget()
-        return [g.to_dense() if g.is_sparse else g for g in found]
+        found |= {"the input": gradient for gradient in arrived}
+        return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
 
-    def _refusal(self, call: Callable[..., Tensor], plain: list[Tensor]) -> str:
+    def _refusal(self, call: Callable[..., Tensor], plain: dict[str, Tensor]) -> str:
         before = [get() for _, get, _ in self.generators]
         try:
             other = self._gradients(call)
@@ -259,14 +260,17 @@ def _same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else pickle.dumps(a) == pickle.dumps(b)
 
 
-def _error(found: list[Tensor], expected: list[Tensor]) -> float:
+def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Relative L2 error over all of them; NaN where both are NaN is no error."""
+    if found.keys() != expected.keys():
+        return math.inf
     difference = scale = 0.0
-    for a, b in zip(found, expected, strict=True):
-        reference = b.nan_to_num()
-        difference += float((a.nan_to_num() - reference).norm(dtype=_WIDE[b.is_complex()])) ** 2
-        scale += float(reference.norm(dtype=_WIDE[b.is_complex()])) ** 2
-    return (difference / scale) ** 0.5 if scale else float(difference > 0)
+    for name, gradient in expected.items():
+        reference = gradient.nan_to_num()
+        wide = torch.complex128 if reference.is_complex() else torch.float64
+        difference += float((found[name].nan_to_num() - reference).norm(dtype=wide)) ** 2
+        scale += float(reference.norm(dtype=wide)) ** 2
+    return math.sqrt(difference / scale) if scale else float(difference > 0)
 
 
 def other_generators(

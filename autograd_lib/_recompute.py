@@ -59,7 +59,7 @@ def apply_checkpoints(
         if isinstance(step, str):
             _set_forward(module, step, compile)
         elif isinstance(module, nn.Sequential):
-            run_chain(module, tuple(step), compile)
+            _set_chain(module, tuple(step), compile)
         else:
             for child, inner in zip(module.children(), step, strict=True):
                 _set_forward(child, inner, compile)
@@ -93,60 +93,65 @@ def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
 
 def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
     undo(block)
-    if step == "save":
-        if compile:
-            block.compile()
-        return
-    block.forward = _CheckpointedForward(block, step, compile)
+    if compile:
+        block.compile()
+    if step != "save":
+        setattr(block, slot(block), _CheckpointedForward(block, step))
 
 
-def run_chain(sequence: nn.Sequential, steps: tuple[Step, ...], compile: bool = False) -> None:
-    """Let an `nn.Sequential` run by `steps`."""
+def _set_chain(sequence: nn.Sequential, steps: tuple[Step, ...], compile: bool) -> None:
     undo(sequence)
     if compile:
         for child in sequence:
             child.compile()
     if any(step != "save" for step in steps):
-        sequence.forward = _ChainForward(sequence, steps)  # type: ignore[method-assign]
+        setattr(sequence, slot(sequence), _ChainForward(sequence, steps))
+
+
+def slot(module: nn.Module) -> str:
+    """The attribute that a call of `module` runs; one set on the instance goes before the class."""
+    return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+
+
+def put_back(module: nn.Module, name: str, function: Callable[..., Any] | None) -> None:
+    """Set the attribute, or take it away where the instance had none."""
+    if function is None:
+        vars(module).pop(name, None)
+    else:
+        setattr(module, name, function)
 
 
 def undo(module: nn.Module) -> None:
     """Take away what `apply_checkpoints` gave to this module."""
-    forward = vars(module).get("forward")
-    if isinstance(forward, _CheckpointedForward | _ChainForward):
-        del module.forward
-        if forward.replaced is not None:
-            module.forward = forward.replaced
+    for name in ("forward", "_compiled_call_impl"):
+        function = vars(module).get(name)
+        if isinstance(function, _CheckpointedForward | _ChainForward):
+            put_back(module, name, function.replaced)
 
 
 @contextlib.contextmanager
 def undone(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Run these modules as they were before `apply_checkpoints`."""
-    forwards = {module: vars(module).get("forward") for module in modules}
+    before = [(m, slot(m), vars(m).get(slot(m))) for m in modules]
     try:
-        for module in forwards:
+        for module in modules:
             undo(module)
         yield
     finally:
-        for module, forward in forwards.items():
-            if forward is not None:
-                module.forward = forward
+        for module, name, function in before:
+            put_back(module, name, function)
 
 
 class _CheckpointedForward:
     """The forward of one block under a checkpoint; not a closure, so that models can be copied."""
 
-    def __init__(self, block: nn.Module, step: str, compile: bool) -> None:
-        self.replaced = vars(block).get("forward")  # of other tools that change a forward in place
+    def __init__(self, block: nn.Module, step: str) -> None:
+        self.replaced = vars(block).get(slot(block))  # compiled, or changed in place by others
         self.block, self.selective = block, step == "selective"
-        self.compiled = torch.compile(self._plain()) if compile else None
         self.contexts = Contexts([block])
 
-    def _plain(self) -> Callable[..., Any]:
-        return self.replaced or type(self.block).forward.__get__(self.block)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = self.compiled or self._plain()
+        forward = self.replaced or type(self.block).forward.__get__(self.block)
         return self.contexts.checkpoint(forward, *args, selective=self.selective, **kwargs)
 
 
@@ -154,7 +159,7 @@ class _ChainForward:
     """The forward of an `nn.Sequential` by steps."""
 
     def __init__(self, sequence: nn.Sequential, steps: tuple[Step, ...]) -> None:
-        self.replaced = vars(sequence).get("forward")
+        self.replaced = vars(sequence).get(slot(sequence))
         self.sequence, self.steps = sequence, steps
         self.contexts: dict[tuple[int, int], Contexts] = {}
 
@@ -215,7 +220,7 @@ class Contexts:
         before = {key: _buffer(*key) for key in keys}
         versions = {key: buffer._version for key, buffer in before.items()}
         copies = {key: buffer.detach().clone() for key, buffer in before.items()}
-        with _no_cast_cache():
+        with _no_cast_cache(self.modules):
             yield
         for key, buffer in before.items():
             if _buffer(*key) is not buffer or buffer._version != versions[key]:
@@ -230,7 +235,7 @@ class Contexts:
         for (module, name), buffer in first.items():
             module._buffers[name] = buffer.clone()
         try:
-            with _no_cast_cache():
+            with _no_cast_cache(self.modules):
                 yield
         finally:
             for (module, name), buffer in now.items():
@@ -249,10 +254,13 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 
 
 @contextlib.contextmanager
-def _no_cast_cache() -> Iterator[None]:
-    # The cache would keep the casts of a region until autocast ends, saved by nobody.
+def _no_cast_cache(modules: Sequence[nn.Module]) -> Iterator[None]:
+    # The cache would keep the casts of a region until autocast ends, saved by nobody. Compiled code
+    # casts by itself, but is guarded by this flag: PyTorch 2.13 recompiles, and has been seen to
+    # run the second graph with the weights of the block that it was compiled for.
     before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+    if not any(module._compiled_call_impl for module in modules):
+        torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
