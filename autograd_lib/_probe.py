@@ -182,7 +182,8 @@ class Probe:
         self._run(call, Marks(), arrived)
         found = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
         self._forget()
-        found |= {"the input": gradient for gradient in arrived}
+        if arrived:
+            (found["the input"],) = arrived
         return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
 
     def _refusal(self, call: Callable[..., Tensor], plain: dict[str, Tensor]) -> str:

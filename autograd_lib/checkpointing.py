@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -60,8 +60,26 @@ class CheckpointPlan:
     rules: dict[str, tuple[int, float]]
     curve: list[tuple[int, float]]
     refused: dict[int, str]
-    _chain: Chain = field(compare=False)
-    _blocks: tuple[nn.Module, ...] = field(compare=False)
+    _chain: Chain
+    _frontier: list[tuple[int, float, Steps]]
+    _blocks: tuple[nn.Module, ...]
+
+    def within(self, budget: int) -> CheckpointPlan:
+        """Choose the plan for another budget, from the same measurement.
+
+        Args:
+            budget: Bytes, as for `plan_checkpoints`.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: No schedule fits the budget; the least possible is named.
+        """
+        nbytes, seconds, steps = _fastest(self._frontier, budget)
+        return replace(
+            self, steps=steps, budget=budget, predicted_bytes=nbytes, predicted_time=seconds
+        )
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Let the blocks of `model` run by this plan from now on.
@@ -259,14 +277,7 @@ def plan_checkpoints(
             UserWarning,
             stacklevel=2,
         )
-    fitting = [point for point in found if point[0] <= budget]
-    if not fitting:
-        raise ValueError(
-            f"plan_checkpoints: no schedule fits {readable_bytes(budget)}; the least possible is "
-            f"{found[0][0]} bytes ({readable_bytes(found[0][0])}). Use a smaller batch, or divide "
-            "the blocks into smaller ones"
-        )
-    nbytes, seconds, steps = fitting[-1]
+    nbytes, seconds, steps = _fastest(found, budget)
     return CheckpointPlan(
         steps,
         budget,
@@ -277,8 +288,21 @@ def plan_checkpoints(
         [point[:2] for point in found],
         measured.refused,
         chain,
+        found,
         tuple(blocks),
     )
+
+
+def _fastest(found: list[tuple[int, float, Steps]], budget: int) -> tuple[int, float, Steps]:
+    fitting = [point for point in found if point[0] <= budget]
+    if not fitting:
+        least = found[0][0]
+        raise ValueError(
+            f"plan_checkpoints: no schedule fits {readable_bytes(max(budget, 0))}; the least "
+            f"possible is {least} bytes ({readable_bytes(least)}). Use a smaller batch, or divide "
+            "the blocks into smaller ones"
+        )
+    return fitting[-1]
 
 
 def _step(

@@ -1,0 +1,367 @@
+"""Peak bytes, time and gradient error of what trades one for the other, side by side.
+
+`gpt`: a GPT-like model (6 layers, width 256, sequence 256, batch 8): PyTorch's checkpoints (each
+block, segments, selective), torch.compile with and without `activation_memory_budget`, bf16,
+micro-batches, and plans at three budgets. `peers`: against each of these peers a plan that may use
+what the peer uses. `cnn`: a chain of 13 unequal convolutions: plans against the square-root rule
+and against checkpointing each block. `predictions`: the predicted against the measured peak of
+every optimal plan of these models. Writes records to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
+
+from autograd_lib import compare, peak_bytes, plan_checkpoints
+
+RESULTS = Path(__file__).parent / "results"
+MiB = 2**20
+LAYERS, WIDTH, LENGTH, BATCH, VOCABULARY = 6, 256, 256, 8, 512
+
+aten = torch.ops.aten
+MATMULS = [aten.mm.default, aten.addmm.default, aten.bmm.default]
+ATTENTION = [
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+]
+
+Step = Callable[[], object]
+Run = Callable[[nn.ModuleList, Tensor], Tensor]  # how the blocks are run
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """The blocks run as `run` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.blocks = nn.ModuleList(Block(WIDTH, 8) for _ in range(LAYERS))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.run: Run = one_by_one
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.run(self.blocks, x)))
+
+
+def one_by_one(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def each(blocks: nn.ModuleList, x: Tensor, context_fn: Any = None) -> Tensor:
+    options = {} if context_fn is None else {"context_fn": context_fn}
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False, **options)
+    return x
+
+
+def segments(blocks: nn.ModuleList, x: Tensor, count: int) -> Tensor:
+    return checkpoint_sequential(list(blocks), count, x, use_reentrant=False)
+
+
+def selective(operations: list[Any]) -> Run:
+    return partial(each, context_fn=partial(create_selective_checkpoint_contexts, operations))
+
+
+class Candidate:
+    """One way to make a training step of the model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: tuple[Tensor, Tensor],
+        *,
+        bf16: bool = False,
+        micro_batch: int | None = None,
+        compiled: float | None = None,
+    ) -> None:
+        self.model, self.batch, self.bf16 = model, batch, bf16
+        self.micro_batch = micro_batch or len(batch[0])
+        self.loss_of = self.loss if compiled is None else self.compile(compiled)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
+
+    def compile(self, budget: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """Compile with a code object of its own: what is compiled for one budget is found again
+        for another, as the budget is not among the guards.
+        """
+        scope: dict[str, Any] = {"loss": self.loss}
+        exec("def own(x, y):\n    return loss(x, y)", scope)
+        compiled = torch.compile(scope["own"])
+        with functorch_config.patch(activation_memory_budget=budget):
+            compiled(*self.batch).backward()
+        self.model.zero_grad()
+        return compiled
+
+    def whole_loss(self) -> Tensor:
+        return self.loss_of(*self.batch)
+
+    def backward(self) -> None:
+        x, y = self.batch
+        for part, target in zip(x.split(self.micro_batch), y.split(self.micro_batch), strict=True):
+            (self.loss_of(part, target) * (len(part) / len(x))).backward()
+
+    def step(self) -> None:
+        self.backward()
+        self.model.zero_grad()
+
+    def planned(self, budget: int) -> Candidate:
+        """Apply the plan of a budget."""
+        self.plan = plan_checkpoints(self.model.blocks, self.whole_loss, budget)
+        self.plan.apply(self.model)
+        return self
+
+
+def gradient_error(candidate: Candidate, reference: list[Tensor]) -> float:
+    """Relative L2 error over all parameters."""
+    candidate.backward()
+    found = [p.grad.double() for p in candidate.model.parameters()]
+    candidate.model.zero_grad()
+    difference = sum(float((a - b).square().sum()) for a, b in zip(found, reference, strict=True))
+    return math.sqrt(difference / sum(float(b.square().sum()) for b in reference))
+
+
+def exact_gradient(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+    x, y = batch
+    candidate = Candidate(
+        copy.deepcopy(model).double(), (x.double() if x.is_floating_point() else x, y)
+    )
+    candidate.backward()
+    return [p.grad for p in candidate.model.parameters()]
+
+
+def gpt(options: argparse.Namespace) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (2, BATCH, LENGTH), device=options.device)
+    return GPT().to(options.device), (tokens[0], tokens[1])
+
+
+def cnn(options: argparse.Namespace) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Thirteen convolutions: the first ones large and cheap, the last ones small and costly."""
+    torch.manual_seed(0)
+    widths = [16, 16, 32, 32, 32, 64, 64, 64, 128, 128, 128, 256, 256]
+    halved = {2, 5, 8, 11}
+    blocks, channels = nn.Sequential(), 3
+    for index, width in enumerate(widths):
+        convolution = nn.Conv2d(channels, width, 3, 2 if index in halved else 1, 1, bias=False)
+        blocks.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
+        channels = width
+    model = nn.Sequential()
+    model.blocks = blocks
+    model.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+    x = torch.randn(16, 3, 64, 64, device=options.device)
+    return model.to(options.device), (x, torch.randint(10, (16,), device=options.device))
+
+
+class Build:
+    """Candidates of one model, each on a copy of its own."""
+
+    def __init__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+        self.model, self.batch = model, batch
+
+    def __call__(self, run: Run | None = None, **options: Any) -> Candidate:
+        model = copy.deepcopy(self.model)
+        if run is not None:
+            model.run = run
+        return Candidate(model, self.batch, **options)
+
+    def with_compiled_blocks(self) -> Candidate:
+        candidate = self()
+        for block in candidate.model.blocks:
+            block.compile()
+        candidate.step()
+        return candidate
+
+
+def run_gpt(options: argparse.Namespace) -> None:
+    """Everything against the plain step."""
+    build = Build(*gpt(options))
+    plain = build()
+    peak = peak_bytes(plain.step)
+    candidates = {"plain": plain, **gpt_peers(build)}
+    candidates["bf16"] = build(bf16=True)
+    for share in (0.8, 0.5, 0.35):
+        candidates[f"plan at {share} of plain"] = build().planned(int(share * peak))
+    candidates["micro-batches of 2"] = build(micro_batch=2)
+    candidates["bf16, plan at 0.35 of plain"] = build(bf16=True).planned(int(0.35 * peak))
+    report(options, "gpt", candidates, exact_gradient(build.model, build.batch))
+
+
+def gpt_peers(build: Build) -> dict[str, Candidate]:
+    return {
+        "checkpoint each block": build(each),
+        "checkpoint_sequential, 2 segments": build(partial(segments, count=2)),
+        "checkpoint_sequential, 3 segments": build(partial(segments, count=3)),
+        "selective, matmuls saved": build(selective(MATMULS)),
+        "selective, matmuls and attention saved": build(selective([*MATMULS, *ATTENTION])),
+        "compile": build(compiled=1.0),
+        "compile, activation_memory_budget=0.5": build(compiled=0.5),
+        "compile, activation_memory_budget=0.3": build(compiled=0.3),
+    }
+
+
+def run_peers(options: argparse.Namespace) -> None:
+    """Each peer against a plan that may use as much, eager or with compiled blocks as the peer."""
+    build = Build(*gpt(options))
+    reference = exact_gradient(build.model, build.batch)
+    for number, (name, peer) in enumerate(gpt_peers(build).items()):
+        budget = peak_bytes(peer.step)
+        ours = build.with_compiled_blocks() if name.startswith("compile") else build()
+        try:
+            ours.planned(budget)
+        except ValueError as err:
+            print(f"{name}: {err}", flush=True)
+            continue
+        report(options, f"peer_{number}", {name: peer, "plan": ours}, reference)
+
+
+def run_cnn(options: argparse.Namespace) -> None:
+    """The rules of thumb against plans with the same bytes."""
+    build = Build(*cnn(options))
+    peers = {
+        "square root (checkpoint_sequential, 4 segments)": partial(segments, count=4),
+        "checkpoint each block": each,
+    }
+    candidates = {"plain": build()}
+    for name, run in peers.items():
+        peer = build()
+        patch_forward(peer.model.blocks, run)
+        candidates[name] = peer
+        candidates[f"plan for {name.split(' (')[0]}"] = build().planned(peak_bytes(peer.step))
+    report(options, "cnn", candidates, exact_gradient(build.model, build.batch))
+
+
+def patch_forward(blocks: nn.Sequential, run: Run) -> None:
+    children = list(blocks)
+    blocks.forward = lambda x: run(children, x)
+
+
+def run_predictions(options: argparse.Namespace) -> None:
+    """The predicted against the measured peak, for every plan of a curve."""
+    rows = []
+    for name, make, extra in (
+        ("gpt", gpt, {}),
+        ("gpt, bf16", gpt, {"bf16": True}),
+        ("cnn", cnn, {}),
+    ):
+        candidate = Build(*make(options))(**extra)
+        plan = plan_checkpoints(candidate.model.blocks, candidate.whole_loss, 2**62)
+        found = []
+        for budget, seconds in plan.curve:
+            point = plan.within(budget)
+            point.apply(candidate.model)
+            measured = peak_bytes(candidate.step)
+            found.append(point.predicted_bytes / measured)
+            rows.append(
+                {
+                    "model": name,
+                    "steps": str(point.steps),
+                    "predicted_bytes": point.predicted_bytes,
+                    "measured_bytes": measured,
+                    "predicted_time_ratio": seconds / plan.plain_time,
+                }
+            )
+        print(
+            f"{name}: {len(found)} plans from {plan.curve[0][0] / MiB:.1f} to "
+            f"{plan.curve[-1][0] / MiB:.1f} MiB, predicted / measured peak "
+            f"{min(found):.4f} to {max(found):.4f}",
+            flush=True,
+        )
+    write("memory_predictions", options, {"plans": rows})
+
+
+def report(
+    options: argparse.Namespace,
+    record: str,
+    candidates: dict[str, Candidate],
+    reference: list[Tensor],
+) -> None:
+    errors = {name: gradient_error(c, reference) for name, c in candidates.items()}
+    steps = {name: c.step for name, c in candidates.items()}
+    comparison = compare(steps, rounds=options.rounds, threads=options.threads)
+    print(f"\n{record} on {options.device}\n{comparison}")
+    base = comparison.peak_bytes[comparison.baseline]
+    for name, candidate in candidates.items():
+        peak = comparison.peak_bytes[name]
+        text = f"{name}: {peak / MiB:.1f} MiB, {peak / base:.3f} of the first one's peak"
+        text += f", gradient error {errors[name]:.1e}"
+        if plan := getattr(candidate, "plan", None):
+            text += f"; predicted {plan.predicted_bytes / peak:.4f} of its peak"
+        print(text, flush=True)
+    suffix = "" if options.device == "cpu" else f"_{options.device}"
+    path = RESULTS / f"memory_{record}{suffix}.json"
+    comparison.to_json(path)
+    written = json.loads(path.read_text())
+    written["gradient_error"] = errors
+    path.write_text(json.dumps(written, indent=1) + "\n")
+    print(f"wrote benchmarks/results/{path.name}", flush=True)
+
+
+def write(record: str, options: argparse.Namespace, content: dict[str, Any]) -> None:
+    suffix = "" if options.device == "cpu" else f"_{options.device}"
+    path = RESULTS / f"{record}{suffix}.json"
+    path.write_text(json.dumps({"torch": torch.__version__, **content}, indent=1) + "\n")
+    print(f"wrote benchmarks/results/{path.name}", flush=True)
+
+
+PARTS = {"gpt": run_gpt, "peers": run_peers, "cnn": run_cnn, "predictions": run_predictions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="threads within an operation")
+    parser.add_argument("--rounds", type=int, default=16, help="of each comparison, at least 5")
+    parser.add_argument(
+        "--parts", nargs="*", choices=PARTS, default=list(PARTS), help="which to run"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for number, part in enumerate(options.parts, 1):
+        print(f"part {number} of {len(options.parts)}: {part}", flush=True)
+        PARTS[part](options)
+
+
+if __name__ == "__main__":
+    main()
