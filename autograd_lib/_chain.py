@@ -22,6 +22,7 @@ from autograd_lib._probe import (
     Probe,
     Visit,
     checkpoint_bytes,
+    nbytes,
     no_collection,
     other_generators,
 )
@@ -132,6 +133,15 @@ def _without_gradients(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 
 @dataclass
+class _Seen:
+    """What one run of the step showed: calls of the blocks, the last output, leaves of the graph."""
+
+    visits: list[Visit]
+    output: Tensor
+    leaves: list[Tensor]
+
+
+@dataclass
 class Measured:
     """What `measure` found: the costs, and why some blocks cannot be recomputed."""
 
@@ -139,19 +149,21 @@ class Measured:
     refused: dict[int, str]
 
 
-def measure(blocks: Blocks, step: Callable[[], Tensor], show: Callable[[str], None]) -> Measured:
+def measure(
+    blocks: Blocks, step: Callable[[], Tensor], accumulate: bool, show: Callable[[str], None]
+) -> Measured:
     """Measure every block, head and tail of `step`, which runs forward and returns the loss."""
     planned = [blocks, *blocks] if isinstance(blocks, nn.Sequential) else list(blocks)
     with undone(planned), untouched(blocks), torch.enable_grad():
         show("running the step")
-        visits, output, leaves = _visit(blocks, step)
-        with _without_gradients(leaves):
-            ends = _Ends(blocks, step, visits, output, leaves)
+        seen = _visit(blocks, step)
+        with _without_gradients(seen.leaves):
+            ends = _Ends(blocks, step, seen, accumulate)
             gradient, found, refused = ends.gradient, [], {}
             made = set(ends.made)  # by the tail, and by later blocks
             for index in reversed(range(len(blocks))):
                 show(f"measuring block {len(blocks) - index} of {len(blocks)}")
-                probe = Probe(blocks[index], visits[index], gradient, made)
+                probe = Probe(blocks[index], seen.visits[index], gradient, made)
                 block, why = probe.measure(f"{index} {type(blocks[index]).__name__}")
                 found.append(block)
                 if why:
@@ -161,7 +173,7 @@ def measure(blocks: Blocks, step: Callable[[], Tensor], show: Callable[[str], No
             return Measured(ends.chain(tuple(reversed(found)), gradient), refused)
 
 
-def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> tuple[list[Visit], Tensor, list[Tensor]]:
+def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> _Seen:
     """Run the step once, with all blocks under checkpoints, and note what each is called with."""
     visits: list[Visit] = []
     outputs: list[Tensor] = []
@@ -190,7 +202,7 @@ def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> tuple[list[Visit], Ten
             "plan_checkpoints: expected a step that returns a scalar loss which requires a "
             f"gradient, got {_describe(loss)}; there is nothing to plan without a backward"
         )
-    return visits, outputs[-1].detach(), _leaves(loss)
+    return _Seen(visits, outputs[-1].detach(), _leaves(loss))
 
 
 def _describe(value: Any) -> str:
@@ -222,22 +234,19 @@ class _Ends:
     """Head and tail, measured in the step with a stand-in for the blocks."""
 
     def __init__(
-        self,
-        blocks: Blocks,
-        step: Callable[[], Tensor],
-        visits: list[Visit],
-        output: Tensor,
-        leaves: list[Tensor],
+        self, blocks: Blocks, step: Callable[[], Tensor], seen: _Seen, accumulate: bool
     ) -> None:
-        self.blocks, self.step, self.leaves, self.value = blocks, step, leaves, output
-        self.first = visits[0]
+        self.blocks, self.step, self.accumulate = blocks, step, accumulate
+        self.leaves, self.value = seen.leaves, seen.output
+        self.first = seen.visits[0]
         self.gradient: Layout | None = None
         self.made: list[Tensor] = []
         self.addresses = [0, 0, 0]  # of the blocks' input and output, and of its gradient
         run = self._run
+        self._forget()
         run(Marks())  # warm
         self._forget()
-        self.trace = Trace(run, output.device)
+        self.trace = Trace(run, seen.output.device)
         self.source, self.target, self.arrived = self.addresses
         self._forget()
         times = []
@@ -251,7 +260,7 @@ class _Ends:
 
     def _forget(self) -> None:
         for leaf in self.leaves:
-            leaf.grad = None
+            leaf.grad = torch.zeros_like(leaf) if self.accumulate else None
 
     def _run(self, marks: Marks) -> None:
         def back(gradient: Tensor) -> Tensor | None:
@@ -315,4 +324,5 @@ class _Ends:
             tail_parameters=sum(made.values()),
             checkpoint_bytes=checkpoint_bytes(self.value.device),
             seconds=self.seconds,
+            gradients_before=nbytes(self.leaves) if self.accumulate else 0,
         )

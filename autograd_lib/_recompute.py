@@ -23,6 +23,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import flop_registry
 
+from autograd_lib._compile import compile_module
 from autograd_lib._schedule import Step, length
 
 _Buffers = dict[tuple[nn.Module, str], Tensor]  # by module and name
@@ -94,7 +95,7 @@ def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
 def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
     undo(block)
     if compile:
-        block.compile()
+        compile_module(block)
     if step != "save":
         setattr(block, slot(block), _CheckpointedForward(block, step))
 
@@ -103,7 +104,7 @@ def _set_chain(sequence: nn.Sequential, steps: tuple[Step, ...], compile: bool) 
     undo(sequence)
     if compile:
         for child in sequence:
-            child.compile()
+            compile_module(child)
     if any(step != "save" for step in steps):
         setattr(sequence, slot(sequence), _ChainForward(sequence, steps))
 

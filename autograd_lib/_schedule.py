@@ -117,6 +117,7 @@ class Chain:
         tail_parameters: Bytes of the gradients of its parameters.
         checkpoint_bytes: What a checkpoint itself keeps (the state of the random numbers).
         seconds: Of head and tail.
+        gradients_before: Bytes of the gradients that stand from the start, where they accumulate.
     """
 
     blocks: tuple[Block, ...]
@@ -131,6 +132,7 @@ class Chain:
     tail_parameters: int
     checkpoint_bytes: int
     seconds: float
+    gradients_before: int = 0
 
     @cached_property
     def gradients(self) -> tuple[int, ...]:
@@ -165,7 +167,8 @@ def frontier(chain: Chain, runs: bool) -> list[tuple[int, float, Steps]]:
 def _whole(chain: Chain, need: int, seconds: float) -> tuple[int, float]:
     """Add the head to what tail and blocks need."""
     last = chain.head_kept + chain.input_gradient + chain.gradients[0] + chain.head_backward_peak
-    return max(chain.head_forward_peak, chain.head_kept + need, last), chain.seconds + seconds
+    peak = max(chain.head_forward_peak, chain.head_kept + need, last)
+    return chain.gradients_before + peak, chain.seconds + seconds
 
 
 def _steps(linked: _Linked) -> Steps:
@@ -322,7 +325,7 @@ class _Replay:
         self.chain = chain
         self.standing = self.peak = 0
         self.seconds = chain.seconds
-        self.gradients = 0
+        self.gradients = chain.gradients_before
 
     def spike(self, nbytes: int) -> None:
         self.peak = max(self.peak, self.standing + self.gradients + nbytes)
@@ -336,7 +339,7 @@ class _Replay:
         self.run(chain.tail, waiting)
         self.standing -= chain.head_frames
         self.back(chain.tail, 0, waiting)
-        self.gradients = chain.tail_parameters
+        self.gradients += chain.tail_parameters
         self.backward(undo)
         self.spike(chain.input_gradient + chain.head_backward_peak)
         return self.peak, self.seconds

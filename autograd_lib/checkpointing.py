@@ -206,7 +206,11 @@ def _lines(steps: Steps, chain: Chain, start: int = 0, indent: str = "") -> list
 
 
 def plan_checkpoints(
-    blocks: Blocks, sample: Tensor | Callable[[], Tensor], budget: int
+    blocks: Blocks,
+    sample: Tensor | Callable[[], Tensor],
+    budget: int,
+    *,
+    accumulate: bool = False,
 ) -> CheckpointPlan:
     r"""Find the fastest schedule of a chain of blocks whose peak fits a budget of bytes.
 
@@ -239,6 +243,8 @@ def plan_checkpoints(
             time with the blocks.
         budget: Bytes, at the peak of one step, gradients of parameters included, above what stood
             before a step that starts with every `.grad` None.
+        accumulate: Whether the step consists of several forwards and backwards whose gradients add
+            up, of which `sample` is one: from the second on the gradients stand from the start.
 
     Returns:
         The plan. Nothing is changed until `CheckpointPlan.apply`: parameters, gradients, buffers
@@ -267,7 +273,7 @@ def plan_checkpoints(
     """
     step = _step(blocks, sample, budget)
     with progress("plan_checkpoints") as show:
-        measured = measure(blocks, step, show)
+        measured = measure(blocks, step, accumulate, show)
         show("solving")
         chain = measured.chain
         found = frontier(chain, isinstance(blocks, nn.Sequential))
