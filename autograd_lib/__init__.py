@@ -50,6 +50,7 @@ from autograd_lib.higher_order import (
 from autograd_lib.implicit import fixed_point
 from autograd_lib.losses import CustomLossFunction
 from autograd_lib.memory import SavedTensors, peak_bytes, saved_tensors
+from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransformerModel
 from autograd_lib.monitor import GradientMonitor, Issue, NoiseScale
 from autograd_lib.nonfinite import NonFinite, NonFiniteGuard, find_nonfinite
 from autograd_lib.taylor import jet, jet_rule
@@ -62,7 +63,10 @@ __all__ = [
     "CheckpointPlan",
     "Comparison",
     "CustomAutogradFunction",
+    "CustomCNNModel",
     "CustomLossFunction",
+    "CustomRNNModel",
+    "CustomTransformerModel",
     "DerivativeReport",
     "DerivativeTower",
     "Estimate",

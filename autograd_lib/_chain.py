@@ -134,7 +134,7 @@ def _without_gradients(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 @dataclass
 class _Seen:
-    """What one run of the step showed: calls of the blocks, the last output, leaves of the graph."""
+    """What one run of the step showed: calls of the blocks, last output, leaves of the graph."""
 
     visits: list[Visit]
     output: Tensor

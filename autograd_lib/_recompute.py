@@ -219,14 +219,14 @@ class Contexts:
         if keys is None:
             keys = [(m, n) for m in self.modules for n, b in m._buffers.items() if b is not None]
         before = {key: _buffer(*key) for key in keys}
-        versions = {key: buffer._version for key, buffer in before.items()}
-        copies = {key: buffer.detach().clone() for key, buffer in before.items()}
+        first.update({key: buffer.detach().clone() for key, buffer in before.items()})
         with _no_cast_cache(self.modules):
             yield
-        for key, buffer in before.items():
-            if _buffer(*key) is not buffer or buffer._version != versions[key]:
-                first[key] = copies[key]
         if known is None:
+            # By value: the batch_norm of PyTorch 2.13 does not count a version for its statistics.
+            for key, buffer in before.items():
+                if _buffer(*key) is buffer and torch.equal(buffer, first[key]):
+                    del first[key]
             self.changing[mode] = list(first)
 
     @contextlib.contextmanager

@@ -74,7 +74,7 @@ ORDER = [
         "functions",
         "activations",
         "implicit",
-        "losses",
+        *("losses", "models"),
     ),
     *("_reductions", "_activations", "_history", "_hooks", "_noise", "_exports", "monitor"),
     *("_observe", "nonfinite", "_plots", "figures"),

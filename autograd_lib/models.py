@@ -1,0 +1,538 @@
+"""Three small models to train, measure and take apart: a Transformer, a CNN and an RNN.
+
+In each, what repeats is a chain named `blocks`, each block taking what the one before returns, so
+that `plan_checkpoints` and `Settings` find it. Samples of a batch do not depend on one another
+(unless the CNN is given BatchNorm), so that a batch may be cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from autograd_lib.activations import low_memory_gelu, low_memory_silu
+
+__all__ = ["CustomCNNModel", "CustomRNNModel", "CustomTransformerModel"]
+
+_STD = 0.02  # of the weights of the Transformer, as in GPT-2
+_CELLS: dict[str, type[nn.LSTM | nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
+
+
+class CustomTransformerModel(nn.Module):
+    r"""A Transformer over tokens, causal as it comes: logits of the next token at each position.
+
+    Token and position are embedded, then pass `num_layers` blocks of attention and a feed-forward
+    network, $x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x))$, then
+    $x \leftarrow x + \mathrm{mlp}(\mathrm{norm}(x))$: with the norm in front, gradients are of one
+    size at all depths from the start (Xiong et al., *On layer normalization in the Transformer
+    architecture*, 2020). Weights start as in GPT-2 (Radford et al., 2019): normal with standard
+    deviation 0.02, and $0.02 / \sqrt{2 \cdot \mathrm{layers}}$ where a branch joins the sum.
+
+    Attention is `F.scaled_dot_product_attention`. In PyTorch 2.13 its fast kernels have no second
+    derivative for `create_graph=True`; under
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` it has, and `jet` does without.
+
+    Args:
+        vocab_size: Number of tokens.
+        d_model: Width of an embedding.
+        num_layers: Number of blocks.
+        num_heads: Heads of attention, a divisor of `d_model`; None for the largest of 8, 4, 2 and
+            1 that is one.
+        dim_feedforward: Width within the feed-forward networks; None for ``4 * d_model``.
+        max_length: Largest number of positions.
+        dropout: Probability of dropout for embeddings, attention weights and branches, in [0, 1).
+        causal: Whether a position attends to itself and those before it only, as the prediction
+            of the next token requires; False to attend to all, as for filling in masked tokens.
+        custom_gradients: Whether GELU is `low_memory_gelu`, which saves a byte per element where
+            GELU saves four; in float64 the gradient is the same.
+
+    Raises:
+        ValueError: An option is out of its range.
+
+    Example:
+        >>> model = CustomTransformerModel(vocab_size=100, d_model=64)
+        >>> model(torch.randint(0, 100, (8, 16))).shape
+        torch.Size([8, 16, 100])
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        *,
+        num_layers: int = 4,
+        num_heads: int | None = None,
+        dim_feedforward: int | None = None,
+        max_length: int = 512,
+        dropout: float = 0.0,
+        causal: bool = True,
+        custom_gradients: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(self, vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
+        if num_heads is None:
+            num_heads = next(heads for heads in (8, 4, 2, 1) if d_model % heads == 0)
+        inner = 4 * d_model if dim_feedforward is None else dim_feedforward
+        _check_sizes(self, num_heads=num_heads, dim_feedforward=inner, max_length=max_length)
+        _check_dropout(self, dropout)
+        if d_model % num_heads:
+            raise ValueError(
+                f"CustomTransformerModel: expected num_heads to divide d_model={d_model}, got "
+                f"{num_heads}; None takes the largest of 8, 4, 2 and 1 that does"
+            )
+        self.causal = causal
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.positions = nn.Embedding(max_length, d_model)
+        self.dropout = nn.Dropout(dropout)
+        block = partial(_TransformerBlock, dropout=dropout, causal=causal, custom=custom_gradients)
+        blocks = [block(d_model, num_heads, inner) for _ in range(num_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        self.apply(_initialize)
+        for joined in (layer for b in blocks for layer in (b.out_proj, b.linear2)):
+            nn.init.normal_(joined.weight, std=_STD / math.sqrt(2 * num_layers))
+
+    def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Compute the logits.
+
+        Args:
+            tokens: Shape (batch, seq), int64 (or int32), in [0, vocab_size), padding included.
+            padding_mask: Shape (batch, seq), bool, True where a token is padding, at either end or
+                in between. Padding has no position and is not attended to, so that the other
+                tokens have the logits that they have without it; those at the padding mean
+                nothing.
+
+        Returns:
+            Shape (batch, seq, vocab_size).
+
+        Raises:
+            TypeError: `tokens` are not integers, or `padding_mask` is not bool.
+            ValueError: A shape is wrong, or the sequence is too long.
+            IndexError: A token is out of range. CUDA tells of that by a device-side assertion.
+        """
+        self._check(tokens, padding_mask)
+        attend: Tensor | None = None
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        if padding_mask is not None:
+            attend = _attended(padding_mask, self.causal)
+            position = ((~padding_mask).cumsum(1) - 1).clamp(min=0)
+        x = self.dropout(self._embed(tokens) + self.positions(position))
+        for block in self.blocks:
+            x = block(x, attend)
+        return self.head(self.norm(x))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        # Asked for only after it failed: elsewhere than on the CPU, looking would be waiting.
+        try:
+            return self.embedding(tokens)
+        except IndexError as err:
+            raise IndexError(
+                f"CustomTransformerModel: expected tokens in [0, {self.embedding.num_embeddings}), "
+                f"got {tokens.min()} to {tokens.max()}; make the model with a larger vocab_size, "
+                "or give padding any token in range and pass padding_mask"
+            ) from err
+
+    def _check(self, tokens: Tensor, padding_mask: Tensor | None) -> None:
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"CustomTransformerModel: expected tokens of torch.int64, got {tokens.dtype}; "
+                "they are indices into the vocabulary, as from tokens.long()"
+            )
+        if tokens.dim() != 2:
+            raise ValueError(
+                "CustomTransformerModel: expected tokens of shape (batch, seq), got "
+                f"{tuple(tokens.shape)}; tokens[None] is a batch of one sequence"
+            )
+        if tokens.shape[1] > self.positions.num_embeddings:
+            raise ValueError(
+                "CustomTransformerModel: expected at most "
+                f"max_length={self.positions.num_embeddings} positions, got {tokens.shape[1]}; cut "
+                "the sequence, or make the model with a larger max_length"
+            )
+        if padding_mask is None:
+            return
+        if padding_mask.dtype != torch.bool:
+            raise TypeError(
+                f"CustomTransformerModel: expected padding_mask of torch.bool, got "
+                f"{padding_mask.dtype}; True is padding, as in tokens == padding_token"
+            )
+        if padding_mask.shape != tokens.shape:
+            raise ValueError(
+                f"CustomTransformerModel: expected padding_mask of shape {tuple(tokens.shape)}, "
+                f"one flag for each token, got {tuple(padding_mask.shape)}"
+            )
+
+
+class _TransformerBlock(nn.Module):
+    """Attention and a feed-forward network, each normalized first and added to its input."""
+
+    def __init__(
+        self, width: int, heads: int, inner: int, *, dropout: float, causal: bool, custom: bool
+    ) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm1 = nn.LayerNorm(width)
+        # Without biases: softmax ignores that of the keys, whose gradient would be rounding.
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.norm2 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, inner)
+        self.activation = _LowMemoryGELU() if custom else nn.GELU()
+        self.linear2 = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
+        batch, seq, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, seq, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=attend,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            is_causal=self.causal and attend is None,
+        )
+        x = x + self.dropout(self.out_proj(mixed.transpose(1, 2).flatten(2)))
+        inner = self.activation(self.linear1(self.norm2(x)))
+        return x + self.dropout(self.linear2(inner))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, causal={self.causal}"
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _attended(padding_mask: Tensor, causal: bool) -> Tensor:
+    """Which keys each query attends to, by (batch, 1, query, key)."""
+    seq = padding_mask.shape[1]
+    square = torch.ones(seq, seq, dtype=torch.bool, device=padding_mask.device)
+    attend = ~padding_mask[:, None, None, :]
+    # Padding attends to itself: a softmax over nothing is NaN for `jet`, and was so in PyTorch.
+    return (attend & square.tril() if causal else attend) | square.triu().tril()
+
+
+class CustomCNNModel(nn.Module):
+    r"""A residual network over images, with the norm and the activation in front of convolutions.
+
+    A convolution, then one block for each pair of neighbors in `channels`,
+    $x \leftarrow \mathrm{shortcut}(x) + \mathrm{conv}(\mathrm{silu}(\mathrm{norm}(
+    \mathrm{conv}(\mathrm{silu}(\mathrm{norm}(x))))))$ (He et al., *Identity mappings in deep
+    residual networks*, 2016), then the mean over all places and a linear layer. A block that
+    changes the number of channels halves height and width, rounded up, so that images of any size
+    from 1 x 1 on will do. SiLU, unlike ReLU, has derivatives of every order.
+
+    The second convolution of each of the n blocks starts at $1 / \sqrt n$ of He's scale, so that
+    the sum does not grow with depth.
+
+    GroupNorm is the default, for it knows of no other sample: gradients of micro-batches add up,
+    each sample has its own gradient under `torch.func.vmap`, and derivatives of higher order
+    exist. BatchNorm couples the samples. Both work in channels-last on the CPU.
+
+    Args:
+        input_channels: Channels of an image.
+        num_classes: Number of logits.
+        channels: Channels after the first convolution, then after each block.
+        norm: "group" (groups of 16 channels, one group where 16 does not divide them) or "batch".
+        dropout: Probability of dropout before the linear layer, in [0, 1).
+        custom_gradients: Whether SiLU is `low_memory_silu`, which saves a byte per element where
+            SiLU saves four; in float64 the gradient is the same.
+
+    Raises:
+        ValueError: An option is out of its range.
+
+    Example:
+        >>> cnn = CustomCNNModel(input_channels=3, num_classes=10)
+        >>> cnn(torch.randn(2, 3, 17, 9)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        *,
+        channels: Sequence[int] = (32, 32, 64, 64, 128, 128),
+        norm: Literal["group", "batch"] = "group",
+        dropout: float = 0.0,
+        custom_gradients: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(self, input_channels=input_channels, num_classes=num_classes)
+        if not isinstance(channels, Sequence) or len(channels) < 2:
+            raise ValueError(
+                "CustomCNNModel: expected channels to be a sequence, of the first convolution and "
+                f"of at least one block, got {channels!r}"
+            )
+        for i, width in enumerate(channels):
+            _check_sizes(self, **{f"channels[{i}]": width})
+        if norm not in ("group", "batch"):
+            raise ValueError(f"CustomCNNModel: expected norm='group' or 'batch', got {norm!r}")
+        _check_dropout(self, dropout)
+        self.stem = _conv(input_channels, channels[0], 3)
+        gain = 1 / math.sqrt(len(channels) - 1)
+        block = partial(_ResidualBlock, norm=norm, custom=custom_gradients, gain=gain)
+        self.blocks = nn.Sequential(*(block(*pair) for pair in pairwise(channels)))
+        self.norm = _norm(norm, channels[-1])
+        self.activation = _silu(custom_gradients)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(channels[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits.
+
+        Args:
+            images: Shape (batch, input_channels, height, width), floating point, best with mean 0
+                and standard deviation 1.
+
+        Returns:
+            Shape (batch, num_classes).
+
+        Raises:
+            TypeError: `images` are not floating point.
+            ValueError: The shape is wrong.
+        """
+        channels = self.stem.in_channels
+        if images.dim() != 4 or images.shape[1] != channels or 0 in images.shape[2:]:
+            raise ValueError(
+                f"CustomCNNModel: expected images of shape (batch, {channels}, height, width), got "
+                f"{tuple(images.shape)}; images[None] is a batch of one, and images.permute(0, 3, "
+                "1, 2) puts channels that come last in their place"
+            )
+        if not images.is_floating_point():
+            raise TypeError(
+                f"CustomCNNModel: expected images in floating point, got {images.dtype}; scale "
+                "them, as in images.float() / 255"
+            )
+        x = self.activation(self.norm(self.blocks(self.stem(images))))
+        return self.head(self.dropout(x.mean((2, 3))))
+
+
+class _ResidualBlock(nn.Module):
+    """Two convolutions, each of them normalized and activated first, added to the input."""
+
+    def __init__(self, inputs: int, outputs: int, *, norm: str, custom: bool, gain: float) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.norm1 = _norm(norm, inputs)
+        self.conv1 = _conv(inputs, outputs, 3, stride)
+        self.norm2 = _norm(norm, outputs)
+        self.conv2 = _conv(outputs, outputs, 3, gain=gain)
+        self.activation = _silu(custom)
+        same = inputs == outputs
+        self.shortcut = nn.Identity() if same else _conv(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.conv1(self.activation(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(self.activation(self.norm2(branch)))
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1, gain: float = 1.0) -> nn.Conv2d:
+    # Without a bias: the next norm subtracts it, or has one of its own.
+    conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+    nn.init.normal_(conv.weight, std=gain * math.sqrt(2 / (inputs * size**2)))
+    return conv
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels)
+
+
+class CustomRNNModel(nn.Module):
+    r"""Layers of LSTM or GRU over a sequence: an output at each of its steps.
+
+    Recurrent weights start orthogonal (Saxe et al., 2014), those of the inputs by Glorot's rule,
+    and an LSTM remembers from the start: the bias of its forget gates is 1 (Jozefowicz et al.,
+    2015).
+
+    There is no `custom_gradients`: what a layer saves is the business of its fused kernel. In
+    PyTorch 2.13 `nn.LSTM` and `nn.GRU` stay uncompiled within `torch.compile`, with a graph break,
+    and `jet` has no rule for them.
+
+    Args:
+        input_size: Features of a step.
+        hidden_size: Features of the state, both directions together.
+        output_size: Features of the output, by a linear layer; None for the states themselves.
+        num_layers: Number of layers.
+        cell: "lstm" or "gru".
+        bidirectional: Whether half of the state runs from the end to the beginning.
+        dropout: Probability of dropout between layers and before the linear layer, in [0, 1).
+
+    Raises:
+        ValueError: An option is out of its range.
+
+    Example:
+        >>> rnn = CustomRNNModel(input_size=100, hidden_size=128)
+        >>> rnn(torch.randn(2, 7, 100)).shape
+        torch.Size([2, 7, 128])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int | None = None,
+        *,
+        num_layers: int = 1,
+        cell: Literal["lstm", "gru"] = "lstm",
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_sizes(self, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        if output_size is not None:
+            _check_sizes(self, output_size=output_size)
+        if cell not in _CELLS:
+            raise ValueError(f"CustomRNNModel: expected cell='lstm' or 'gru', got {cell!r}")
+        if bidirectional and hidden_size % 2:
+            raise ValueError(
+                "CustomRNNModel: expected an even hidden_size for two directions, got "
+                f"{hidden_size}"
+            )
+        _check_dropout(self, dropout)
+        self.input_size = input_size
+        first = _RecurrentBlock(cell, input_size, hidden_size, bidirectional, dropout=0.0)
+        self.blocks = nn.Sequential(first)
+        for _ in range(num_layers - 1):
+            block = _RecurrentBlock(cell, hidden_size, hidden_size, bidirectional, dropout)
+            self.blocks.append(block)
+        self.head: nn.Module = nn.Identity()
+        if output_size is not None:
+            self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden_size, output_size))
+
+    def forward(self, x: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Compute the outputs.
+
+        Args:
+            x: Shape (batch, seq, input_size), floating point.
+            lengths: The steps of each sequence that are no padding, integers in [1, seq] of shape
+                (batch,), in any order; best on the CPU, where they are needed. Nothing is computed
+                beyond them.
+
+        Returns:
+            Shape (batch, seq, output_size or hidden_size); zero beyond the lengths.
+
+        Raises:
+            TypeError: `x` is not floating point, or `lengths` are not integers.
+            ValueError: A shape is wrong, or a length out of range.
+        """
+        self._check(x)
+        return self.head(self.blocks(x)) if lengths is None else self._packed(x, lengths)
+
+    # Uncompiled: PyTorch 2.13 loses what is in a PackedSequence where the graph breaks.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _packed(self, x: Tensor, lengths: Tensor | Sequence[int]) -> Tensor:
+        lengths = torch.as_tensor(lengths).cpu()
+        _check_lengths(lengths, *x.shape[:2])
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        output = _on_data(self.head, self.blocks(packed))
+        return pad_packed_sequence(output, batch_first=True, total_length=x.shape[1])[0]
+
+    def _check(self, x: Tensor) -> None:
+        size = self.input_size
+        if x.dim() != 3 or x.shape[2] != size or not x.shape[1]:
+            raise ValueError(
+                f"CustomRNNModel: expected x of shape (batch, seq, {size}) with seq >= 1, got "
+                f"{tuple(x.shape)}; x[None] is a batch of one sequence, x.transpose(0, 1) puts the "
+                "batch first"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"CustomRNNModel: expected x in floating point, got {x.dtype}; embed tokens, or "
+                "convert by x.float()"
+            )
+
+
+class _RecurrentBlock(nn.Module):
+    """Dropout and one layer, of padded or of packed sequences."""
+
+    def __init__(
+        self, cell: str, inputs: int, hidden: int, bidirectional: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        size = hidden // 2 if bidirectional else hidden
+        self.rnn = _CELLS[cell](inputs, size, batch_first=True, bidirectional=bidirectional)
+        for name, parameter in self.rnn.named_parameters():
+            if name.startswith("weight_ih"):
+                nn.init.xavier_uniform_(parameter)
+            elif name.startswith("weight_hh"):
+                for gate in parameter.data.split(size):
+                    nn.init.orthogonal_(gate)
+            else:
+                nn.init.zeros_(parameter)
+            if cell == "lstm" and name.startswith("bias_ih"):
+                nn.init.ones_(parameter.data[size : 2 * size])  # input, forget, cell, output
+
+    def forward(self, x: Any) -> Any:
+        return self.rnn(_on_data(self.dropout, x))[0]
+
+
+def _on_data(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """Apply a function to each step, of a tensor or of packed sequences."""
+    return x._replace(data=function(x.data)) if isinstance(x, PackedSequence) else function(x)
+
+
+def _check_lengths(lengths: Tensor, batch: int, seq: int) -> None:
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(
+            f"CustomRNNModel: expected lengths to be integers, got {lengths.dtype}; from a padding "
+            "mask they are (~padding_mask).sum(1)"
+        )
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"CustomRNNModel: expected lengths of shape ({batch},), one for each sequence, got "
+            f"{tuple(lengths.shape)}"
+        )
+    if batch and not 1 <= int(lengths.min()) <= int(lengths.max()) <= seq:
+        raise ValueError(
+            f"CustomRNNModel: expected lengths in [1, {seq}], got {lengths.min()} to "
+            f"{lengths.max()}; leave out sequences without steps"
+        )
+
+
+class _LowMemoryGELU(nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return low_memory_gelu(input)
+
+
+class _LowMemorySiLU(nn.SiLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return low_memory_silu(input)
+
+
+def _silu(custom: bool) -> nn.Module:
+    return _LowMemorySiLU() if custom else nn.SiLU()
+
+
+def _check_sizes(model: nn.Module, **sizes: Any) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(
+                f"{type(model).__name__}: expected {name} to be an integer from 1 on, got {size!r}"
+            )
+
+
+def _check_dropout(model: nn.Module, dropout: Any) -> None:
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(
+            f"{type(model).__name__}: expected dropout to be a probability in [0, 1), got "
+            f"{dropout!r}"
+        )
