@@ -7,6 +7,7 @@ importable from here. Importing loads torch, NumPy and the standard library only
 from autograd_lib.activations import low_memory_gelu, low_memory_relu, low_memory_silu
 from autograd_lib.benchmark import Comparison, Ratio, compare
 from autograd_lib.checkpointing import CheckpointPlan, plan_checkpoints
+from autograd_lib.config import Settings
 from autograd_lib.cross_entropy import linear_cross_entropy
 from autograd_lib.figures import (
     plot_gradient_flow,
@@ -54,6 +55,7 @@ from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransforme
 from autograd_lib.monitor import GradientMonitor, Issue, NoiseScale
 from autograd_lib.nonfinite import NonFinite, NonFiniteGuard, find_nonfinite
 from autograd_lib.taylor import jet, jet_rule
+from autograd_lib.tuning import Trial, TuningReport, autotune
 from autograd_lib.widgets import Explorer, GradientDashboard, explore
 
 __version__ = "0.1.0"
@@ -80,6 +82,10 @@ __all__ = [
     "NonFiniteGuard",
     "Ratio",
     "SavedTensors",
+    "Settings",
+    "Trial",
+    "TuningReport",
+    "autotune",
     "check_gradients_exist",
     "clip_gradient",
     "compare",

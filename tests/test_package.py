@@ -80,7 +80,8 @@ ORDER = [
     *("_observe", "nonfinite", "_plots", "figures"),
     *("_series", "taylor", "taylor_rules", "taylor_layers", "higher_order", "cross_entropy"),
     *("memory", "benchmark", "widgets"),
-    *("_schedule", "_recompute", "_trace", "_probe", "_chain", "checkpointing"),
+    *("_compile", "_schedule", "_recompute", "_trace", "_probe", "_chain", "checkpointing"),
+    *("config", "_trials", "_search", "tuning"),
 ]
 
 
