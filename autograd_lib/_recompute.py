@@ -40,7 +40,7 @@ def apply_checkpoints(
         model: Changed in place; its parameters, buffers, and their names stay what they are.
         steps: The qualified name of a module to its step, or to one step for each of its children,
             of an `nn.Sequential` (where tuples are runs of several children) or `nn.ModuleList`.
-        compile: Whether to compile each block, inside its checkpoint.
+        compile: Whether to compile each block, inside its checkpoint; not the selective ones.
 
     Raises:
         ValueError: A name, or a number of steps, does not fit the model; nothing is changed.
@@ -94,7 +94,8 @@ def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
 
 def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
     undo(block)
-    if compile:
+    # Not under a selective checkpoint, which refuses to keep what compiled code may write over.
+    if compile and step != "selective":
         compile_module(block)
     if step != "save":
         setattr(block, slot(block), _CheckpointedForward(block, step))
@@ -103,8 +104,10 @@ def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
 def _set_chain(sequence: nn.Sequential, steps: tuple[Step, ...], compile: bool) -> None:
     undo(sequence)
     if compile:
-        for child in sequence:
-            compile_module(child)
+        kept = [inner for step in steps for inner in [step == "selective"] * length(step)]
+        for child, selective in zip(sequence, kept, strict=True):
+            if not selective:
+                compile_module(child)
     if any(step != "save" for step in steps):
         setattr(sequence, slot(sequence), _ChainForward(sequence, steps))
 
