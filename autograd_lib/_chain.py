@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autograd_lib._probe import (
+    GLOBAL_GENERATORS,
     ROUNDS,
     Probe,
     Visit,
     checkpoint_bytes,
     nbytes,
     no_collection,
-    other_generators,
+    own_generators,
 )
-from autograd_lib._recompute import put_back, slot, undone
+from autograd_lib._recompute import put_back, runs_its_children, slot, undone
 from autograd_lib._schedule import Block, Chain, Mode
 from autograd_lib._trace import Layout, Marks, StandIn, Trace
 
@@ -39,7 +40,7 @@ def intercept(blocks: Blocks, handler: Callable[..., Tensor]) -> Iterator[None]:
     """Have `handler(index, call, x, *args, **kwargs)` called in place of each block."""
     position = 0
 
-    def forward(block: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(block: nn.Module, plain: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         nonlocal position
         if position == len(blocks) or blocks[position] is not block:
             raise ValueError(
@@ -58,7 +59,7 @@ def intercept(blocks: Blocks, handler: Callable[..., Tensor]) -> Iterator[None]:
         return x
 
     overridden: dict[nn.Module, Callable[..., Any]] = {}
-    if isinstance(blocks, nn.Sequential):
+    if isinstance(blocks, nn.Sequential) and runs_its_children(blocks):
         overridden[blocks] = sequence
     else:
         for block in blocks:
@@ -95,13 +96,13 @@ def untouched(blocks: Blocks) -> Iterator[None]:
         if module not in buffers:
             there = {name: b for name, b in module._buffers.items() if b is not None}
             buffers[module] = {name: (b, b.detach().clone()) for name, b in there.items()}
+            states.extend((put_back, get()) for _, get, put_back in own_generators(module))
 
+    states = [(put_back, get()) for _, get, put_back in GLOBAL_GENERATORS]
     for block in blocks:
         for module in block.modules():
             note(module)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    others = other_generators(blocks)
-    states = [get() for _, get, _ in others]
     handle = nn.modules.module.register_module_forward_pre_hook(note)
     try:
         with torch.random.fork_rng(devices):
@@ -113,7 +114,7 @@ def untouched(blocks: Blocks) -> Iterator[None]:
                 for name, (buffer, value) in saved.items():
                     module._buffers[name] = buffer
                     buffer.copy_(value)
-        for (_, _, put_back), state in zip(others, states, strict=True):
+        for put_back, state in states:
             put_back(state)
 
 
@@ -157,7 +158,8 @@ def measure(
     with undone(planned), untouched(blocks), torch.enable_grad():
         show("running the step")
         seen = _visit(blocks, step)
-        with _without_gradients(seen.leaves):
+        parameters = [p for block in blocks for p in block.parameters()]
+        with _without_gradients(list(dict.fromkeys([*seen.leaves, *parameters]))):
             ends = _Ends(blocks, step, seen, accumulate)
             gradient, found, refused = ends.gradient, [], {}
             made = set(ends.made)  # by the tail, and by later blocks
@@ -178,8 +180,8 @@ def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> _Seen:
     visits: list[Visit] = []
     outputs: list[Tensor] = []
 
-    def handler(index: int, call: Call, x: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(x, Tensor) or (outputs and x is not outputs[-1]):
+    def handler(index: int, call: Call, x: Any, /, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(x, Tensor) or (outputs and not _is_same(x, outputs[-1])):
             raise ValueError(
                 f"plan_checkpoints: expected block {index} to take the output of the block before "
                 "it as its first argument; what happens between two blocks must be in one of them"
@@ -203,6 +205,11 @@ def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> _Seen:
             f"gradient, got {_describe(loss)}; there is nothing to plan without a backward"
         )
     return _Seen(visits, outputs[-1].detach(), _leaves(loss))
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are one, perhaps passed through a Function of a backward hook."""
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
 def _describe(value: Any) -> str:
@@ -272,7 +279,7 @@ class _Ends:
             marks("back")
             return given
 
-        def handler(index: int, _: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def handler(index: int, _: Call, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
             if index == 0:
                 marks("blocks")
                 self.addresses[0] = x.untyped_storage().data_ptr()

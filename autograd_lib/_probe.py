@@ -8,7 +8,7 @@ import math
 import pickle
 import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,11 @@ _ROUNDING = 1e-3  # a gradient that is off by more was not computed from the sam
 
 # The name of a generator of random numbers, and how its state is read and set.
 Generator = tuple[str, Callable[[], Any], Callable[[Any], Any]]
+# A checkpoint puts back those of PyTorch, and none of these.
+GLOBAL_GENERATORS: list[Generator] = [
+    ("Python's random module", random.getstate, random.setstate),
+    ("NumPy's global generator", np.random.get_state, np.random.set_state),
+]
 
 
 @dataclass
@@ -52,7 +57,8 @@ class Probe:
         self.parameters = [p for p in block.parameters() if p.requires_grad]
         self.made = [p for p in self.parameters if p in made]
         self.buffers = [(b, b.detach().clone()) for b in block.buffers()]
-        self.generators = other_generators([block])
+        own = [generator for module in block.modules() for generator in own_generators(module)]
+        self.generators = [*GLOBAL_GENERATORS, *own]
         self.random = torch.get_rng_state()
         self.contexts = Contexts([block])
         # set by each run
@@ -66,7 +72,7 @@ class Probe:
         why = ""
         plain = self._gradients(self._plain)
         overwrites = self.overwrites  # a run on a copy has nothing to overwrite
-        if plain:
+        if self.parameters or self.visit.needs_gradient:
             why = self._refusal(self._copied if overwrites else self._checkpointed, plain)
             if not why and not overwrites:
                 ways["recompute"] = self._checkpointed
@@ -99,31 +105,31 @@ class Probe:
 
     # One run, in three ways
 
-    def _plain(self, _: Marks, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _plain(self, _: Marks, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         return self.module(x, *args, **kwargs)
 
-    def _checkpointed(self, marks: Marks, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _checkpointed(self, marks: Marks, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+        def run(x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
             try:
                 return self.module(x, *args, **kwargs)
             finally:  # the repetition ends in an exception, once it has what it needs
                 marks("again")
 
-        return self.contexts.checkpoint(run, x, *args, selective=False, **kwargs)
+        return self.contexts.checkpoint(False, run, x, *args, **kwargs)
 
-    def _copied(self, _: Marks, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _copied(self, _: Marks, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         # A block that overwrites its input can be recomputed, but not as the first under its
         # checkpoint; the copy stands for the block before it.
         def run(x: Tensor) -> Tensor:
             return self.module(x.clone(), *args, **kwargs)
 
-        return self.contexts.checkpoint(run, x, selective=False)
+        return self.contexts.checkpoint(False, run, x)
 
-    def _selective(self, _: Marks, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.contexts.checkpoint(self.module, x, *args, selective=True, **kwargs)
+    def _selective(self, _: Marks, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+        return self.contexts.checkpoint(True, self.module, x, *args, **kwargs)
 
     def _run(
-        self, call: Callable[..., Tensor], marks: Marks, keep: list[Tensor] | None = None
+        self, call: Callable[..., Tensor], marks: Marks, keep: dict[str, Tensor] | None = None
     ) -> None:
         visit, value = self.visit, self.visit.input
         anchor = torch.ones((), device=value.device, requires_grad=True)
@@ -134,7 +140,7 @@ class Probe:
             marks("arrived")
             self.input_gradient = Layout.of(gradient)
             if keep is not None:
-                keep.append(gradient)
+                keep["the gradient of the input"] = gradient
 
         def make() -> Tensor:
             assert self.gradient is not None
@@ -151,6 +157,8 @@ class Probe:
         marks("forwarded")
         self.target, self.output = y.untyped_storage().data_ptr(), y.untyped_storage().nbytes()
         self.overwrites = x._version != version
+        if keep is not None:
+            keep["the output"] = y.detach()
         loss = Output.apply(y, make)
         del x, y
         marks("dropped")
@@ -178,12 +186,11 @@ class Probe:
     # May the block be recomputed?
 
     def _gradients(self, call: Callable[..., Tensor]) -> dict[str, Tensor]:
-        arrived: list[Tensor] = []
-        self._run(call, Marks(), arrived)
-        found = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+        found: dict[str, Tensor] = {}
+        self._run(call, Marks(), found)
+        named = self.module.named_parameters()
+        found |= {name: p.grad for name, p in named if p.grad is not None}
         self._forget()
-        if arrived:
-            (found["the input"],) = arrived
         return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
 
     def _refusal(self, call: Callable[..., Tensor], plain: dict[str, Tensor]) -> str:
@@ -274,28 +281,20 @@ def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return math.sqrt(difference / scale) if scale else float(difference > 0)
 
 
-def other_generators(
-    blocks: Iterable[nn.Module],
-) -> list[tuple[str, Callable[[], Any], Callable[[Any], Any]]]:
-    """Name, reader and setter of each random number generator that a checkpoint leaves alone."""
-    found: list[Generator] = [
-        ("Python's random module", random.getstate, random.setstate),
-        ("NumPy's global generator", np.random.get_state, np.random.set_state),
-    ]
-    for module in dict.fromkeys(m for block in blocks for m in block.modules()):
-        for name, value in vars(module).items():
-            label = f"the generator `{name}` of a {type(module).__name__}"
-            if isinstance(value, torch.Generator):
-                found.append((label, value.get_state, value.set_state))
-            elif isinstance(value, random.Random):
-                found.append((label, value.getstate, value.setstate))
-            elif isinstance(value, np.random.RandomState):
-                found.append((label, value.get_state, value.set_state))
-            elif isinstance(value, np.random.Generator):
-                bits = value.bit_generator
-                found.append(
-                    (label, partial(getattr, bits, "state"), partial(setattr, bits, "state"))
-                )
+def own_generators(module: nn.Module) -> list[Generator]:
+    """The generators that a module has as attributes."""
+    found: list[Generator] = []
+    for name, value in vars(module).items():
+        label = f"the generator `{name}` of a {type(module).__name__}"
+        if isinstance(value, torch.Generator):
+            found.append((label, value.get_state, value.set_state))
+        elif isinstance(value, random.Random):
+            found.append((label, value.getstate, value.setstate))
+        elif isinstance(value, np.random.RandomState):
+            found.append((label, value.get_state, value.set_state))
+        elif isinstance(value, np.random.Generator):
+            bits = value.bit_generator
+            found.append((label, partial(getattr, bits, "state"), partial(setattr, bits, "state")))
     return found
 
 

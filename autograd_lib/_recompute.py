@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -26,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from autograd_lib._compile import compile_module
 from autograd_lib._schedule import Step, length
 
-_Buffers = dict[tuple[nn.Module, str], Tensor]  # by module and name
+_Tensors = dict[tuple[nn.Module, str], Tensor]  # by module and name
 # What costs FLOPs, by PyTorch's own count, and attention on the CPU, which that count leaves out.
 _COSTLY = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
 
@@ -45,7 +47,7 @@ def apply_checkpoints(
     Raises:
         ValueError: A name, or a number of steps, does not fit the model; nothing is changed.
     """
-    found = []
+    found: dict[nn.Module, Step | Sequence[Step]] = {}
     for name, step in steps.items():
         try:
             module = model.get_submodule(name)
@@ -54,16 +56,26 @@ def apply_checkpoints(
                 f"checkpoint: the model has no module {name!r}; expected qualified names as in "
                 "named_modules()"
             ) from None
-        found.append((module, step))
+        found[module] = step
         _check(name, module, step)
-    for module, step in found:
+    for module in model.modules():  # those that stand above or below what gets its steps now
+        if module in found or not found.keys().isdisjoint(module.children()):
+            undo(module)
+            for child in module.children() if module in found else ():
+                undo(child)
+    for module, step in found.items():
         if isinstance(step, str):
             _set_forward(module, step, compile)
-        elif isinstance(module, nn.Sequential):
+        elif runs_its_children(module):
             _set_chain(module, tuple(step), compile)
         else:
-            for child, inner in zip(module.children(), step, strict=True):
+            for child, inner in zip(module, step, strict=True):  # type: ignore[call-overload]
                 _set_forward(child, inner, compile)
+
+
+def runs_its_children(module: object) -> bool:
+    """Whether a call of `module` is nothing but calls of its children, one after the other."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
@@ -80,15 +92,21 @@ def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
             f"checkpoint: {name!r} is a {type(module).__name__}, which takes one step; only an "
             "nn.Sequential or an nn.ModuleList takes one for each of its children"
         )
+    if not runs_its_children(module) and len(set(module)) < len(module):
+        raise ValueError(
+            f"checkpoint: {name!r} holds a module twice, which cannot have two steps; give each of "
+            "its places a module of its own, or take an nn.Sequential"
+        )
     if length(tuple(step)) != len(module):
         raise ValueError(
             f"checkpoint: {name!r} has {len(module)} blocks, but the steps are for "
             f"{length(tuple(step))}; make the plan with this model"
         )
-    if isinstance(module, nn.ModuleList) and any(not isinstance(inner, str) for inner in step):
+    if not runs_its_children(module) and any(not isinstance(inner, str) for inner in step):
         raise ValueError(
-            f"checkpoint: {name!r} is an nn.ModuleList, whose blocks are called by code of the "
-            "model: each takes a step of its own; runs of blocks need an nn.Sequential"
+            f"checkpoint: {name!r} is a {type(module).__name__} whose blocks are called by code of "
+            "the model: each takes a step of its own; runs of blocks need an nn.Sequential with "
+            "the forward of that class"
         )
 
 
@@ -101,7 +119,7 @@ def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
         setattr(block, slot(block), _CheckpointedForward(block, step))
 
 
-def _set_chain(sequence: nn.Sequential, steps: tuple[Step, ...], compile: bool) -> None:
+def _set_chain(sequence: Any, steps: tuple[Step, ...], compile: bool) -> None:
     undo(sequence)
     if compile:
         kept = [inner for step in steps for inner in [step == "selective"] * length(step)]
@@ -156,7 +174,7 @@ class _CheckpointedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.replaced or type(self.block).forward.__get__(self.block)
-        return self.contexts.checkpoint(forward, *args, selective=self.selective, **kwargs)
+        return self.contexts.checkpoint(self.selective, forward, *args, **kwargs)
 
 
 class _ChainForward:
@@ -180,13 +198,8 @@ class _ChainForward:
                 contexts = self.contexts.get((start, end))
                 if contexts is None:
                     contexts = self.contexts[start, end] = Contexts(blocks[start:end])
-                x = contexts.checkpoint(
-                    self._run,
-                    ("save",) if isinstance(step, str) else step,
-                    start,
-                    x,
-                    selective=step == "selective",
-                )
+                inner = ("save",) if isinstance(step, str) else step
+                x = contexts.checkpoint(step == "selective", self._run, inner, start, x)
             start = end
         return x
 
@@ -201,12 +214,12 @@ class Contexts:
         self.changing: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
 
     def checkpoint(
-        self, run: Callable[..., Any], *args: Any, selective: bool, **kwargs: Any
+        self, selective: bool, run: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
         def context_fn() -> tuple[Any, Any]:
-            first: _Buffers = {}
+            first, used = _Tensors(), _Tensors()
             modes = create_selective_checkpoint_contexts(_policy) if selective else ()
-            forward, again = partial(self._forward, first), partial(self._again, first)
+            forward, again = partial(self._forward, first, used), partial(self._again, first, used)
             return _Stacked(forward, *modes[:1]), _Stacked(again, *modes[1:])
 
         if torch.compiler.is_compiling():  # traced into the graph, which knows dispatch modes only
@@ -214,8 +227,8 @@ class Contexts:
         return checkpoint(run, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
 
     @contextlib.contextmanager
-    def _forward(self, first: _Buffers) -> Iterator[None]:
-        """Run the first forward: note what the buffers were that it changes."""
+    def _forward(self, first: _Tensors, used: _Tensors) -> Iterator[None]:
+        """Run the first forward: note its parameters, and what the buffers were that it changes."""
         mode = tuple(module.training for module in self.modules)
         known = self.changing.get(mode)
         keys = known
@@ -223,27 +236,46 @@ class Contexts:
             keys = [(m, n) for m in self.modules for n, b in m._buffers.items() if b is not None]
         before = {key: _buffer(*key) for key in keys}
         first.update({key: buffer.detach().clone() for key, buffer in before.items()})
+        used.update(
+            {(m, n): p for m in self.modules for n, p in m._parameters.items() if p is not None}
+        )
         with _no_cast_cache(self.modules):
             yield
         if known is None:
-            # By value: the batch_norm of PyTorch 2.13 does not count a version for its statistics.
-            for key, buffer in before.items():
-                if _buffer(*key) is buffer and torch.equal(buffer, first[key]):
-                    del first[key]
+            # By value: the batch_norm of PyTorch 2.13 does not count a version for its statistics,
+            # which a batch of zeros leaves as they began.
+            for (module, name), buffer in before.items():
+                same = _buffer(module, name) is buffer and torch.equal(buffer, first[module, name])
+                if same and not isinstance(module, _NormBase):
+                    del first[module, name]
             self.changing[mode] = list(first)
 
     @contextlib.contextmanager
-    def _again(self, first: _Buffers) -> Iterator[None]:
-        """Run it again, on copies of these buffers as they were."""
+    def _again(self, first: _Tensors, used: _Tensors) -> Iterator[None]:
+        """Run it again, on copies of these buffers as they were, and with those parameters."""
         now = {key: _buffer(*key) for key in first}
         for (module, name), buffer in first.items():
             module._buffers[name] = buffer.clone()
+        # Others stand there once a `torch.func.functional_call` is over; but leave to FSDP what is
+        # FSDP's: it puts views of a flat parameter there, or unshards what it had sharded.
+        own = {key: key[0]._parameters[key[1]] for key in used}
+        swapped = {
+            key: parameter
+            for key, parameter in own.items()
+            if isinstance(parameter, nn.Parameter)
+            and parameter is not used[key]
+            and not any(map(is_traceable_wrapper_subclass, (parameter, used[key])))
+        }
+        for module, name in swapped:
+            module._parameters[name] = used[module, name]  # type: ignore[assignment]
         try:
             with _no_cast_cache(self.modules):
                 yield
         finally:
             for (module, name), buffer in now.items():
                 module._buffers[name] = buffer
+            for (module, name), parameter in swapped.items():
+                module._parameters[name] = parameter
 
 
 def _buffer(module: nn.Module, name: str) -> Tensor:

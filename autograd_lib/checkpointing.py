@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autograd_lib._chain import measure
 from autograd_lib._progress import progress
-from autograd_lib._recompute import apply_checkpoints
+from autograd_lib._recompute import apply_checkpoints, runs_its_children
 from autograd_lib._schedule import Chain, Step, Steps, frontier, length, replay
 from autograd_lib._tables import Row, html_table, readable_bytes, text_table
 
@@ -125,7 +125,8 @@ class CheckpointPlan:
         for name, module in containers:
             if all(a is b for a, b in zip(module, self._blocks, strict=True)):
                 return {name: self.steps}
-        if all(block in names for block in self._blocks):
+        single = all(isinstance(step, str) for step in self.steps)
+        if single and all(block in names for block in self._blocks):
             return {names[b]: step for b, step in zip(self._blocks, self.steps, strict=True)}
         if len(containers) != 1:
             raise ValueError(
@@ -226,6 +227,10 @@ def plan_checkpoints(
     unequal ones it is the program of Beaumont et al. (*Optimal checkpointing for heterogeneous
     chains*, Inria RR-9302, 2019), with selective steps added and memory exact, not in slots.
 
+    The predicted peak is exact up to what the steps share: it is low by gradients that go around
+    the chain or to other arguments of the blocks, and by the partial gradients of a weight that
+    several blocks share.
+
     A checkpoint puts back PyTorch's default random numbers, no others. A block that draws from
     Python's or NumPy's, or from a generator of its own, would be given silently wrong gradients.
     So each block runs twice: one whose gradient changes, or during which such a generator moves,
@@ -276,7 +281,7 @@ def plan_checkpoints(
         measured = measure(blocks, step, accumulate, show)
         show("solving")
         chain = measured.chain
-        found = frontier(chain, isinstance(blocks, nn.Sequential))
+        found = frontier(chain, runs_its_children(blocks))
     for index, why in measured.refused.items():
         warnings.warn(
             f"plan_checkpoints: block {chain.blocks[index].name} {why}; every plan saves it",
@@ -324,6 +329,11 @@ def _step(
         )
     if not blocks:
         raise ValueError("plan_checkpoints: expected at least one block, got none")
+    if not runs_its_children(blocks) and len(set(blocks)) < len(blocks):
+        raise ValueError(
+            "plan_checkpoints: a block is in the list twice, which cannot have two steps; put the "
+            "blocks into an nn.Sequential, which runs them itself"
+        )
     if not isinstance(budget, int) or isinstance(budget, bool):
         raise TypeError(
             f"plan_checkpoints: expected a budget in bytes, an int, got {budget!r}; a share of the "
