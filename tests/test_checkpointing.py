@@ -258,9 +258,8 @@ def repeated() -> Case:
     return Case(model, model, torch.randn(ROWS, 32))
 
 
-def autocast_mlp(tied: bool = False) -> Case:
-    """The first block's input needs no gradient, so that only the cast's cache keeps its weight."""
-    case = shared(256, 64) if tied else mlp(4, 256, 64)
+def autocast_mlp(case: Case) -> Case:
+    """Without a gradient of the input only the cache of casts keeps the first block's weight."""
     x = case.sample
 
     def loss() -> Tensor:
@@ -278,7 +277,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "language model": language_model,
     "bf16": lambda: language_model(torch.bfloat16),
     "fp16": lambda: language_model(torch.float16, depth=2),
-    "bf16 mlp": autocast_mlp,
+    "bf16 mlp": lambda: autocast_mlp(mlp(4, 64, ROWS)),
     "constant memory": lambda: encoded(learned=False),
     "frozen": lambda: frozen(2, 3),
     "frozen first": lambda: frozen(0, 1),
@@ -396,9 +395,22 @@ def test_predicted_bytes_with_a_large_shared_weight() -> None:
 
 @pytest.mark.xfail(strict=True, reason="autocast casts a shared weight once, here counted twice")
 def test_predicted_bytes_with_a_shared_weight_under_autocast() -> None:
-    case = autocast_mlp(tied=True)
+    case = autocast_mlp(shared(256, 64))
     plan = case.plan()
     assert_predicted(case, plan, some(plan.curve))
+
+
+@pytest.mark.xfail(strict=True, reason="three percent too much, which is on the safe side")
+def test_predicted_bytes_of_large_weights_under_autocast() -> None:
+    case = mlp(2, 256, 64)
+    x = case.sample.requires_grad_()
+    inner = autocast_mlp(case)
+
+    def run() -> None:
+        inner.run()
+        x.grad = None
+
+    assert inner.plan().plain_bytes == pytest.approx(peak_bytes(run), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["mlp", "language model"])
@@ -416,6 +428,21 @@ def test_predicted_bytes_of_accumulation(name: str) -> None:
         chosen = plan.within(budget)
         chosen.apply(case.model)
         assert chosen.predicted_bytes == pytest.approx(peak_bytes(two), rel=0.01)
+
+
+def test_predicted_bytes_of_accumulation_into_a_large_head() -> None:
+    """Its gradient stands from the start, and is not made a second time."""
+    blocks = nn.Sequential(*[layer() for _ in range(4)])
+    model = nn.ModuleDict({"blocks": blocks, "head": nn.Linear(32, 2000)})
+    x = torch.randn(256, 32)
+    case = Case(model, blocks, lambda: model["head"](blocks(x).mean(0)).square().mean())
+    plan = case.plan(accumulate=True)
+
+    def two() -> None:
+        case.step().backward()
+        case.run()
+
+    assert plan.plain_bytes == pytest.approx(peak_bytes(two), rel=0.01)
 
 
 def test_rules_are_predicted(planned: Planned) -> None:
@@ -664,6 +691,46 @@ def test_blocks_that_depend_on_calls() -> None:
         plan_checkpoints(model, torch.randn(64, 16), PLENTY)
 
 
+class Rounds(nn.Module):
+    """Computes a little otherwise, in every run or only where it runs again in backward."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.linear, self.always, self.calls = nn.Linear(16, 16), always, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        again = torch._C._current_graph_task_id() >= 0
+        return torch.tanh(self.linear(x) * (1 + 1e-5 * (self.calls if self.always else again)))
+
+
+def test_rounding_that_a_plain_step_has_too() -> None:
+    """Kernels that add in any order are no reason to refuse; one that differs only here is."""
+    plan = plan_checkpoints(nn.Sequential(layer(16), Rounds(True)), torch.randn(64, 16), PLENTY)
+    assert plan.refused == {}
+    with pytest.warns(UserWarning, match="block 1 Rounds has another gradient when"):
+        plan_checkpoints(nn.Sequential(layer(16), Rounds(False)), torch.randn(64, 16), PLENTY)
+
+
+class Grows(nn.Module):
+    """Depends on a buffer that every forward changes; one run is compared to another like it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.mul_(1.5)
+        return torch.tanh(self.linear(x)) * self.scale
+
+
+def test_buffers_are_no_trap() -> None:
+    model = nn.Sequential(layer(16), Grows(), Grows())
+    assert plan_checkpoints(model, torch.randn(64, 16), PLENTY).refused == {}
+    assert float(model[1].scale) == 1
+
+
 class OnlyOnce(nn.Module):
     """Cannot run in backward."""
 
@@ -872,6 +939,14 @@ def test_a_plan_for_a_list_of_the_blocks_of_a_planned_sequence() -> None:
     plan.within(plan.curve[0][0]).apply(case.model)
     again = plan_checkpoints(list(case.model), lambda: case.model(case.sample).sum(), PLENTY)
     assert again.plain_bytes == plan.plain_bytes
+
+
+def test_a_planned_list_is_planned_as_if_it_were_not() -> None:
+    blocks, x = nn.ModuleList([layer() for _ in range(4)]), torch.randn(ROWS, 32)
+    plan = plan_checkpoints(blocks, x, PLENTY)
+    replace(plan, steps=("recompute",) * 4).apply(blocks)
+    assert plan_checkpoints(blocks, x, PLENTY).plain_bytes == plan.plain_bytes
+    assert all("forward" in vars(block) for block in blocks)
 
 
 def test_copies_of_planned_models_and_of_plans(planned: Planned) -> None:

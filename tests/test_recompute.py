@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from autograd_lib._recompute import apply_checkpoints
-from autograd_lib.memory import saved_tensors
+from autograd_lib.memory import peak_bytes, saved_tensors
 
 with warnings.catch_warnings():  # compiling imports it, and it is deprecated itself
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -407,6 +407,22 @@ def test_only_the_input_of_a_run_is_saved() -> None:
         model(torch.randn(6, 8))
     assert saved.total_bytes == 0
     assert saved.input_bytes == 6 * 8 * 4
+
+
+def test_casts_of_weights_are_not_kept() -> None:
+    """Autocast keeps them until it ends; a block that is recomputed drops its own at once."""
+    width = 256
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(4)])
+    x = torch.randn(2, width)
+
+    def forward() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+
+    cast = 2 * width * width
+    assert peak_bytes(forward) > 4 * cast
+    apply_checkpoints(model, {"": STEPS["recompute"]})
+    assert cast < peak_bytes(forward) < 2 * cast
 
 
 def test_hooks_of_a_block_in_a_list_run_once() -> None:
