@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autograd_lib._probe import (
-    GLOBAL_GENERATORS,
     ROUNDS,
     Probe,
     Visit,
     checkpoint_bytes,
+    kept_random_states,
     nbytes,
     no_collection,
     own_generators,
 )
-from autograd_lib._recompute import put_back, runs_its_children, slot, undone
+from autograd_lib._recompute import kept_forwards, runs_its_children, slot, undone
 from autograd_lib._schedule import Block, Chain, Mode
 from autograd_lib._trace import Layout, Marks, StandIn, Trace
 
@@ -64,14 +64,10 @@ def intercept(blocks: Blocks, handler: Callable[..., Tensor]) -> Iterator[None]:
     else:
         for block in blocks:
             overridden[block] = partial(forward, block, getattr(block, slot(block)))
-    before = [(module, slot(module), vars(module).get(slot(module))) for module in overridden]
-    try:
+    with kept_forwards(overridden):
         for module, function in overridden.items():
             setattr(module, slot(module), function)
         yield
-    finally:
-        for module, name, original in before:
-            put_back(module, name, original)
     if position != len(blocks):
         raise ValueError(
             f"plan_checkpoints: the step ran {position} of {len(blocks)} blocks; expected all of "
@@ -89,7 +85,7 @@ def _name(blocks: Blocks, block: nn.Module) -> str:
 
 @contextlib.contextmanager
 def untouched(blocks: Blocks) -> Iterator[None]:
-    """Put back random numbers, and the buffers of every module that runs in the block."""
+    """Put back random states, and buffers and generators of every module that runs meanwhile."""
     buffers: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def note(module: nn.Module, _: Any = None) -> None:
@@ -98,14 +94,13 @@ def untouched(blocks: Blocks) -> Iterator[None]:
             buffers[module] = {name: (b, b.detach().clone()) for name, b in there.items()}
             states.extend((put_back, get()) for _, get, put_back in own_generators(module))
 
-    states = [(put_back, get()) for _, get, put_back in GLOBAL_GENERATORS]
+    states: list[tuple[Callable[[Any], Any], Any]] = []
     for block in blocks:
         for module in block.modules():
             note(module)
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     handle = nn.modules.module.register_module_forward_pre_hook(note)
     try:
-        with torch.random.fork_rng(devices):
+        with kept_random_states():
             yield
     finally:
         handle.remove()
@@ -204,7 +199,7 @@ def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> _Seen:
             "plan_checkpoints: expected a step that returns a scalar loss which requires a "
             f"gradient, got {_describe(loss)}; there is nothing to plan without a backward"
         )
-    return _Seen(visits, outputs[-1].detach(), _leaves(loss))
+    return _Seen(visits, outputs[-1].detach(), leaves_of(loss))
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
@@ -224,7 +219,7 @@ def _autocast(device: str) -> dict[str, Any]:
     return {"device_type": device, "dtype": torch.get_autocast_dtype(device)}
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
+def leaves_of(loss: Tensor) -> list[Tensor]:
     """The tensors whose `.grad` a backward of `loss` sets."""
     found, pending, seen = [], [loss.grad_fn], set()
     while pending:

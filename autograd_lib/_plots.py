@@ -154,6 +154,11 @@ def check_statistic(
 
 def make_axes(operation: str, ax: Any, rows: float) -> Axes:
     """Return `ax`, or the axes of a new figure that is high enough for so many rows."""
+    return sized_axes(operation, ax, (6.8, min(max(1.5 + 0.22 * rows, 2.6), 6.5)))
+
+
+def sized_axes(operation: str, ax: Any, inches: tuple[float, float]) -> Axes:
+    """Return `ax`, or the axes of a new figure of this width and height."""
     try:
         from matplotlib import axes  # noqa: PLC0415 - an optional dependency
         from matplotlib import pyplot as plt  # noqa: PLC0415
@@ -168,8 +173,7 @@ def make_axes(operation: str, ax: Any, rows: float) -> Axes:
             f"{operation}: expected ax to be a matplotlib Axes, got {type(ax).__name__}; pass one "
             "Axes, as axes[0] of `figure, axes = plt.subplots(2)`"
         )
-    height = min(max(1.5 + 0.22 * rows, 2.6), 6.5)
-    return plt.subplots(figsize=(6.8, height), layout="constrained")[1]
+    return plt.subplots(figsize=inches, layout="constrained")[1]
 
 
 def row_pitch(ax: Axes, rows: int) -> float:

@@ -166,7 +166,8 @@ class Probe:
             loss.backward()
         else:
             marks("gradient")
-        marks("end")
+        if "arrived" not in marks.times:  # an input that needs no gradient, or gets none
+            marks("arrived")
 
     def _prepare(self) -> None:
         torch.clear_autocast_cache()
@@ -174,8 +175,7 @@ class Probe:
         with torch.no_grad():
             for buffer, value in self.buffers:
                 buffer.copy_(value)
-        for parameter in self.parameters:
-            parameter.grad = None
+        self._forget()
         for parameter in self.made:
             parameter.grad = torch.zeros_like(parameter)
 
@@ -218,17 +218,14 @@ class Probe:
                 marks = Marks()
                 with no_collection():
                     self._run(call, marks)
-                end = "arrived" if "arrived" in marks.times else "end"
-                samples[way].append(
-                    (marks.seconds("forward", "forwarded"), marks.seconds("gradient", end))
-                )
+                forward = marks.seconds("forward", "forwarded")
+                samples[way].append((forward, marks.seconds("gradient", "arrived")))
         return {
             way: (statistics.median(f for f, _ in pairs), statistics.median(b for _, b in pairs))
             for way, pairs in samples.items()
         }
 
     def _mode(self, trace: Trace, seconds: float) -> Mode:
-        end = "arrived" if "arrived" in trace.at else "end"
         kept = trace.standing("forward", "forwarded", "dropped")
         return Mode(
             seconds,
@@ -236,12 +233,11 @@ class Probe:
             kept=sum(kept.values()),
             keeps_output=self.target in kept,
             keeps_input=self.source in trace.standing("begin", "forward", "dropped"),
-            backward_peak=trace.peak("gradient", end, stays=self.source),
-            backward_peak_freed=trace.peak("gradient", end),
+            backward_peak=trace.peak("gradient", "arrived", stays=self.source),
+            backward_peak_freed=trace.peak("gradient", "arrived"),
         )
 
     def _recomputation(self, trace: Trace, forward: float, backward: float) -> Recomputation:
-        end = "arrived" if "arrived" in trace.at else "end"
         left = sum(trace.standing("forward", "forwarded", "dropped").values())
         repeated = trace.at["again"] > trace.at["gradient"]
         return Recomputation(
@@ -249,7 +245,7 @@ class Probe:
             forward_peak=trace.peak("forward", "forwarded"),
             left=max(0, left - checkpoint_bytes(self.visit.input.device)),
             seconds=backward,
-            alone_peak=trace.peak("gradient", end, stays=self.source),
+            alone_peak=trace.peak("gradient", "arrived", stays=self.source),
             again_peak=trace.peak("gradient", "again", stays=self.source) if repeated else 0,
         )
 
@@ -296,6 +292,19 @@ def own_generators(module: nn.Module) -> list[Generator]:
             bits = value.bit_generator
             found.append((label, partial(getattr, bits, "state"), partial(setattr, bits, "state")))
     return found
+
+
+@contextlib.contextmanager
+def kept_random_states() -> Iterator[None]:
+    """Put back the random states of PyTorch, Python and NumPy."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    states = [(put_back, get()) for _, get, put_back in GLOBAL_GENERATORS]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for put_back, state in states:
+            put_back(state)
 
 
 def nbytes(tensors: Sequence[Tensor | None]) -> int:

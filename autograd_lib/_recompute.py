@@ -9,7 +9,7 @@ copies of the weights are not kept in autocast's cache until the end of the forw
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import flop_registry
 
 from autograd_lib._compile import compile_module
-from autograd_lib._schedule import Step, length
+from autograd_lib._schedule import NAMES, Step, length
 
 _Tensors = dict[tuple[nn.Module, str], Tensor]  # by module and name
 # What costs FLOPs, by PyTorch's own count, and attention on the CPU, which that count leaves out.
@@ -80,7 +80,7 @@ def runs_its_children(module: object) -> bool:
 
 def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
     for leaf in tree_leaves(step):
-        if leaf not in ("save", "selective", "recompute"):
+        if leaf not in NAMES:
             raise ValueError(
                 f"checkpoint: expected 'save', 'selective' or 'recompute' for {name!r}, "
                 f"got {leaf!r}"
@@ -97,10 +97,10 @@ def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
             f"checkpoint: {name!r} holds a module twice, which cannot have two steps; give each of "
             "its places a module of its own, or take an nn.Sequential"
         )
-    if length(tuple(step)) != len(module):
+    if length(step) != len(module):
         raise ValueError(
             f"checkpoint: {name!r} has {len(module)} blocks, but the steps are for "
-            f"{length(tuple(step))}; make the plan with this model"
+            f"{length(step)}; make the plan with this model"
         )
     if not runs_its_children(module) and any(not isinstance(inner, str) for inner in step):
         raise ValueError(
@@ -111,7 +111,6 @@ def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
 
 
 def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
-    undo(block)
     # Not under a selective checkpoint, which refuses to keep what compiled code may write over.
     if compile and step != "selective":
         compile_module(block)
@@ -120,7 +119,6 @@ def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
 
 
 def _set_chain(sequence: Any, steps: tuple[Step, ...], compile: bool) -> None:
-    undo(sequence)
     if compile:
         kept = [inner for step in steps for inner in [step == "selective"] * length(step)]
         for child, selective in zip(sequence, kept, strict=True):
@@ -135,7 +133,18 @@ def slot(module: nn.Module) -> str:
     return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
 
 
-def put_back(module: nn.Module, name: str, function: Callable[..., Any] | None) -> None:
+@contextlib.contextmanager
+def kept_forwards(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back what calls of these modules ran, whatever is set in the block."""
+    before = [(module, slot(module), vars(module).get(slot(module))) for module in modules]
+    try:
+        yield
+    finally:
+        for module, name, function in before:
+            _put_back(module, name, function)
+
+
+def _put_back(module: nn.Module, name: str, function: Callable[..., Any] | None) -> None:
     """Set the attribute, or take it away where the instance had none."""
     if function is None:
         vars(module).pop(name, None)
@@ -148,20 +157,16 @@ def undo(module: nn.Module) -> None:
     for name in ("forward", "_compiled_call_impl"):
         function = vars(module).get(name)
         if isinstance(function, _CheckpointedForward | _ChainForward):
-            put_back(module, name, function.replaced)
+            _put_back(module, name, function.replaced)
 
 
 @contextlib.contextmanager
 def undone(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Run these modules as they were before `apply_checkpoints`."""
-    before = [(m, slot(m), vars(m).get(slot(m))) for m in modules]
-    try:
+    with kept_forwards(modules):
         for module in modules:
             undo(module)
         yield
-    finally:
-        for module, name, function in before:
-            put_back(module, name, function)
 
 
 class _CheckpointedForward:

@@ -23,7 +23,8 @@ from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
 
-Step = Any  # "save", "selective", "recompute" or a tuple of steps: a type that contains itself
+NAMES = ("save", "selective", "recompute")
+Step = Any  # one of `NAMES`, or a tuple of steps: a type that contains itself
 Steps = tuple[Step, ...]
 
 _POINTS = 256  # of a frontier: longer ones are thinned

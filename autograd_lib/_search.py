@@ -232,15 +232,18 @@ class Search:
         The measured peak has to fit: by as much as it is above the predicted one, the next plan is
         made for less.
         """
-        budget = self.budget
+        plan, budget = self.plan(settings), self.budget
+        if plan is None:
+            return None
         for _ in range(_REVISIONS):
-            plan = self.plan(settings, budget)
-            if plan is None:
+            try:
+                plan = plan.within(budget)
+            except ValueError as error:
+                self.note(f"{settings}: {error}")
                 return None
             peak = self.trials[settings].peak_bytes
             if any(step != "save" for step in plan.steps):  # else it is no other candidate
-                model = self.bench.copy_for(settings).model
-                planned = replace(settings, checkpoint=plan.locate(model))
+                planned = self.with_plan(settings, plan)
                 if self.fits(planned):
                     return planned
                 peak = self.trials[planned].peak_bytes
@@ -249,8 +252,11 @@ class Search:
             budget = min(budget - 1, self.budget - (peak - plan.predicted_bytes))
         return None
 
-    def plan(self, settings: Settings, budget: int) -> CheckpointPlan | None:
-        """The fastest plan for one micro-batch within the budget; None, with a note, if none is."""
+    def with_plan(self, settings: Settings, plan: CheckpointPlan) -> Settings:
+        return replace(settings, checkpoint=plan.locate(self.bench.copy_for(settings).model))
+
+    def plan(self, settings: Settings) -> CheckpointPlan | None:
+        """Plans for one micro-batch, for any budget; None, with a note, if there are none."""
         self.show(f"checkpoint plan for {settings}")
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -258,7 +264,7 @@ class Search:
                 plan = plan_checkpoints(
                     self.chain(settings),
                     self.bench.loss(settings),
-                    max(1, budget),
+                    sys.maxsize,
                     accumulate=settings.micro_batch is not None,
                 )
         except Exception as error:  # a container's children need not be a chain
@@ -284,11 +290,10 @@ class Search:
         if not unplanned:
             return []
         settings = min(unplanned, key=lambda s: over[s] or 0)
-        plan = self.plan(settings, sys.maxsize)
-        plan = plan and self.plan(settings, min(nbytes for nbytes, _ in plan.curve))
+        plan = self.plan(settings)
         if plan is None:
             return []
-        planned = replace(settings, checkpoint=plan.locate(self.bench.copy_for(settings).model))
+        planned = self.with_plan(settings, plan.within(min(nbytes for nbytes, _ in plan.curve)))
         return [planned] if self.fits(planned) and self.is_accurate(planned) else []
 
     def note(self, text: str) -> None:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.module_tracker import ModuleTracker
 
-from autograd_lib._chain import _leaves
+from autograd_lib._chain import leaves_of
 from autograd_lib.config import Settings
 from autograd_lib.memory import peak_bytes, saved_tensors
 
@@ -325,7 +325,7 @@ def _check_loss(made: Copy, piece: Piece) -> None:
             f"gradient, got {got}; return the mean over the samples"
         )
     own = set(made.parameters)
-    if strange := [leaf for leaf in _leaves(loss) if leaf not in own]:
+    if strange := [leaf for leaf in leaves_of(loss) if leaf not in own]:
         raise ValueError(
             f"autotune: the loss depends on a tensor of shape {tuple(strange[0].shape)} that is no "
             "parameter of the copies that are tried; loss_fn, or a hook, holds it: make loss_fn an "
@@ -395,16 +395,3 @@ def _random(step: Callable[[], object]) -> str:
         f"every dropout module at 0, so the error of a candidate cannot be measured; {what}. "
         "Tune a model built without it, or in eval mode"
     )
-
-
-@contextlib.contextmanager
-def kept_random_states(devices: Sequence[torch.device]) -> Iterator[None]:
-    """Put the random states of PyTorch, Python and NumPy back at the end."""
-    python, numpy = random.getstate(), np.random.get_state()
-    indices = [device for device in devices if device.type != "cpu"]
-    try:
-        with torch.random.fork_rng(devices=indices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from autograd_lib._plots import sized_axes
 from autograd_lib._progress import progress
 from autograd_lib._tables import html_table, readable_bytes, text_table
 from autograd_lib.memory import peak_bytes
@@ -157,15 +158,7 @@ class Comparison:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot as plt  # noqa: PLC0415 - an optional dependency
-        except ImportError as err:
-            raise ImportError(
-                "Comparison.plot needs matplotlib: pip install 'autograd_lib[plot]'"
-            ) from err
-        if ax is None:
-            height = 1.2 + 0.4 * len(self.names)
-            ax = plt.subplots(figsize=(6, height), layout="constrained")[1]
+        ax = sized_axes("Comparison.plot", ax, (6, 1.2 + 0.4 * len(self.names)))
         band = self.noise_band
         ax.axvspan(*band, color="0.5", alpha=0.3, linewidth=0, label="A/A noise")
         ax.axvline(1, color="0.5", linewidth=1)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from autograd_lib._chain import measure
+from autograd_lib._plots import sized_axes
 from autograd_lib._progress import progress
 from autograd_lib._recompute import apply_checkpoints, runs_its_children
 from autograd_lib._schedule import Chain, Step, Steps, frontier, length, replay
@@ -168,14 +169,7 @@ class CheckpointPlan:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot as plt  # noqa: PLC0415 - an optional dependency
-        except ImportError as err:
-            raise ImportError(
-                "CheckpointPlan.plot needs matplotlib: pip install 'autograd_lib[plot]'"
-            ) from err
-        if ax is None:
-            ax = plt.subplots(figsize=(6, 3.5), layout="constrained")[1]
+        ax = sized_axes("CheckpointPlan.plot", ax, (6, 3.5))
         unit = 2**20
         x, y = zip(*[(b / unit, t / self.plain_time) for b, t in self.curve], strict=True)
         ax.step(x, y, "-C0", where="post", label="optimal plans")

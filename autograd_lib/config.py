@@ -11,7 +11,7 @@ from torch import nn
 
 from autograd_lib._compile import compile_module
 from autograd_lib._recompute import apply_checkpoints
-from autograd_lib._schedule import Step, length
+from autograd_lib._schedule import NAMES, Step, length
 
 __all__ = ["Settings"]
 
@@ -20,7 +20,6 @@ _CHOICES = {
     "precision": ("fp32", "bf16", "fp16"),
     "memory_format": ("contiguous_format", "channels_last"),
 }
-_STEPS = ("save", "selective", "recompute")
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _frozen(name: Any, step: Any) -> Step:
         raise TypeError(f"Settings: expected names of modules in checkpoint, got {name!r}")
     if isinstance(step, (list, tuple)) and step:
         return tuple(_frozen(name, inner) for inner in step)
-    if step not in _STEPS:
+    if step not in NAMES:
         raise ValueError(
             f"Settings: expected 'save', 'selective' or 'recompute', or a sequence of these, in "
             f"checkpoint[{name!r}], got {step!r}"

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from autograd_lib._plots import BLUE, GREEN, GREY, ORANGE, PURPLE, add_legend, make_axes
+from autograd_lib._probe import kept_random_states
 from autograd_lib._progress import progress
 from autograd_lib._search import Search
 from autograd_lib._tables import Row, html_table, readable_bytes, text_table
-from autograd_lib._trials import Trial, Workbench, kept_random_states
+from autograd_lib._trials import Trial, Workbench
 from autograd_lib.benchmark import Ratio
 from autograd_lib.config import Settings
 
@@ -205,8 +206,7 @@ def autotune(
     start = time.perf_counter()
     names = None if blocks is None else _names_of(model, blocks)
     budget = sys.maxsize if memory_budget is None else int(memory_budget)
-    devices = list(dict.fromkeys(p.device for p in model.parameters()))
-    with progress("autotune") as show, kept_random_states(devices), torch.enable_grad():
+    with progress("autotune") as show, kept_random_states(), torch.enable_grad():
         bench = Workbench(model, batch, loss_fn, count)
         search = Search(bench, budget, tolerance, names, show)
         best = search.run(compile)

@@ -119,8 +119,9 @@ def planned(problem: Problem, settings: Settings, budget: int) -> Settings | Non
 
     allowed = budget
     with suppress(ValueError):
+        plan = plan_checkpoints(blocks, loss, 2**62, accumulate=size < len(x))
         for _ in range(3):
-            plan = plan_checkpoints(blocks, loss, allowed, accumulate=size < len(x))
+            plan = plan.within(allowed)
             found = replace(settings, checkpoint=plan.locate(model))
             excess = peak_bytes(step_of(problem, found)) - budget
             if excess <= 0:
