@@ -293,7 +293,8 @@ class _Ends:
         marks("end")
 
     def chain(self, blocks: tuple[Block, ...], input_gradient: Layout | None) -> Chain:
-        trace, source, target = self.trace, self.source, self.target
+        trace = self.trace
+        source, target = trace.number(self.source, "blocks"), trace.number(self.target, "tail")
         head = trace.standing("start", "blocks", "blocks")
         kept = trace.standing("start", "blocks", "loss")
         tail = trace.standing("blocks", "loss", "loss")
@@ -302,7 +303,7 @@ class _Ends:
         frames = sum(head.values()) - sum(kept.values()) - (0 if held else size)
         keeps_input = tail.pop(target, 0) > 0
         made = trace.standing("loss", "arrived", "arrived")
-        made.pop(self.arrived, None)
+        made.pop(trace.number(self.arrived, "arrived"), None)
         return Chain(
             blocks,
             input=size,

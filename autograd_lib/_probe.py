@@ -226,18 +226,20 @@ class Probe:
         }
 
     def _mode(self, trace: Trace, seconds: float) -> Mode:
+        source = trace.number(self.source, "forward")
         kept = trace.standing("forward", "forwarded", "dropped")
         return Mode(
             seconds,
             forward_peak=trace.peak("forward", "forwarded"),
             kept=sum(kept.values()),
-            keeps_output=self.target in kept,
-            keeps_input=self.source in trace.standing("begin", "forward", "dropped"),
-            backward_peak=trace.peak("gradient", "arrived", stays=self.source),
+            keeps_output=trace.number(self.target, "forwarded") in kept,
+            keeps_input=source in trace.standing("begin", "forward", "dropped"),
+            backward_peak=trace.peak("gradient", "arrived", stays=source),
             backward_peak_freed=trace.peak("gradient", "arrived"),
         )
 
     def _recomputation(self, trace: Trace, forward: float, backward: float) -> Recomputation:
+        source = trace.number(self.source, "forward")
         left = sum(trace.standing("forward", "forwarded", "dropped").values())
         repeated = trace.at["again"] > trace.at["gradient"]
         return Recomputation(
@@ -245,8 +247,8 @@ class Probe:
             forward_peak=trace.peak("forward", "forwarded"),
             left=max(0, left - checkpoint_bytes(self.visit.input.device)),
             seconds=backward,
-            alone_peak=trace.peak("gradient", "arrived", stays=self.source),
-            again_peak=trace.peak("gradient", "again", stays=self.source) if repeated else 0,
+            alone_peak=trace.peak("gradient", "arrived", stays=source),
+            again_peak=trace.peak("gradient", "again", stays=source) if repeated else 0,
         )
 
 

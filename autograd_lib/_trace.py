@@ -35,45 +35,54 @@ class Marks:
 
 
 class Trace:
-    """The allocations and releases of one run, cut at its marks."""
+    """The allocations and releases of one run, numbered, cut at its marks."""
 
     def __init__(self, run: Callable[[Marks], None], device: torch.device) -> None:
         marks = Marks()
         events = _allocations(lambda: run(marks))
         names = {tensor.data_ptr(): name for name, tensor in marks.tensors}
         self.at: dict[str, int] = {}  # of a mark set twice the later one
-        self.events: list[tuple[int, int]] = []
-        standing: dict[int, int] = {}
+        self.events: list[tuple[int, int]] = []  # number of the allocation, bytes
+        self.addresses: list[int] = []  # of each number: one is used again once it is free
+        standing: dict[int, tuple[int, int]] = {}
         for where, address, size in events:
             if where.type == "cpu" and size == 1 and address in names:
                 self.at[names[address]] = len(self.events)
             elif where.type == device.type:
                 # what was freed may have been allocated before, and is not of this run then
-                nbytes = size if size > 0 else -standing.pop(address, 0)
                 if size > 0:
-                    standing[address] = size
-                if nbytes:
-                    self.events.append((address, nbytes))
+                    standing[address] = (len(self.addresses), size)
+                    self.events.append(standing[address])
+                    self.addresses.append(address)
+                elif address in standing:
+                    number, allocated = standing.pop(address)
+                    self.events.append((number, -allocated))
 
     def cut(self, start: str, end: str) -> list[tuple[int, int]]:
         return self.events[self.at[start] : self.at[end]]
 
-    def peak(self, start: str, end: str, *, stays: int | None = None) -> int:
-        """High-water mark of a phase above its start; the storage `stays` is not freed in it."""
+    def number(self, address: int, at: str) -> int:
+        """The allocation that stands at an address at a mark; -1 if it is not of this run."""
+        before = self.events[: self.at[at]]
+        found = [n for n, nbytes in before if nbytes > 0 and self.addresses[n] == address]
+        return found[-1] if found else -1
+
+    def peak(self, start: str, end: str, *, stays: int = -1) -> int:
+        """High-water mark of a phase above its start; allocation `stays` is not freed in it."""
         sums = [0]
-        for address, nbytes in self.cut(start, end):
-            sums.append(sums[-1] + (0 if address == stays and nbytes < 0 else nbytes))
+        for number, nbytes in self.cut(start, end):
+            sums.append(sums[-1] + (0 if number == stays and nbytes < 0 else nbytes))
         return max(sums)
 
     def standing(self, start: str, end: str, at: str) -> dict[int, int]:
-        """Address and bytes of what was allocated in a phase and stands at a later mark."""
+        """Number and bytes of what was allocated in a phase and stands at a later mark."""
         found: dict[int, int] = {}
         for index in range(self.at[start], self.at[at]):
-            address, nbytes = self.events[index]
+            number, nbytes = self.events[index]
             if nbytes < 0:
-                found.pop(address, None)
+                found.pop(number, None)
             elif index < self.at[end]:
-                found[address] = nbytes
+                found[number] = nbytes
         return found
 
 

@@ -400,8 +400,8 @@ def test_predicted_bytes_with_a_shared_weight_under_autocast() -> None:
     assert_predicted(case, plan, some(plan.curve))
 
 
-@pytest.mark.xfail(strict=True, reason="three percent too much, which is on the safe side")
 def test_predicted_bytes_of_large_weights_under_autocast() -> None:
+    """The weights' casts stand where the input did: at one address, two allocations."""
     case = mlp(2, 256, 64)
     x = case.sample.requires_grad_()
     inner = autocast_mlp(case)
