@@ -7,7 +7,7 @@ importable from here. Importing loads torch, NumPy and the standard library only
 from autograd_lib.activations import low_memory_gelu, low_memory_relu, low_memory_silu
 from autograd_lib.benchmark import Comparison, Ratio, compare
 from autograd_lib.checkpointing import CheckpointPlan, plan_checkpoints
-from autograd_lib.config import Settings
+from autograd_lib.config import AutogradConfig, Settings, load_config
 from autograd_lib.cross_entropy import linear_cross_entropy
 from autograd_lib.figures import (
     plot_gradient_flow,
@@ -55,12 +55,15 @@ from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransforme
 from autograd_lib.monitor import GradientMonitor, Issue, NoiseScale
 from autograd_lib.nonfinite import NonFinite, NonFiniteGuard, find_nonfinite
 from autograd_lib.taylor import jet, jet_rule
+from autograd_lib.training import AutogradTrainingSystem
 from autograd_lib.tuning import Trial, TuningReport, autotune
 from autograd_lib.widgets import Explorer, GradientDashboard, explore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutogradConfig",
+    "AutogradTrainingSystem",
     "AutogradUtils",
     "CheckpointPlan",
     "Comparison",
@@ -104,6 +107,7 @@ __all__ = [
     "laplacian",
     "linear_cross_entropy",
     "linearize_hvp",
+    "load_config",
     "log1mexp",
     "low_memory_gelu",
     "low_memory_relu",

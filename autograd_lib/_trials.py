@@ -13,8 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.module_tracker import ModuleTracker
 
+from autograd_lib._batches import Piece, batch_size, check_counted, split
 from autograd_lib._chain import leaves_of
 from autograd_lib.config import Settings
 from autograd_lib.memory import peak_bytes, saved_tensors
@@ -52,14 +52,6 @@ class Trial:
     peak_bytes: int | None = None
     gradient_error: float | None = None
     verdict: str = ""
-
-
-class Piece(NamedTuple):
-    """A micro-batch: arguments of the model, targets, and the weight of its mean loss."""
-
-    inputs: tuple[Any, ...]
-    targets: Any
-    share: float
 
 
 class Copy:
@@ -99,7 +91,7 @@ class Workbench:
         self.model, self.loss_fn, self.count = model, loss_fn, count
         # Detached, or backward would leave gradients on inputs that require them.
         self.batch = tree_map_only(Tensor, Tensor.detach, batch)
-        self.size = _batch_size(self.batch)
+        self.size = batch_size("autotune", self.batch)
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
         self.scale = 2.0**16  # of the loss in fp16, where GradScaler begins
         self.copies: dict[Settings, Copy] = {}
@@ -145,20 +137,9 @@ class Workbench:
 
     def pieces(self, batch: tuple[Any, Any], size: int | None) -> list[Piece]:
         """Split a batch; a piece in which nothing is counted has no loss, and is left out."""
-        size = self.size if size is None else size
-        found = []
-        for start in range(0, self.size, size):
-            part = slice(start, min(start + size, self.size))
-            inputs, targets = tree_map_only(Tensor, itemgetter(part), batch)
-            count = part.stop - start if self.count is None else self.count(targets)
-            inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-            found.append(Piece(inputs, targets, float(count)))
+        found = split("autotune", batch, size, self.count)
         total = sum(piece.share for piece in found)
-        if not total > 0:
-            raise ValueError(
-                f"autotune: count gives {total:g} for the whole batch; expected how many terms the "
-                "mean in loss_fn has, as `(targets != -100).sum()`"
-            )
+        check_counted("autotune", total)
         return [p._replace(share=p.share / total) for p in found if p.share]
 
     # Deterministic quantities
@@ -301,19 +282,6 @@ def _is_finite(gradient: Gradient) -> bool:
 
 def _doubled(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
-
-
-def _batch_size(batch: tuple[Any, Any]) -> int:
-    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
-    shapes = [tuple(t.shape) for t in tensors]
-    if not tensors or any(not shape for shape in shapes) or len({s[0] for s in shapes}) > 1:
-        raise ValueError(
-            "autotune: expected tensors of inputs and targets whose first dimension is the batch, "
-            f"got shapes {shapes}; put what has no batch dimension into model or loss_fn"
-        )
-    if not shapes[0][0]:
-        raise ValueError(f"autotune: the batch is empty, its tensors have shapes {shapes}")
-    return shapes[0][0]
 
 
 def _check_loss(made: Copy, piece: Piece) -> None:

@@ -434,10 +434,12 @@ class CustomRNNModel(nn.Module):
             ValueError: A shape is wrong, or a length out of range.
         """
         self._check(x)
-        return self.head(self.blocks(x)) if lengths is None else self._packed(x, lengths)
+        if lengths is None:
+            return self.head(self.blocks(x))
+        # Uncompiled: PyTorch 2.13 loses what is in a PackedSequence where the graph breaks. Not a
+        # decorator, which would import the compiler, as large as torch itself, with this module.
+        return torch.compiler.disable(self._packed)(x, lengths)
 
-    # Uncompiled: PyTorch 2.13 loses what is in a PackedSequence where the graph breaks.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _packed(self, x: Tensor, lengths: Tensor | Sequence[int]) -> Tensor:
         lengths = torch.as_tensor(lengths).cpu()
         _check_lengths(lengths, *x.shape[:2])

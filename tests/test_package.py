@@ -81,7 +81,9 @@ ORDER = [
     *("_series", "taylor", "taylor_rules", "taylor_layers", "higher_order", "cross_entropy"),
     *("memory", "benchmark", "widgets"),
     *("_compile", "_schedule", "_recompute", "_trace", "_probe", "_chain", "checkpointing"),
-    *("config", "_trials", "_search", "tuning"),
+    *("_fields", "_yaml", "config", "_batches", "_trials", "_search", "tuning"),
+    *("_peers", "_saving", "_loops", "training", "callbacks", "examples"),
+    *("_data", "_build", "_picture", "_doctor", "__main__"),
 ]
 
 

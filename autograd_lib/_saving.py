@@ -1,0 +1,195 @@
+"""The state of a training run, written at once and read with care."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import random
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from autograd_lib.gradients import _is_distributed
+
+_FORMAT = "autograd_lib training state, version 1"
+_PLAIN = (str, int, float, bool, bytes, type(None), torch.Size, torch.dtype)
+
+
+# Files
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which takes the place of `path` once it is complete."""
+    new = path.with_name(f".{path.name}.tmp")
+    try:
+        yield new
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+    if os.name == "posix":  # the entry in the directory, too, survives a loss of power
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    """Write a state that `read` accepts; until that is done, what was at `path` stays."""
+    _check_plain(state, "state")
+    with replacing(path) as new:
+        torch.save({"format": _FORMAT, **state}, new)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read what `write` wrote: tensors and plain values, no code."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as err:
+        raise ValueError(
+            f"load: {path} is no checkpoint, or only a part of one ({err}); expected a file that "
+            "save() wrote"
+        ) from err
+    if damaged is not None:
+        raise ValueError(f"load: {path} is damaged, the checksum of {damaged!r} in it is wrong")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as err:
+        reason = str(err).strip().partition("\n")[0]
+        raise ValueError(
+            f"load: {path} is not a file that save() wrote; PyTorch says: {reason}"
+        ) from err
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if found != _FORMAT:
+        raise ValueError(
+            f"load: expected {path} to be a file that save() wrote ({_FORMAT!r}), got {found!r}; "
+            "weights alone go into the model by model.load_state_dict(torch.load(path))"
+        )
+    return state
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Raise for what torch.load would refuse to read back."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_plain(inner, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for i, inner in enumerate(value):
+            _check_plain(inner, f"{where}[{i}]")
+    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
+        raise TypeError(
+            f"save: expected tensors and plain numbers and text, got {type(value).__name__} in "
+            f"{where}, which could not be loaded safely; make it a number, as with float(...)"
+        )
+
+
+# Tensors that are spread over processes
+
+
+def whole(tree: Any) -> Any:
+    """A tree whose tensors are put together where they are spread, on the CPU then."""
+
+    def gathered(tensor: Tensor) -> Tensor:
+        return tensor.full_tensor().cpu() if _is_distributed(tensor) else tensor
+
+    return tree_map_only(Tensor, gathered, tree)
+
+
+def like(value: Tensor, reference: Tensor) -> Tensor:
+    """Spread a whole tensor as a reference is spread."""
+    if not _is_distributed(reference) or value.shape != reference.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
+
+    device = reference.device_mesh.device_type
+    return distribute_tensor(
+        value.to(device), reference.device_mesh, reference.placements, src_data_rank=None
+    )
+
+
+# Models and optimizers
+
+
+def check_module(what: str, module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise if a state is that of another module; `load_state_dict` finds out half-way."""
+    shapes = {name: tuple(t.shape) for name, t in _tensors(module.state_dict()).items()}
+    found = {name: tuple(t.shape) for name, t in _tensors(state).items()}
+    other = [name for name in (shapes | found) if shapes.get(name) != found.get(name)]
+    if other:
+        name = other[0]
+        expected, got = shapes.get(name, "no such entry"), found.get(name, "none")
+        raise ValueError(
+            f"load: the checkpoint is of another {what}: expected {name!r} of shape {expected}, "
+            f"got {got}, and {len(other) - 1} more; nothing was changed. Make the {what} that was "
+            "saved"
+        )
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def load_module(module: nn.Module, state: Mapping[str, Any]) -> None:
+    now = module.state_dict()
+    spread = {
+        name: like(value, now[name]) if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
+    module.load_state_dict(spread)
+
+
+def check_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    expected = [len(group["params"]) for group in optimizer.param_groups]
+    found = [len(group["params"]) for group in state["param_groups"]]
+    if expected != found:
+        raise ValueError(
+            f"load: expected an optimizer with groups of {expected} parameters, got {found} in the "
+            "checkpoint; nothing was changed. Make the optimizer that was saved"
+        )
+
+
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    spread = {
+        index: {
+            key: like(value, parameters[index]) if isinstance(value, Tensor) else value
+            for key, value in entry.items()
+        }
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": spread})
+
+
+# Random numbers
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all global generators, as plain values."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
