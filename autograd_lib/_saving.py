@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def _check_plain(value: Any, where: str) -> None:
     """Raise for what torch.load would refuse to read back."""
-    if isinstance(value, Mapping):
+    if type(value) in (dict, OrderedDict, Counter):
         for key, inner in value.items():
             _check_plain(inner, f"{where}[{key!r}]")
     elif type(value) in (list, tuple):

@@ -48,7 +48,7 @@ _Metric = Callable[[Any, Any], float | Tensor]
 _Row = dict[str, float]
 # What `load` sets besides the states of model, optimizer and others.
 _PROGRESS = (
-    *("step", "epoch", "history", "_position", "_losses", "_seen"),
+    *("step", "epoch", "history", "_position", "_seen"),
     *("_best", "_waited", "_failed"),
 )
 
@@ -122,7 +122,6 @@ class AutogradTrainingSystem:
         _check(model, optimizer, loss_fn, self.config)
         self.settings = _settings(self.config, module_of(model))
         self.peers = Peers()
-        self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
         loss_parameters = list(loss_fn.parameters()) if isinstance(loss_fn, nn.Module) else []
         self._loss_parameters = [p for p in loss_parameters if p.requires_grad]
         self.device = next(model.parameters()).device
@@ -136,6 +135,9 @@ class AutogradTrainingSystem:
         )
         if isinstance(loss_fn, nn.Module):
             self.peers.begin_alike(loss_fn)
+        self._optimized = [p for group in optimizer.param_groups for p in group["params"]]
+        # Also those that nobody optimizes: their gradients would add up until they overflow.
+        self._parameters = list(dict.fromkeys([*self._optimized, *self.model.parameters()]))
         self.optimizer, self.loss_fn, self.scheduler = optimizer, loss_fn, scheduler
         self.count = terms_of(loss_fn) if count is None else count
         self.metrics = dict(metrics or {})
@@ -207,7 +209,7 @@ class AutogradTrainingSystem:
 
     def _train(self, batch: tuple[Any, Any], counts: bool = True) -> Tensor:
         pieces = self._pieces(batch, counts)
-        self.optimizer.zero_grad()
+        self._forget()
         report = self._guarded(lambda: self._forward_backward(pieces))
         self.step += 1
         if report is None:
@@ -233,7 +235,7 @@ class AutogradTrainingSystem:
         limit, scale = self.config.training.clip_norm, self.scaler.get_scale()
         if limit is not None:
             self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self._parameters, limit)
+            norm = nn.utils.clip_grad_norm_(self._optimized, limit)
             self.gradient_norm = norm.full_tensor() if _is_distributed(norm) else norm
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -244,7 +246,7 @@ class AutogradTrainingSystem:
     def _skip(self, report: NonFinite) -> None:
         self.reports.append(report)
         self._failed += 1
-        self.optimizer.zero_grad()
+        self._forget()
         if self._failed >= self.config.training.max_nonfinite:
             raise FloatingPointError(
                 f"train_step: {self._failed} steps in a row were not finite, as many as "
@@ -252,6 +254,10 @@ class AutogradTrainingSystem:
             )
         title = repr(report).partition("\n")[0]
         warnings.warn(f"train_step: step {self.step} is skipped: {title}", stacklevel=4)
+
+    def _forget(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def _guarded(self, step: Callable[[], Tensor]) -> NonFinite | None:
         if self.guard is None:
@@ -523,10 +529,11 @@ class AutogradTrainingSystem:
             self.scaler.load_state_dict(state["scaler"])
         for name in _PROGRESS:
             setattr(self, name, state["progress"][name])
+        self._losses = list(state["losses"])
         random = state["random"][self.peers.rank % len(state["random"])]
         self._begun = random["begun"]
         set_random_state(random["now"])
-        self.optimizer.zero_grad()
+        self._forget()
 
     def _kinds(self) -> dict[str, str]:
         named = {"model": self.module, "optimizer": self.optimizer, "scheduler": self.scheduler}
@@ -544,6 +551,7 @@ class AutogradTrainingSystem:
             "scaler": self.scaler.state_dict(),
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
             "random": self.peers.gather_objects(random),
+            "losses": torch.stack(self._losses) if self._losses else torch.empty(0),
             "progress": {name: getattr(self, name) for name in _PROGRESS},
         }
 
@@ -676,7 +684,7 @@ def _check(model: object, optimizer: object, loss_fn: object, config: object) ->
             "optimizer whose step needs no closure"
         )
     own = set(model.parameters())
-    if own and not any(p in own for g in optimizer.param_groups for p in g["params"]):
+    if not any(p in own for g in optimizer.param_groups for p in g["params"]):
         raise ValueError(
             "AutogradTrainingSystem: the optimizer holds no parameter of the model; make it from "
             "model.parameters(), after the model is on its device"
