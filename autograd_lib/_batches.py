@@ -6,6 +6,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -18,6 +19,18 @@ class Piece(NamedTuple):
     inputs: tuple[Any, ...]
     targets: Any
     share: float
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets, as a loader gives them; its collate_fn makes a list of a tuple."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        of = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise ValueError(
+            f"fit: expected the loader to give (inputs, targets), got {type(batch).__name__}{of}; "
+            "set collate_fn of the loader"
+        )
+    inputs, targets = batch
+    return tuple(inputs) if isinstance(inputs, list) else inputs, targets
 
 
 def batch_size(operation: str, batch: tuple[Any, Any]) -> int:
@@ -73,3 +86,9 @@ def terms_of(loss_fn: object) -> Count | None:
         return loss_fn.weight.to(targets.device)[counted].sum()
 
     return count
+
+
+def nothing(output: Any) -> Tensor:
+    """A zero that depends on an output: a process with nothing to add takes part all the same."""
+    leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return sum((leaf.sum() * 0 for leaf in leaves), start=torch.zeros(()))

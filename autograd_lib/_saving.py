@@ -120,59 +120,6 @@ def like(value: Tensor, reference: Tensor) -> Tensor:
     )
 
 
-# Models and optimizers
-
-
-def check_module(what: str, module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise if a state is that of another module; `load_state_dict` finds out half-way."""
-    shapes = {name: tuple(t.shape) for name, t in _tensors(module.state_dict()).items()}
-    found = {name: tuple(t.shape) for name, t in _tensors(state).items()}
-    other = [name for name in (shapes | found) if shapes.get(name) != found.get(name)]
-    if other:
-        name = other[0]
-        expected, got = shapes.get(name, "no such entry"), found.get(name, "none")
-        raise ValueError(
-            f"load: the checkpoint is of another {what}: expected {name!r} of shape {expected}, "
-            f"got {got}, and {len(other) - 1} more; nothing was changed. Make the {what} that was "
-            "saved"
-        )
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def load_module(module: nn.Module, state: Mapping[str, Any]) -> None:
-    now = module.state_dict()
-    spread = {
-        name: like(value, now[name]) if isinstance(value, Tensor) else value
-        for name, value in state.items()
-    }
-    module.load_state_dict(spread)
-
-
-def check_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    expected = [len(group["params"]) for group in optimizer.param_groups]
-    found = [len(group["params"]) for group in state["param_groups"]]
-    if expected != found:
-        raise ValueError(
-            f"load: expected an optimizer with groups of {expected} parameters, got {found} in the "
-            "checkpoint; nothing was changed. Make the optimizer that was saved"
-        )
-
-
-def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    spread = {
-        index: {
-            key: like(value, parameters[index]) if isinstance(value, Tensor) else value
-            for key, value in entry.items()
-        }
-        for index, entry in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": spread})
-
-
 # Random numbers
 
 
@@ -194,3 +141,114 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+# The state of a training system
+
+# Its attributes that are plain values.
+_PROGRESS = (
+    *("step", "epoch", "history", "_position", "_seen"),
+    *("_best", "_waited", "_failed"),
+)
+
+
+def state_of(system: Any) -> dict[str, Any]:
+    """All that training goes on from."""
+    loss, losses = system.loss_fn, system._losses
+    return {
+        "kinds": _kinds(system),
+        "model": whole(system.module.state_dict()),
+        "optimizer": whole(system.optimizer.state_dict()),
+        "loss": loss.state_dict() if isinstance(loss, nn.Module) else {},
+        "scheduler": None if system.scheduler is None else system.scheduler.state_dict(),
+        "scaler": system.scaler.state_dict(),
+        "monitor": None if system.monitor is None else system.monitor.state_dict(),
+        "random": system.peers.gather_objects({"now": random_state(), "begun": system._begun}),
+        "losses": torch.stack(losses) if losses else torch.empty(0),
+        "progress": {name: getattr(system, name) for name in _PROGRESS},
+    }
+
+
+def put_back(system: Any, state: Mapping[str, Any]) -> None:
+    """Set the state of a training system; all that can be wrong is found before."""
+    if state["kinds"] != (kinds := _kinds(system)):
+        raise ValueError(
+            f"load: expected a checkpoint of {kinds}, got {state['kinds']}; nothing was changed. "
+            "Make the system as it was when it was saved"
+        )
+    modules = {"model": system.module}
+    if isinstance(system.loss_fn, nn.Module):
+        modules["loss"] = system.loss_fn
+    for what, module in modules.items():
+        _check_module(what, module, state[what])
+    _check_optimizer(system.optimizer, state["optimizer"])
+    if system.monitor is not None and state["monitor"] is not None:
+        system.monitor.load_state_dict(state["monitor"])  # changes nothing if it is of others
+    for what, module in modules.items():
+        _load_module(module, state[what])
+    _load_optimizer(system.optimizer, state["optimizer"])
+    if system.scheduler is not None:
+        system.scheduler.load_state_dict(state["scheduler"])
+    if system.scaler.is_enabled() and state["scaler"]:
+        system.scaler.load_state_dict(state["scaler"])
+    for name in _PROGRESS:
+        setattr(system, name, state["progress"][name])
+    system._losses = list(state["losses"])
+    random = state["random"][system.peers.rank % len(state["random"])]
+    system._begun = random["begun"]
+    set_random_state(random["now"])
+
+
+def _kinds(system: Any) -> dict[str, str]:
+    named = {"optimizer": system.optimizer, "scheduler": system.scheduler}
+    return {what: type(thing).__name__ for what, thing in named.items()}
+
+
+def _check_module(what: str, module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise if a state is that of another module; `load_state_dict` finds out half-way."""
+    shapes = {name: tuple(t.shape) for name, t in _tensors(module.state_dict()).items()}
+    found = {name: tuple(t.shape) for name, t in _tensors(state).items()}
+    other = [name for name in (shapes | found) if shapes.get(name) != found.get(name)]
+    if other:
+        name = other[0]
+        expected, got = shapes.get(name, "no such entry"), found.get(name, "none")
+        raise ValueError(
+            f"load: the checkpoint is of another {what}: expected {name!r} of shape {expected}, "
+            f"got {got}, and {len(other) - 1} more; nothing was changed. Make the {what} that was "
+            "saved"
+        )
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _load_module(module: nn.Module, state: Mapping[str, Any]) -> None:
+    now = module.state_dict()
+    spread = {
+        name: like(value, now[name]) if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
+    module.load_state_dict(spread)
+
+
+def _check_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    expected = [len(group["params"]) for group in optimizer.param_groups]
+    found = [len(group["params"]) for group in state["param_groups"]]
+    if expected != found:
+        raise ValueError(
+            f"load: expected an optimizer with groups of {expected} parameters, got {found} in the "
+            "checkpoint; nothing was changed. Make the optimizer that was saved"
+        )
+
+
+def _load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    spread = {
+        index: {
+            key: like(value, parameters[index]) if isinstance(value, Tensor) else value
+            for key, value in entry.items()
+        }
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": spread})

@@ -17,24 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from autograd_lib._batches import Count, Piece, check_counted, split, terms_of
+from autograd_lib._batches import Count, Piece, check_counted, nothing, pair, split, terms_of
 from autograd_lib._loops import Stop, begin_epoch, evaluating, stop_requested, take_up
 from autograd_lib._peers import Peers, module_of, spread, synchronized
 from autograd_lib._progress import progress
-from autograd_lib._saving import (
-    check_module,
-    check_optimizer,
-    load_module,
-    load_optimizer,
-    random_state,
-    read,
-    replacing,
-    set_random_state,
-    whole,
-    write,
-)
+from autograd_lib._saving import put_back, read, replacing, state_of, write
 from autograd_lib.config import AutogradConfig, Settings
 from autograd_lib.gradients import _is_distributed
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
@@ -46,11 +35,6 @@ __all__ = ["AutogradTrainingSystem"]
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _Metric = Callable[[Any, Any], float | Tensor]
 _Row = dict[str, float]
-# What `load` sets besides the states of model, optimizer and others.
-_PROGRESS = (
-    *("step", "epoch", "history", "_position", "_seen"),
-    *("_best", "_waited", "_failed"),
-)
 
 
 class AutogradTrainingSystem:
@@ -287,7 +271,7 @@ class AutogradTrainingSystem:
         dtype = _DTYPES[self.settings.precision]
         with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
             output = model(*inputs)
-            loss = self.loss_fn(output, targets) if share else _nothing(output)
+            loss = self.loss_fn(output, targets) if share else nothing(output)
         if loss.dim():
             raise ValueError(
                 f"train_step: expected loss_fn to return a scalar, got shape {tuple(loss.shape)}; "
@@ -350,7 +334,7 @@ class AutogradTrainingSystem:
     ) -> _Row:
         began = time.perf_counter()
         for batch, counts in self.peers.in_step(self._batches(loader)):
-            self._losses.append(self._train(_pair(batch), counts))
+            self._losses.append(self._train(pair(batch), counts))
             self._position += 1
             if self.peers.rank == 0:
                 show(lambda: self._describe(loader, epochs))
@@ -447,7 +431,7 @@ class AutogradTrainingSystem:
         sums: list[Tensor] = []
         with evaluating(self.module):
             for batch, counts in self.peers.in_step(loader):
-                (piece,) = split("evaluate", _pair(batch), None, self.count)
+                (piece,) = split("evaluate", pair(batch), None, self.count)
                 share = piece.share if counts else 0.0
                 output, loss = self._forward(self.module, piece.inputs, piece.targets, share)
                 if share:
@@ -483,7 +467,7 @@ class AutogradTrainingSystem:
             OSError: The file cannot be written.
             TypeError: A state holds what could not be loaded safely.
         """
-        state, failed = self._state(), None
+        state, failed = state_of(self), None
         if self.peers.rank == 0:
             try:
                 write(state, Path(path))
@@ -506,54 +490,8 @@ class AutogradTrainingSystem:
             ValueError: It is damaged, was not written by `save`, or is of another model, optimizer,
                 or scheduler. Nothing is changed.
         """
-        state = read(Path(path))
-        kinds = self._kinds()
-        if state["kinds"] != kinds:
-            raise ValueError(
-                f"load: expected a checkpoint of {kinds}, got {state['kinds']}; nothing was "
-                "changed. Make the system as it was when it was saved"
-            )
-        check_module("model", self.module, state["model"])
-        check_optimizer(self.optimizer, state["optimizer"])
-        if isinstance(self.loss_fn, nn.Module):
-            check_module("loss", self.loss_fn, state["loss"])
-        if self.monitor is not None and state["monitor"] is not None:
-            self.monitor.load_state_dict(state["monitor"])
-        load_module(self.module, state["model"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        if isinstance(self.loss_fn, nn.Module):
-            load_module(self.loss_fn, state["loss"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        for name in _PROGRESS:
-            setattr(self, name, state["progress"][name])
-        self._losses = list(state["losses"])
-        random = state["random"][self.peers.rank % len(state["random"])]
-        self._begun = random["begun"]
-        set_random_state(random["now"])
+        put_back(self, read(Path(path)))
         self._forget()
-
-    def _kinds(self) -> dict[str, str]:
-        named = {"model": self.module, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        return {what: type(thing).__name__ for what, thing in named.items()}
-
-    def _state(self) -> dict[str, Any]:
-        random = {"now": random_state(), "begun": self._begun}
-        loss = self.loss_fn.state_dict() if isinstance(self.loss_fn, nn.Module) else {}
-        return {
-            "kinds": self._kinds(),
-            "model": whole(self.module.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
-            "loss": loss,
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "monitor": None if self.monitor is None else self.monitor.state_dict(),
-            "random": self.peers.gather_objects(random),
-            "losses": torch.stack(self._losses) if self._losses else torch.empty(0),
-            "progress": {name: getattr(self, name) for name in _PROGRESS},
-        }
 
     def _write(self, name: str) -> None:
         if self.directory is None:
@@ -636,23 +574,6 @@ def _settings(config: AutogradConfig, model: nn.Module) -> Settings:
 
 def _is_plateau(scheduler: LRScheduler) -> bool:
     return isinstance(scheduler, ReduceLROnPlateau)
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ValueError(
-            f"fit: expected the loader to give (inputs, targets), got {type(batch).__name__}"
-            f"{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}; set collate_fn of "
-            "the loader"
-        )
-    inputs, targets = batch
-    return tuple(inputs) if isinstance(inputs, list) else inputs, targets
-
-
-def _nothing(output: Any) -> Tensor:
-    """A zero that depends on an output: a process with nothing to add takes part all the same."""
-    leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    return sum((leaf.sum() * 0 for leaf in leaves), start=torch.zeros(()))
 
 
 def _check(model: object, optimizer: object, loss_fn: object, config: object) -> None:
