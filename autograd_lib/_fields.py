@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
@@ -61,7 +60,6 @@ def check_fields(record: Any) -> None:
             object.__setattr__(record, key, float(value))
 
 
-@functools.cache
 def hints(record_class: Any) -> dict[str, Any]:
     """Return the annotations of the fields of a dataclass, evaluated."""
     evaluated = get_type_hints(record_class, include_extras=True)

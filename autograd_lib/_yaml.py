@@ -19,7 +19,8 @@ from autograd_lib._fields import MAX_DEPTH, describe, hints
 _Record = TypeVar("_Record")
 _Path = tuple[str | int, ...]
 
-_MAX_BYTES = 2**18  # of a file: PyYAML takes seconds for more
+_MAX_BYTES = 2**16  # of a file: PyYAML takes seconds for more
+_MAX_LINES = 30  # of a message
 _MAX_VALUES = 20_000  # of a file, where an alias counts as what it points to
 _WIDTH = 99  # of a printed file
 _SHOWN = 60  # characters of a value or a key in a message
@@ -101,8 +102,12 @@ class _Problems:
         self.lines.append(": ".join([source, *([_dotted(path)] if path else []), text]))
 
     def check(self) -> None:
-        if self.lines:
-            raise ValueError("\n".join(dict.fromkeys(self.lines)))
+        lines = list(dict.fromkeys(self.lines))
+        if len(lines) > _MAX_LINES:
+            more = len(lines) - _MAX_LINES
+            lines[_MAX_LINES:] = [f"{self.source}: and {more} more"]
+        if lines:
+            raise ValueError("\n".join(lines))
 
 
 # reading
@@ -139,7 +144,7 @@ def _parse(text: str, path: _Path, problems: _Problems, source: str) -> Any:
         got = f"{error.problem or error.context} in line {mark.line + 1}, column {mark.column + 1}"
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        got = f"character U+{ord(error.character):04X} in line {line}"
+        got = f"character U+{error.character:04X} in line {line}"
     except RecursionError:
         got = f"more than {MAX_DEPTH} levels"
     except (ValueError, OverflowError) as error:  # a huge number, of an escape for example
@@ -172,7 +177,7 @@ def _build(node: Any, path: _Path, problems: _Problems, budget: Iterator[int]) -
     pattern = _SCALARS.get(node.tag)
     if node.id != "scalar" or pattern is None or not pattern.match(node.value):
         line = node.start_mark.line + 1
-        problems.add(path, f"expected YAML without tags, got {node.tag!r} in line {line}")
+        problems.add(path, f"expected YAML without tags, got {_short(node.tag)} in line {line}")
         return None
     return _scalar(node.tag.removeprefix(_TAG), node.value)
 
@@ -261,7 +266,7 @@ def _override(record_class: type, tree: dict[str, Any], text: str, problems: _Pr
             problems.add((*path, parts[0]), _unknown(record_class, hint, parts[0]), source)
             return
         if parts and not (is_dataclass(hint) or _is_mapping(hint)):
-            problems.add(path, f"expected no key below, got {'.'.join(parts)!r}", source)
+            problems.add(path, f"expected no key below, got {_short('.'.join(parts))}", source)
             return
     problems.overrides.append((path, source))
     tree[path[-1]] = _plain(_parse(value, path, problems, source), path, problems)
