@@ -6,9 +6,11 @@ importable from here. Importing loads torch, NumPy and the standard library only
 
 from autograd_lib.activations import low_memory_gelu, low_memory_relu, low_memory_silu
 from autograd_lib.benchmark import Comparison, Ratio, compare
+from autograd_lib.callbacks import lightning_callback, transformers_callback
 from autograd_lib.checkpointing import CheckpointPlan, plan_checkpoints
 from autograd_lib.config import AutogradConfig, Settings, load_config
 from autograd_lib.cross_entropy import linear_cross_entropy
+from autograd_lib.examples import AdvancedAutogradExamples, AutogradExamples
 from autograd_lib.figures import (
     plot_gradient_flow,
     plot_gradient_heatmap,
@@ -62,7 +64,9 @@ from autograd_lib.widgets import Explorer, GradientDashboard, explore
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdvancedAutogradExamples",
     "AutogradConfig",
+    "AutogradExamples",
     "AutogradTrainingSystem",
     "AutogradUtils",
     "CheckpointPlan",
@@ -105,6 +109,7 @@ __all__ = [
     "jet",
     "jet_rule",
     "laplacian",
+    "lightning_callback",
     "linear_cross_entropy",
     "linearize_hvp",
     "load_config",
@@ -127,5 +132,6 @@ __all__ = [
     "scale_gradient",
     "straight_through",
     "top_eigenvalues",
+    "transformers_callback",
     "verify_derivatives",
 ]

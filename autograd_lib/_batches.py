@@ -35,7 +35,7 @@ def pair(batch: Any) -> tuple[Any, Any]:
 
 def batch_size(operation: str, batch: tuple[Any, Any]) -> int:
     """Samples in a batch, which are the first dimension of all its tensors."""
-    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    tensors = [t for part in batch for t in _tensors(part)]
     shapes = [tuple(t.shape) for t in tensors]
     if not tensors or any(not shape for shape in shapes) or len({s[0] for s in shapes}) > 1:
         raise ValueError(
@@ -45,6 +45,12 @@ def batch_size(operation: str, batch: tuple[Any, Any]) -> int:
     if not shapes[0][0]:
         raise ValueError(f"{operation}: the batch is empty, its tensors have shapes {shapes}")
     return shapes[0][0]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):  # walking trees takes its time, in each step
+        return [tree]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def split(
@@ -80,10 +86,10 @@ def terms_of(loss_fn: object) -> Count | None:
     def count(targets: Tensor) -> float | Tensor:
         if targets.is_floating_point():  # probabilities of classes
             return targets.numel() / targets.shape[1]
-        counted = targets[targets != loss_fn.ignore_index]
+        counted = targets != loss_fn.ignore_index
         if loss_fn.weight is None:
-            return counted.numel()
-        return loss_fn.weight.to(targets.device)[counted].sum()
+            return torch.count_nonzero(counted)
+        return loss_fn.weight.to(targets.device)[targets[counted]].sum()
 
     return count
 

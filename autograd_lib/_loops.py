@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -72,22 +72,29 @@ def begin_epoch(loader: Any, epoch: int) -> dict[str, Any]:
     return {**random_state(), "loader": [g.get_state() for g in generators_of(loader)]}
 
 
-def take_up(loader: Any, epoch: int, position: int, start: dict[str, Any]) -> Iterable[Any]:
+def take_up(
+    loader: Any, epoch: int, position: int, start: dict[str, Any]
+) -> tuple[Iterator[Any], Any, int]:
     """The batches of an epoch that began with `start`, from `position` on.
 
     Those before it are drawn again, with the random numbers of then, and thrown away.
+
+    Returns:
+        The batches; the one before them, or None; and how many were thrown away.
     """
-    now = random_state()
+    now, generators = random_state(), generators_of(loader)
+    if len(generators) != len(start["loader"]):
+        raise ValueError(
+            f"fit: expected a loader with {len(start['loader'])} generators of its own, as in the "
+            f"interrupted epoch, got {len(generators)}; give the loader that was used then"
+        )
     begin_epoch(loader, epoch)
     set_random_state(start)
-    for generator, state in zip(generators_of(loader), start["loader"], strict=True):
+    for generator, state in zip(generators, start["loader"], strict=True):
         generator.set_state(state)
     iterator = iter(loader)
-    skipped = sum(1 for _ in islice(iterator, position))
+    last, skipped = None, 0
+    for last in islice(iterator, position):  # noqa: B007, it is what is returned
+        skipped += 1
     set_random_state(now)
-    if skipped < position:
-        raise ValueError(
-            f"fit: expected a loader of more than {position} batches, as the interrupted epoch "
-            f"had, got {skipped}; give the loader that was used then"
-        )
-    return iterator
+    return iterator, last, skipped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -59,31 +60,78 @@ class Peers:
                 distributed.all_reduce(parameter.grad)
                 parameter.grad /= self.world
 
-    def begin_alike(self, module: nn.Module) -> None:
-        """Give every process the parameters and buffers of the first."""
+    def make_alike(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the values of the first."""
         if self.world > 1:
-            with torch.no_grad():
-                for tensor in [*module.parameters(), *module.buffers()]:
-                    distributed.broadcast(tensor.detach(), 0)
+            for tensor in tensors:
+                distributed.broadcast(tensor.detach(), 0)
 
-    def in_step(self, batches: Iterable[_T]) -> Iterator[tuple[_T, bool]]:
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise in every process what is raised within by one of them; otherwise they would wait.
+
+        What is within must not be a collective, or one would be waited for in it.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as err:
+            own = err
+        told = self.gather_objects(None if own is None else _sendable(own))
+        if own is not None:
+            raise own
+        for rank, error in enumerate(told):
+            if error is not None:
+                error.add_note(f"(raised on rank {rank})")
+                raise error
+
+    def in_step(self, batches: Iterable[_T], last: _T | None = None) -> Iterator[tuple[_T, bool]]:
         """Batches, and whether they count: who has fewer gives its last again, until all are done.
 
-        Every process must take part in what all do together.
+        Every process must take part in what all do together, or leave with all others.
+
+        Args:
+            batches: Of this process.
+            last: The one before them.
         """
-        iterator, batch = iter(batches), None
+        iterator, batch = iter(batches), last
         while True:
-            found = next(iterator, None)
-            counts = found is not None
+            found, failed = None, None
+            try:
+                found = next(iterator, None)
+            except Exception as err:
+                failed = err
             batch = batch if found is None else found
-            if not any(flag for (flag,) in self.gather(counts)):
+            told = self.gather(found is not None, batch is not None, failed is not None)
+            if failed is not None:
+                raise failed
+            _check_all_go_on(told)
+            if not any(counts for counts, _, _ in told):
                 return
-            if batch is None:
-                raise ValueError(
-                    f"fit: the loader of rank {self.rank} gives no batch, those of others do; "
-                    "every process needs at least one"
-                )
-            yield batch, counts
+            assert batch is not None
+            yield batch, found is not None
+
+
+def _check_all_go_on(told: list[list[float]]) -> None:
+    for rank, (_, _, failed) in enumerate(told):
+        if failed:
+            raise RuntimeError(
+                f"the loader of rank {rank} failed; what it raised there tells of what"
+            )
+    without = [rank for rank, (_, has_one, _) in enumerate(told) if not has_one]
+    if without and len(without) < len(told):
+        raise ValueError(
+            f"the loader of rank {without[0]} gives no batch, those of others do; every process "
+            "needs at least one"
+        )
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error as another process can have it."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def spread(
@@ -104,17 +152,41 @@ def spread(
             "AutogradTrainingSystem: the optimizer has state already, which fully_shard would "
             "leave behind; make the system before the first step, then load"
         )
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415, a sixth of the time of torch
+    # Imported here, as they take a sixth of the time that torch does.
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
 
-    peers.begin_alike(model)
+    peers.make_alike([*parameters, *model.buffers()])
+    # Where the model is: by default it would be moved to the accelerator, if there is one.
+    mesh = init_device_mesh(parameters[0].device.type, (peers.world,))
     names = {parameter: name for name, parameter in model.named_parameters()}
     for block in getattr(model, "blocks", ()):
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     now = dict(model.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [now[names[p]] if p in names else p for p in group["params"]]
     return model
+
+
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
+    """Clip to a norm over all gradients, those that are sharded included; return what it was."""
+    sharded: list[Tensor] = []
+    plain: list[Tensor] = []
+    for parameter in parameters:
+        (sharded if _is_distributed(parameter) else plain).append(parameter)
+    if not (sharded and plain):
+        norm = nn.utils.clip_grad_norm_(sharded or plain, limit)
+        return norm.full_tensor() if _is_distributed(norm) else norm
+    # PyTorch 2.13 takes no mixture of both; those of a loss are not sharded with the model.
+    norms = []
+    for kind in (sharded, plain):
+        norm = nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])
+        norms.append(norm.full_tensor() if _is_distributed(norm) else norm)
+    total = torch.stack(norms).norm()
+    for kind in (sharded, plain):
+        nn.utils.clip_grads_with_norm_(kind, limit, total)
+    return total
 
 
 def module_of(model: nn.Module) -> nn.Module:
@@ -129,6 +201,6 @@ def synchronized(model: nn.Module, last: bool) -> Iterator[None]:
         with model.no_sync():
             yield
         return
-    if set_sync := getattr(model, "set_requires_gradient_sync", None):  # of `fully_shard`
-        set_sync(last)
+    if set_sync := getattr(type(model), "set_requires_gradient_sync", None):  # of `fully_shard`
+        set_sync(model, last)
     yield

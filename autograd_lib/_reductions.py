@@ -394,5 +394,7 @@ def _gather(own: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     """What each process along a dimension of the mesh has, in a new last dimension."""
     sent = own.to(mesh.device_type).contiguous()
     received = sent.new_empty(mesh.size(dim) * len(sent), *sent.shape[1:])  # gloo stacks none
-    torch.distributed.all_gather_into_tensor(received, sent, group=mesh.get_group(dim))
+    new = hasattr(torch.distributed, "all_gather_single")  # the other warns that it is deprecated
+    name = "all_gather_single" if new else "all_gather_into_tensor"
+    getattr(torch.distributed, name)(received, sent, group=mesh.get_group(dim))
     return received.view(-1, *sent.shape).movedim(0, -1).to(own.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import random
 import zipfile
 from collections import Counter, OrderedDict
@@ -49,25 +48,28 @@ def replacing(path: Path) -> Iterator[Path]:
 def write(state: dict[str, Any], path: Path) -> None:
     """Write a state that `read` accepts; until that is done, what was at `path` stays."""
     _check_plain(state, "state")
-    with replacing(path) as new:
-        torch.save({"format": _FORMAT, **state}, new)
+    # Opened here: torch.save itself raises a RuntimeError for what is an OSError.
+    with replacing(path) as new, new.open("wb") as file:
+        torch.save({"format": _FORMAT, **state}, file)
 
 
 def read(path: Path) -> dict[str, Any]:
     """Read what `write` wrote: tensors and plain values, no code."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as err:
-        raise ValueError(
-            f"load: {path} is no checkpoint, or only a part of one ({err}); expected a file that "
-            "save() wrote"
-        ) from err
+    with path.open("rb") as file:  # what cannot be opened is an OSError
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch.load does not look at the checksums
+        # A flipped bit may ask for a password, an unknown compression, a place before the start.
+        except Exception as err:
+            raise ValueError(
+                f"load: {path} is no checkpoint, or only a part of one ({err}); expected a file "
+                "that save() wrote"
+            ) from err
     if damaged is not None:
         raise ValueError(f"load: {path} is damaged, the checksum of {damaged!r} in it is wrong")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as err:
+    except Exception as err:  # whatever the files of others may provoke
         reason = str(err).strip().partition("\n")[0]
         raise ValueError(
             f"load: {path} is not a file that save() wrote; PyTorch says: {reason}"
@@ -85,6 +87,7 @@ def _check_plain(value: Any, where: str) -> None:
     """Raise for what torch.load would refuse to read back."""
     if type(value) in (dict, OrderedDict, Counter):
         for key, inner in value.items():
+            _check_plain(key, f"the keys of {where}")
             _check_plain(inner, f"{where}[{key!r}]")
     elif type(value) in (list, tuple):
         for i, inner in enumerate(value):
@@ -99,11 +102,22 @@ def _check_plain(value: Any, where: str) -> None:
 # Tensors that are spread over processes
 
 
-def whole(tree: Any) -> Any:
-    """A tree whose tensors are put together where they are spread, on the CPU then."""
+# `torch.distributed.checkpoint` is not what writes them: its `save` leaves a directory that each
+# process writes a part of and that is unpickled without `weights_only`. What its `state_dict`
+# module gathers could go into one file, but `get_optimizer_state_dict` lets an optimizer without
+# state step, which those who look at steps take for one, and fails on parameters that are not the
+# model's, as those of a loss. Its tools know the file nevertheless: `torch_save_to_dcp` of
+# `torch.distributed.checkpoint.format_utils` makes such a directory of it.
+
+
+def whole(tree: Any, keep: bool) -> Any:
+    """A tree whose tensors are put together where they are spread; for those who keep it."""
 
     def gathered(tensor: Tensor) -> Tensor:
-        return tensor.full_tensor().cpu() if _is_distributed(tensor) else tensor
+        if not _is_distributed(tensor):
+            return tensor
+        together = tensor.full_tensor()
+        return together.cpu() if keep else together.new_empty(0)
 
     return tree_map_only(Tensor, gathered, tree)
 
@@ -143,6 +157,14 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
 
 
+def _draw_apart(rank: int) -> None:
+    """Leave the random numbers that another process goes on with, too."""
+    seed = int(torch.randint(2**62, ())) + rank
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 # The state of a training system
 
 # Its attributes that are plain values.
@@ -153,12 +175,14 @@ _PROGRESS = (
 
 
 def state_of(system: Any) -> dict[str, Any]:
-    """All that training goes on from."""
-    loss, losses = system.loss_fn, system._losses
+    """All that training goes on from; complete in the first process, which is to write it."""
+    loss, losses, first = system.loss_fn, system._losses, system.peers.rank == 0
+    system.peers.make_alike(system.module.buffers())  # of which one set is kept
     return {
         "kinds": _kinds(system),
-        "model": whole(system.module.state_dict()),
-        "optimizer": whole(system.optimizer.state_dict()),
+        "model": whole(system.module.state_dict(), first),
+        "optimizer": whole(system.optimizer.state_dict(), first),
+        "shapes": _shapes(system.optimizer),
         "loss": loss.state_dict() if isinstance(loss, nn.Module) else {},
         "scheduler": None if system.scheduler is None else system.scheduler.state_dict(),
         "scaler": system.scaler.state_dict(),
@@ -176,12 +200,14 @@ def put_back(system: Any, state: Mapping[str, Any]) -> None:
             f"load: expected a checkpoint of {kinds}, got {state['kinds']}; nothing was changed. "
             "Make the system as it was when it was saved"
         )
-    modules = {"model": system.module}
-    if isinstance(system.loss_fn, nn.Module):
-        modules["loss"] = system.loss_fn
+    loss = system.loss_fn
+    modules = {
+        "model": system.module,
+        "loss": loss if isinstance(loss, nn.Module) else nn.Module(),
+    }
     for what, module in modules.items():
         _check_module(what, module, state[what])
-    _check_optimizer(system.optimizer, state["optimizer"])
+    _check_optimizer(system.optimizer, state["shapes"])
     if system.monitor is not None and state["monitor"] is not None:
         system.monitor.load_state_dict(state["monitor"])  # changes nothing if it is of others
     for what, module in modules.items():
@@ -193,15 +219,23 @@ def put_back(system: Any, state: Mapping[str, Any]) -> None:
         system.scaler.load_state_dict(state["scaler"])
     for name in _PROGRESS:
         setattr(system, name, state["progress"][name])
-    system._losses = list(state["losses"])
-    random = state["random"][system.peers.rank % len(state["random"])]
-    system._begun = random["begun"]
-    set_random_state(random["now"])
+    system._losses = list(state["losses"].to(system.device))
+    states, rank = state["random"], system.peers.rank
+    system._begun = states[rank % len(states)]["begun"]
+    set_random_state(states[rank % len(states)]["now"])
+    if rank >= len(states):
+        _draw_apart(rank)
 
 
 def _kinds(system: Any) -> dict[str, str]:
     named = {"optimizer": system.optimizer, "scheduler": system.scheduler}
-    return {what: type(thing).__name__ for what, thing in named.items()}
+    return {what: _kind(thing) for what, thing in named.items()}
+
+
+def _kind(thing: object) -> str:
+    """The name of a class; of a scheduler made of schedulers their names too."""
+    inner = ", ".join(map(_kind, getattr(thing, "_schedulers", ())))
+    return type(thing).__name__ + (f"({inner})" if inner else "")
 
 
 def _check_module(what: str, module: nn.Module, state: Mapping[str, Any]) -> None:
@@ -232,13 +266,23 @@ def _load_module(module: nn.Module, state: Mapping[str, Any]) -> None:
     module.load_state_dict(spread)
 
 
-def _check_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    expected = [len(group["params"]) for group in optimizer.param_groups]
-    found = [len(group["params"]) for group in state["param_groups"]]
+def _shapes(optimizer: Optimizer) -> list[list[list[int]]]:
+    return [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _check_optimizer(optimizer: Optimizer, found: list[list[list[int]]]) -> None:
+    """Raise for other groups or another order: the state goes by the places of parameters."""
+    expected = _shapes(optimizer)
+    numbers = [[*map(len, groups)] for groups in (expected, found)]
+    if numbers[0] != numbers[1]:
+        raise ValueError(
+            f"load: expected an optimizer with groups of {numbers[0]} parameters, got {numbers[1]} "
+            "in the checkpoint; nothing was changed. Make the optimizer that was saved"
+        )
     if expected != found:
         raise ValueError(
-            f"load: expected an optimizer with groups of {expected} parameters, got {found} in the "
-            "checkpoint; nothing was changed. Make the optimizer that was saved"
+            f"load: expected an optimizer of parameters of shapes {expected}, got {found} in the "
+            "checkpoint; nothing was changed. Give it the parameters in the order of then"
         )
 
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from autograd_lib._batches import Count, Piece, check_counted, nothing, pair, split, terms_of
 from autograd_lib._loops import Stop, begin_epoch, evaluating, stop_requested, take_up
-from autograd_lib._peers import Peers, module_of, spread, synchronized
+from autograd_lib._peers import Peers, clip_gradients, module_of, spread, synchronized
 from autograd_lib._progress import progress
 from autograd_lib._saving import put_back, read, replacing, state_of, write
 from autograd_lib.config import AutogradConfig, Settings
@@ -118,14 +118,20 @@ class AutogradTrainingSystem:
             unused=several.find_unused_parameters,
         )
         if isinstance(loss_fn, nn.Module):
-            self.peers.begin_alike(loss_fn)
-        self._optimized = [p for group in optimizer.param_groups for p in group["params"]]
+            self.peers.make_alike([*loss_fn.parameters(), *loss_fn.buffers()])
         # Also those that nobody optimizes: their gradients would add up until they overflow.
-        self._parameters = list(dict.fromkeys([*self._optimized, *self.model.parameters()]))
+        everything = [*_optimized(optimizer), *self.model.parameters(), *self._loss_parameters]
+        self._parameters = list(dict.fromkeys(everything))
         self.optimizer, self.loss_fn, self.scheduler = optimizer, loss_fn, scheduler
         self.count = terms_of(loss_fn) if count is None else count
         self.metrics = dict(metrics or {})
         fp16 = self.settings.precision == "fp16"
+        if fp16 and len({_is_distributed(p) for p in _optimized(optimizer)}) > 1:
+            raise ValueError(
+                "AutogradTrainingSystem: precision 'fp16' needs a GradScaler, which takes no "
+                "sharded parameters beside others, as those of a loss; set precision to 'bf16', "
+                "or distributed.strategy to 'ddp'"
+            )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         training, watched = self.config.training, self.config.autograd_system.gradient_monitoring
         self.guard = (
@@ -148,6 +154,7 @@ class AutogradTrainingSystem:
         self._loss = torch.zeros(())
         self._position = self._waited = self._failed = self._seen = 0
         self._best = float("inf")
+        self._owns_files = False  # what is in the directory is of this run
         self._losses: list[Tensor] = []  # of the epoch
         self._begun: dict[str, Any] | None = None  # random states when the epoch began
 
@@ -203,24 +210,27 @@ class AutogradTrainingSystem:
             self._skip(report)
         return self.peers.sum(self._loss)
 
-    def _forward_backward(self, pieces: list[Piece]) -> Tensor:
-        self._loss = torch.zeros((), device=self.device)
+    def _forward_backward(self, pieces: list[Piece]) -> list[Tensor | None]:
+        """Leave the gradients in `.grad`; return what the guard does not see there."""
+        losses = []
         for i, (inputs, targets, share) in enumerate(pieces):
             with synchronized(self.model, last=i == len(pieces) - 1):
                 _, loss = self._forward(self.model, inputs, targets, share)
                 # Processes exchange the mean of their gradients; what is wanted is the sum.
-                self.scaler.scale(loss * (share * self.peers.world)).backward()
-            self._loss = self._loss + loss.detach() * share
+                self.scaler.scale(_times(loss, share * self.peers.world)).backward()
+            losses.append(_times(loss.detach(), share))
+        self._loss = sum(losses[1:], start=losses[0])
         self.peers.average_gradients(self._loss_parameters)
-        return self._loss
+        if self.scaler.is_enabled():  # it looks at the gradients of the loss's parameters itself
+            return [self._loss]
+        return [self._loss, *(p.grad for p in self._loss_parameters)]
 
     def _update(self) -> None:
         """Clip, and step optimizer, scaler and scheduler."""
         limit, scale = self.config.training.clip_norm, self.scaler.get_scale()
         if limit is not None:
             self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self._optimized, limit)
-            self.gradient_norm = norm.full_tensor() if _is_distributed(norm) else norm
+            self.gradient_norm = clip_gradients(_optimized(self.optimizer), limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         skipped = self.scaler.get_scale() < scale
@@ -243,7 +253,7 @@ class AutogradTrainingSystem:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _guarded(self, step: Callable[[], Tensor]) -> NonFinite | None:
+    def _guarded(self, step: Callable[[], object]) -> NonFinite | None:
         if self.guard is None:
             step()
             return None
@@ -267,7 +277,7 @@ class AutogradTrainingSystem:
     def _forward(
         self, model: nn.Module, inputs: tuple[Any, ...], targets: Any, share: float
     ) -> tuple[Any, Tensor]:
-        inputs, targets = tree_map_only(Tensor, self._to_device, (inputs, targets))
+        inputs, targets = tuple(map(self._moved, inputs)), self._moved(targets)
         dtype = _DTYPES[self.settings.precision]
         with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
             output = model(*inputs)
@@ -279,8 +289,11 @@ class AutogradTrainingSystem:
             )
         return output, loss
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+    def _moved(self, tree: Any) -> Any:
+        """The same on the device."""
+        if isinstance(tree, Tensor):
+            return tree.to(self.device, non_blocking=True)
+        return tree_map_only(Tensor, self._moved, tree)
 
     # Many steps
 
@@ -308,9 +321,9 @@ class AutogradTrainingSystem:
             on_epoch: Called with the row of each epoch.
 
         Returns:
-            `history`, a row for each epoch: "epoch", "step", "loss" (the mean of its steps),
-            "learning_rate", "gradient_norm" (the median, if there is a monitor), "seconds", and
-            "validation_loss" and the metrics likewise.
+            `history`, a row for each epoch: "epoch", "step", "loss" (the mean of its steps, those
+            left out whose loss was not finite), "learning_rate", "gradient_norm" (the median, if
+            there is a monitor), "seconds", and "validation_loss" and the metrics likewise.
 
         Raises:
             RuntimeError: The configuration says `enable_gradients: false`.
@@ -319,7 +332,8 @@ class AutogradTrainingSystem:
             FloatingPointError: Too many steps in a row were not finite.
             KeyboardInterrupt: Ctrl-C; SIGTERM is a SystemExit.
         """
-        self._check_fit(epochs, validation)
+        with self.peers.together():
+            self._check_fit(epochs, validation)
         with stop_requested() as stop, progress("fit") as show:
             if self.step == 0:
                 self._write("last.pt")  # so that there is one, whenever a process is killed
@@ -327,13 +341,14 @@ class AutogradTrainingSystem:
                 row = self._run_epoch(loader, validation, stop, show, epochs)
                 if on_epoch is not None:
                     on_epoch(row)
+                self._check_stop(stop)
         return self.history
 
     def _run_epoch(
         self, loader: Any, validation: Any, stop: Stop, show: Callable[..., None], epochs: int
     ) -> _Row:
         began = time.perf_counter()
-        for batch, counts in self.peers.in_step(self._batches(loader)):
+        for batch, counts in self._batches(loader):
             self._losses.append(self._train(pair(batch), counts))
             self._position += 1
             if self.peers.rank == 0:
@@ -341,12 +356,17 @@ class AutogradTrainingSystem:
             self._check_stop(stop)
             if (every := self.config.training.save_every) and self.step % every == 0:
                 self._write("last.pt")
+        if not self._losses:
+            raise ValueError(
+                "fit: the loader gives no batch; expected one that can be gone through in each "
+                "epoch, as a list or a DataLoader, with more samples than drop_last drops"
+            )
         self.epoch += 1
-        losses = torch.stack(self._losses) if self._losses else torch.full((1,), torch.nan)
+        losses = torch.stack(self._losses)
         row: _Row = {
             "epoch": self.epoch,
             "step": self.step,
-            "loss": losses.nanmean().item(),
+            "loss": losses[losses.isfinite()].mean().item(),
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
         }
         if self.monitor is not None:
@@ -357,7 +377,6 @@ class AutogradTrainingSystem:
         row["seconds"] = time.perf_counter() - began
         self._position, self._losses, self._begun = 0, [], None
         self._conclude(row)
-        self._check_stop(stop)
         return row
 
     def _conclude(self, row: _Row) -> None:
@@ -368,22 +387,31 @@ class AutogradTrainingSystem:
             self.scheduler.step(loss)
         better = loss < self._best
         self._waited = 0 if better else self._waited + 1
-        self._best = min(loss, self._best)
-        self._write("last.pt")
+        self._best = loss if better else self._best  # not min(), which lets a NaN in
+        # The best one first: who is killed in between resumes before it, and writes it again.
         if better and "validation_loss" in row:
             self._write("best.pt")
+        self._write("last.pt")
 
     def _is_exhausted(self) -> bool:
         patience = self.config.training.patience
         return patience is not None and self._waited >= patience
 
-    def _batches(self, loader: Any) -> Iterable[Any]:
-        if self._begun is not None:
-            return take_up(loader, self.epoch, self._position, self._begun)
-        self._begun = begin_epoch(loader, self.epoch)
-        if self.monitor is not None:
-            self._seen = self.monitor.get_gradient_summary()["step"]
-        return loader
+    def _batches(self, loader: Any) -> Iterable[tuple[Any, bool]]:
+        """What is left of the epoch, and whether it counts."""
+        if self._begun is None:
+            self._begun = begin_epoch(loader, self.epoch)
+            if self.monitor is not None:
+                self._seen = self.monitor.get_gradient_summary()["step"]
+            return self.peers.in_step(loader)
+        batches, last, skipped = take_up(loader, self.epoch, self._position, self._begun)
+        skipped = int(max(n for (n,) in self.peers.gather(skipped)))
+        if skipped < self._position:
+            raise ValueError(
+                f"fit: expected a loader of more than {self._position} batches, as the "
+                f"interrupted epoch had, got {skipped}; give the loader that was used then"
+            )
+        return self.peers.in_step(batches, last)
 
     def _check_stop(self, stop: Stop) -> None:
         number = int(max(n for (n,) in self.peers.gather(stop())))
@@ -398,7 +426,9 @@ class AutogradTrainingSystem:
         raise SystemExit(128 + number)
 
     def _describe(self, loader: Any, epochs: int) -> str:
-        of = f"/{len(loader)}" if hasattr(loader, "__len__") else ""
+        of = ""
+        with contextlib.suppress(TypeError):  # the DataLoader of an IterableDataset has no length
+            of = f"/{len(loader)}"
         norm = self.gradient_norm
         if norm is None and self.monitor is not None:
             norm = self.monitor.get_gradient_summary()["total_norm"]
@@ -429,16 +459,24 @@ class AutogradTrainingSystem:
         """
         names = ["loss", *self.metrics]
         sums: list[Tensor] = []
+        batches = 0
+        self.peers.make_alike(self.module.buffers())
         with evaluating(self.module):
             for batch, counts in self.peers.in_step(loader):
                 (piece,) = split("evaluate", pair(batch), None, self.count)
                 share = piece.share if counts else 0.0
                 output, loss = self._forward(self.module, piece.inputs, piece.targets, share)
                 if share:
-                    targets = tree_map_only(Tensor, self._to_device, piece.targets)
+                    targets = self._moved(piece.targets)
                     values = [loss, *(metric(output, targets) for metric in self.metrics.values())]
                     found = [torch.as_tensor(v, device=self.device).float() for v in values]
-                    sums.append(torch.stack([*found, torch.ones_like(loss)]) * share)
+                    sums.append(torch.stack([*found, torch.ones_like(found[0])]) * share)
+                batches += 1
+        if not batches:
+            raise ValueError(
+                "evaluate: the loader gives no batch; expected one that can be gone through again "
+                "and again, as a list or a DataLoader"
+            )
         if sums:
             total = torch.stack(sums).cpu().double().sum(0)
         else:
@@ -467,15 +505,10 @@ class AutogradTrainingSystem:
             OSError: The file cannot be written.
             TypeError: A state holds what could not be loaded safely.
         """
-        state, failed = state_of(self), None
-        if self.peers.rank == 0:
-            try:
+        state = state_of(self)
+        with self.peers.together():
+            if self.peers.rank == 0:
                 write(state, Path(path))
-            except Exception as err:
-                failed = err
-        for error in self.peers.gather_objects(failed):
-            if error is not None:
-                raise error
 
     def load(self, path: str | PathLike[str]) -> None:
         """Go on from a file that `save` wrote, in the middle of an epoch if that is where it was.
@@ -490,19 +523,27 @@ class AutogradTrainingSystem:
             ValueError: It is damaged, was not written by `save`, or is of another model, optimizer,
                 or scheduler. Nothing is changed.
         """
-        put_back(self, read(Path(path)))
+        with self.peers.together():
+            state = read(Path(path))
+        put_back(self, state)
         self._forget()
+        if self.directory is not None and Path(path).resolve().parent == self.directory.resolve():
+            self._owns_files = True
 
     def _write(self, name: str) -> None:
         if self.directory is None:
             return
-        if self.peers.rank == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
+        first = self.peers.rank == 0
+        with self.peers.together():
+            if first:
+                self.directory.mkdir(parents=True, exist_ok=True)
+        self._owns_files = True
         self.save(self.directory / name)
         kept = self.config.autograd_system.gradient_monitoring.save_gradient_history
-        if self.monitor is not None and kept and self.peers.rank == 0:
-            with replacing(self.directory / "gradients.csv") as new:
-                self.monitor.to_csv(new)
+        with self.peers.together():
+            if self.monitor is not None and kept and first:
+                with replacing(self.directory / "gradients.csv") as new:
+                    self.monitor.to_csv(new)
 
     def _check_fit(self, epochs: object, validation: object) -> None:
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
@@ -516,9 +557,10 @@ class AutogradTrainingSystem:
             raise ValueError(
                 "fit: training.patience is about the validation loss; pass validation="
             )
-        if self.step == 0 and self.directory is not None and (self.directory / "last.pt").exists():
+        last = None if self.directory is None else self.directory / "last.pt"
+        if last is not None and not self._owns_files and last.exists():
             raise ValueError(
-                f"fit: {str(self.directory / 'last.pt')!r} is from another run, and would be "
+                f"fit: {str(last)!r} is from another run, and would be "
                 "overwritten; load() it to go on, or set another training.directory"
             )
 
@@ -553,7 +595,12 @@ class AutogradTrainingSystem:
                 "compute_higher_order_gradients: the configuration says "
                 "autograd_system.advanced_features.higher_order_gradients: false; set it to true"
             )
-        input, target = tree_map_only(Tensor, self._to_device, (input, target))
+        if any(map(_is_distributed, self.module.parameters())):
+            raise NotImplementedError(
+                "compute_higher_order_gradients: the parameters are sharded, and no process has "
+                "them all; load the checkpoint with distributed.strategy 'ddp', or in one process"
+            )
+        input, target = self._moved((input, target))
         return derivative_tower(self.module, self.loss_fn, input, target, order, direction)
 
 
@@ -569,7 +616,17 @@ def _settings(config: AutogradConfig, model: nn.Module) -> Settings:
             f"a checkpoint, and {type(model).__name__} has none; name the modules to recompute in "
             "autograd_system.performance.checkpoint, or make them an nn.ModuleList named blocks"
         )
-    return replace(settings, checkpoint={"blocks": ("recompute",) * len(blocks)})
+    # Each by its own name, not as steps of an nn.Sequential: the model may loop over them itself.
+    names = [f"blocks.{name}" for name, _ in blocks.named_children()]
+    return replace(settings, checkpoint=dict.fromkeys(names, "recompute"))
+
+
+def _optimized(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _times(loss: Tensor, factor: float) -> Tensor:
+    return loss if factor == 1 else loss * factor
 
 
 def _is_plateau(scheduler: LRScheduler) -> bool:
@@ -605,7 +662,7 @@ def _check(model: object, optimizer: object, loss_fn: object, config: object) ->
             "optimizer whose step needs no closure"
         )
     own = set(model.parameters())
-    if not any(p in own for g in optimizer.param_groups for p in g["params"]):
+    if not any(p in own for p in _optimized(optimizer)):
         raise ValueError(
             "AutogradTrainingSystem: the optimizer holds no parameter of the model; make it from "
             "model.parameters(), after the model is on its device"

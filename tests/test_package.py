@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = [module.name for module in pkgutil.iter_modules(autograd_lib.__path__)]
 OPTIONAL = (
     *("matplotlib", "ipywidgets", "yaml", "pydantic", "scipy", "jax", "tensorflow", "sklearn"),
-    "pyarrow",
+    *("pyarrow", "lightning", "pytorch_lightning", "transformers"),
 )
 
 
