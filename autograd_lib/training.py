@@ -312,8 +312,8 @@ class AutogradTrainingSystem:
         and `best.pt` when the validation loss is the least so far. On Ctrl-C or SIGTERM the step
         is finished and `last.pt` written first. After `load` it goes on in the middle of the
         epoch: the batches before are drawn again, with the random numbers of then, and dropped.
-        (Of a `DataLoader` with ``persistent_workers=True`` the random numbers of the workers are not
-        those of then: PyTorch seeds them once.)
+        (Random numbers of persistent workers of a `DataLoader` are not those of then: PyTorch seeds
+        such workers once.)
 
         Args:
             loader: Gives ``(inputs, targets)``, the same number each time; a sampler with
@@ -324,8 +324,8 @@ class AutogradTrainingSystem:
 
         Returns:
             `history`, a row for each epoch: "epoch", "step", "loss" (the mean of its steps, those
-            left out whose loss was not finite), "learning_rate", "gradient_norm" (the median of what
-            the optimizer saw, clipped then; if there is a monitor), "seconds", and
+            left out whose loss was not finite), "learning_rate", "gradient_norm" (the median of
+            what the optimizer saw, clipped then; if there is a monitor), "seconds", and
             "validation_loss" and the metrics likewise.
 
         Raises:
