@@ -519,7 +519,8 @@ class AutogradTrainingSystem:
         Files are read with ``weights_only=True`` after a look at their checksums, and all that can
         be wrong is found before anything is changed. The number of processes may be another one:
         the batches are those of an uninterrupted run if `data.batch_size` is divided among them;
-        bits are equal for an equal number only.
+        bits are equal for an equal number only, and with DDP of up to two processes: more of them
+        add up the first step after `load` in another order, as DDP orders its buckets anew then.
 
         Raises:
             OSError: The file cannot be read.
