@@ -378,7 +378,8 @@ def _explain(
 
 
 def _doubt(report: NonFinite) -> int:
-    made = report.op and not report.op.startswith(("aten.empty", "aten.new_empty"))
+    by = report.backward_op or report.op
+    made = report.op and not by.startswith(("aten.empty", "aten.new_empty"))
     if not made and report.phase in ("forward", "backward"):
         return 3
     if UNLINKED not in report.detail:

@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -103,11 +104,24 @@ class Net(nn.Module):
         self.stem = nn.Linear(6, 7)
         self.blocks = nn.Sequential(*(Block(7) for _ in range(2)))
         self.dropout = nn.Dropout(dropout)
-        self.norm = nn.BatchNorm1d(7) if norm else nn.Identity()
+        self.norm = Centered(7) if norm else nn.Identity()
         self.head = nn.Linear(7, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.dropout(self.blocks(self.stem(x)))))
+
+
+class Centered(nn.Module):
+    """Subtracts a running mean, in training too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x - self.mean
 
 
 class Block(nn.Module):
@@ -278,6 +292,23 @@ def micro_batches(rank: int, strategy: str, _: Path) -> None:
     batches = [samples(10, seed) for seed in range(2)]
     for size, cut in ((2, 5), (3, 8), (1, 1)):
         follow(rank, strategy, batches, cut, performance=Settings(micro_batch=size))
+
+
+@scenario
+def one_exchange_a_step(rank: int, strategy: str, _: Path) -> None:
+    """Of the backwards of micro-batches, the last one alone sends gradients."""
+    if strategy == "fsdp2":
+        return
+    calls: list[int] = []
+
+    def count(calls: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        calls.append(bucket.index())
+        return allreduce_hook(None, bucket)
+
+    trained = system(strategy, performance=Settings(micro_batch=2))
+    trained.model.register_comm_hook(calls, count)
+    trained.train_step(*of_rank(samples(10), rank, 7))
+    assert calls == [0]
 
 
 @scenario
@@ -561,13 +592,14 @@ def buffers(rank: int, strategy: str, shared: Path) -> None:
     model = Net(norm=True)
     model.load_state_dict({n: whole(t) for n, t in trained.module.state_dict().items()})
     seen: list[Any] = [None, None]
-    dist.all_gather_object(seen, model.norm.running_mean.tolist())
+    dist.all_gather_object(seen, model.norm.mean.tolist())
     assert seen[0] == seen[1]
     model.eval()
     assert found["loss"] == pytest.approx(nn.MSELoss()(model(same[0]), same[1]).item(), rel=1e-6)
     again = system(strategy, Net(norm=True))
     again.load(shared / f"buffers_{strategy}.pt")
     again.train_step(*part)
+    assert apart(weights(again), weights(trained)) == 0
     assert again.evaluate([same]) == found
 
 
