@@ -24,6 +24,7 @@ from autograd_lib._loops import Stop, begin_epoch, evaluating, stop_requested, t
 from autograd_lib._peers import Peers, clip_gradients, module_of, spread, synchronized
 from autograd_lib._progress import progress
 from autograd_lib._saving import put_back, read, replacing, state_of, write
+from autograd_lib._setup import check_arguments, monitor_of, optimized, scaler_of, settings_of
 from autograd_lib.config import AutogradConfig, Settings
 from autograd_lib.gradients import _is_distributed
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
@@ -103,8 +104,8 @@ class AutogradTrainingSystem:
         metrics: Mapping[str, _Metric] | None = None,
     ) -> None:
         self.config = AutogradConfig() if config is None else config
-        _check(model, optimizer, loss_fn, self.config)
-        self.settings = _settings(self.config, module_of(model))
+        check_arguments(model, optimizer, loss_fn, self.config)
+        self.settings = settings_of(self.config, module_of(model))
         self.peers = Peers()
         loss_parameters = list(loss_fn.parameters()) if isinstance(loss_fn, nn.Module) else []
         self._loss_parameters = [p for p in loss_parameters if p.requires_grad]
@@ -120,33 +121,16 @@ class AutogradTrainingSystem:
         if isinstance(loss_fn, nn.Module):
             self.peers.make_alike([*loss_fn.parameters(), *loss_fn.buffers()])
         # Also those that nobody optimizes: their gradients would add up until they overflow.
-        everything = [*_optimized(optimizer), *self.model.parameters(), *self._loss_parameters]
+        everything = [*optimized(optimizer), *self.model.parameters(), *self._loss_parameters]
         self._parameters = list(dict.fromkeys(everything))
         self.optimizer, self.loss_fn, self.scheduler = optimizer, loss_fn, scheduler
         self.count = terms_of(loss_fn) if count is None else count
         self.metrics = dict(metrics or {})
-        fp16 = self.settings.precision == "fp16"
-        if fp16 and len({_is_distributed(p) for p in _optimized(optimizer)}) > 1:
-            raise ValueError(
-                "AutogradTrainingSystem: precision 'fp16' needs a GradScaler, which takes no "
-                "sharded parameters beside others, as those of a loss; set precision to 'bf16', "
-                "or distributed.strategy to 'ddp'"
-            )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        training, watched = self.config.training, self.config.autograd_system.gradient_monitoring
-        self.guard = (
-            NonFiniteGuard(self.model, scaler=self.scaler) if training.max_nonfinite else None
-        )
-        self.monitor: GradientMonitor | None = None
-        if watched.enabled and self.config.autograd_system.enable_gradients:
-            self.monitor = GradientMonitor(
-                *(self.module, optimizer, self.scaler),
-                history=watched.history,
-                every=watched.every,
-                explode_above=watched.explode_above,
-                vanish_below=watched.vanish_below,
-            )
-            self.monitor.register_hooks()
+        self.scaler = scaler_of(self.settings, self.device, optimizer)
+        self.guard: NonFiniteGuard | None = None
+        if self.config.training.max_nonfinite:
+            self.guard = NonFiniteGuard(self.model, scaler=self.scaler)
+        self.monitor = monitor_of(self.config, self.module, optimizer, self.scaler)
         self.step = self.epoch = 0
         self.history: list[_Row] = []
         self.reports: list[NonFinite] = []
@@ -230,7 +214,7 @@ class AutogradTrainingSystem:
         limit, scale = self.config.training.clip_norm, self.scaler.get_scale()
         if limit is not None:
             self.scaler.unscale_(self.optimizer)
-            self.gradient_norm = clip_gradients(_optimized(self.optimizer), limit)
+            self.gradient_norm = clip_gradients(optimized(self.optimizer), limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         skipped = self.scaler.get_scale() < scale
@@ -608,66 +592,9 @@ class AutogradTrainingSystem:
         return derivative_tower(self.module, self.loss_fn, input, target, order, direction)
 
 
-def _settings(config: AutogradConfig, model: nn.Module) -> Settings:
-    """The settings, with a checkpoint around each block where the configuration asks for them."""
-    settings = config.autograd_system.performance
-    if not config.autograd_system.advanced_features.gradient_checkpointing:
-        return settings
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
-        raise ValueError(
-            "AutogradTrainingSystem: gradient_checkpointing runs each block of model.blocks under "
-            f"a checkpoint, and {type(model).__name__} has none; name the modules to recompute in "
-            "autograd_system.performance.checkpoint, or make them an nn.ModuleList named blocks"
-        )
-    # Each by its own name, not as steps of an nn.Sequential: the model may loop over them itself.
-    names = [f"blocks.{name}" for name, _ in blocks.named_children()]
-    return replace(settings, checkpoint=dict.fromkeys(names, "recompute"))
-
-
-def _optimized(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _times(loss: Tensor, factor: float) -> Tensor:
     return loss if factor == 1 else loss * factor
 
 
 def _is_plateau(scheduler: LRScheduler) -> bool:
     return isinstance(scheduler, ReduceLROnPlateau)
-
-
-def _check(model: object, optimizer: object, loss_fn: object, config: object) -> None:
-    expected = {
-        "model": (model, nn.Module, "an nn.Module"),
-        "optimizer": (optimizer, Optimizer, "a torch.optim.Optimizer"),
-        "config": (config, AutogradConfig, "what load_config returns, or None"),
-    }
-    for name, (value, kind, text) in expected.items():
-        if not isinstance(value, kind):
-            raise TypeError(
-                f"AutogradTrainingSystem: expected {name} to be {text}, got {type(value).__name__}"
-            )
-    if not callable(loss_fn):
-        raise TypeError(
-            "AutogradTrainingSystem: expected loss_fn to be a function of output and targets, got "
-            f"{type(loss_fn).__name__}"
-        )
-    if (reduction := getattr(loss_fn, "reduction", "mean")) != "mean":
-        raise ValueError(
-            f"AutogradTrainingSystem: expected a loss that is a mean, got reduction={reduction!r}; "
-            "micro-batches and processes are weighted by what its mean counts"
-        )
-    assert isinstance(model, nn.Module)
-    assert isinstance(optimizer, Optimizer)
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError(
-            "AutogradTrainingSystem: LBFGS calls the step itself, several times; expected an "
-            "optimizer whose step needs no closure"
-        )
-    own = set(model.parameters())
-    if not any(p in own for p in _optimized(optimizer)):
-        raise ValueError(
-            "AutogradTrainingSystem: the optimizer holds no parameter of the model; make it from "
-            "model.parameters(), after the model is on its device"
-        )

@@ -82,7 +82,7 @@ ORDER = [
     *("memory", "benchmark", "widgets"),
     *("_compile", "_schedule", "_recompute", "_trace", "_probe", "_chain", "checkpointing"),
     *("_fields", "_yaml", "config", "_batches", "_trials", "_search", "tuning"),
-    *("_peers", "_saving", "_loops", "training", "callbacks", "examples"),
+    *("_setup", "_peers", "_saving", "_loops", "training", "callbacks", "examples"),
     *("_data", "_build", "_picture", "_doctor", "__main__"),
 ]
 
