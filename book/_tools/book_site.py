@@ -214,9 +214,17 @@ def read_formulas(*event: Any) -> None:
     """Let docstrings write formulas as the chapters do, between dollar signs."""
     lines: list[str] = event[-1]
     text = "\n".join(lines)
+    display = re.compile(r"^( *)\$\$([^$`]+)\$\$$", re.M)
+    text = display.sub(lambda found: f"{found[1]}.. math:: {' '.join(found[2].split())}", text)
     formula = re.compile(r"(?<![\w$`])\$(?!\s)([^$`]+?)(?<!\s)\$(?![\w$])")
     text = formula.sub(lambda found: f":math:`{' '.join(found[1].split())}`", text)
     lines[:] = text.split("\n")
+
+
+def readable_default(*event: Any) -> tuple[str, str] | None:
+    """Write a default that a factory makes as dots: what a dataclass writes cannot be parsed."""
+    signature, returns = event[-2:]
+    return signature and (signature.replace("<factory>", "..."), returns)
 
 
 def quoted_name(
@@ -314,6 +322,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("missing-reference", resolve_foreign)
     app.add_role("quoted", quoted_name)
     app.connect("autodoc-process-docstring", read_formulas, priority=400)  # before Napoleon
+    app.connect("autodoc-process-signature", readable_default)
     app.connect("build-finished", finish, priority=900)
     write_folded(app)
     GoogleDocstring._parse_attribute_docstring = parse_property
