@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import flop_registry
 
-from autograd_lib._compile import compile_module
+from autograd_lib._compile import Thrifty, compile_module
 from autograd_lib._schedule import NAMES, Step, length
 
 _Tensors = dict[tuple[nn.Module, str], Tensor]  # by module and name
@@ -42,7 +42,7 @@ def apply_checkpoints(
         model: Changed in place; its parameters, buffers, and their names stay what they are.
         steps: The qualified name of a module to its step, or to one step for each of its children,
             of an `nn.Sequential` (where tuples are runs of several children) or `nn.ModuleList`.
-        compile: Whether to compile each block, inside its checkpoint; not the selective ones.
+        compile: Whether to compile each block, inside its checkpoint.
 
     Raises:
         ValueError: A name, or a number of steps, does not fit the model; nothing is changed.
@@ -111,19 +111,17 @@ def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
 
 
 def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
-    # Not under a selective checkpoint, which refuses to keep what compiled code may write over.
-    if compile and step != "selective":
+    if compile:
         compile_module(block)
-    if step != "save":
+    if step == "selective" and block._compiled_call_impl is not None:
+        block._compiled_call_impl = _ThriftyForward(block)
+    elif step != "save":
         setattr(block, slot(block), _CheckpointedForward(block, step))
 
 
 def _set_chain(sequence: Any, steps: tuple[Step, ...], compile: bool) -> None:
-    if compile:
-        kept = [inner for step in steps for inner in [step == "selective"] * length(step)]
-        for child, selective in zip(sequence, kept, strict=True):
-            if not selective:
-                compile_module(child)
+    for child in sequence if compile else ():
+        compile_module(child)
     if any(step != "save" for step in steps):
         setattr(sequence, slot(sequence), _ChainForward(sequence, steps))
 
@@ -156,7 +154,7 @@ def undo(module: nn.Module) -> None:
     """Take away what `apply_checkpoints` gave to this module."""
     for name in ("forward", "_compiled_call_impl"):
         function = vars(module).get(name)
-        if isinstance(function, _CheckpointedForward | _ChainForward):
+        if isinstance(function, _CheckpointedForward | _ThriftyForward | _ChainForward):
             _put_back(module, name, function.replaced)
 
 
@@ -182,6 +180,14 @@ class _CheckpointedForward:
         return self.contexts.checkpoint(self.selective, forward, *args, **kwargs)
 
 
+class _ThriftyForward(Thrifty):
+    """A compiled block that keeps less: a selective checkpoint refuses compiled code."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.replaced = block._compiled_call_impl
+
+
 class _ChainForward:
     """The forward of an `nn.Sequential` by steps."""
 
@@ -189,6 +195,7 @@ class _ChainForward:
         self.replaced = vars(sequence).get(slot(sequence))
         self.sequence, self.steps = sequence, steps
         self.contexts: dict[tuple[int, int], Contexts] = {}
+        self.thrifty = {i: Thrifty(block) for i, block in enumerate(sequence)}
 
     def __call__(self, x: Any) -> Any:
         return self._run(self.steps, 0, x)
@@ -199,6 +206,8 @@ class _ChainForward:
             end = start + length(step)
             if step == "save":
                 x = blocks[start](x)
+            elif step == "selective" and blocks[start]._compiled_call_impl is not None:
+                x = self.thrifty[start](x)
             else:
                 contexts = self.contexts.get((start, end))
                 if contexts is None:

@@ -4,7 +4,8 @@ The step is a chain of blocks between a head (what the model does before them) a
 does after, and the loss). Each block is run in one way, its *step* of the schedule:
 
 - ``"save"``: as it is; autograd keeps what backward needs;
-- ``"selective"``: checkpointed, but results of matrix products are kept;
+- ``"selective"``: checkpointed, but results of matrix products are kept; of a compiled block, the
+  compiler decides what is cheap to compute again;
 - ``"recompute"``: checkpointed; its forward runs again in backward;
 - a tuple of steps: a run of blocks under one checkpoint, of which only the input is kept. In
   backward the run is done again, now with the steps of the tuple, which may hold runs themselves.

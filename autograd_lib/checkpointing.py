@@ -86,8 +86,9 @@ class CheckpointPlan:
         """Let the blocks of `model` run by this plan from now on.
 
         Each is checkpointed by `torch.utils.checkpoint` (``use_reentrant=False``). Gradients are
-        bit-equal to those without a plan, dropout included. Buffers that a forward changes, as
-        BatchNorm's running statistics, are changed once per step. Names and order of parameters,
+        bit-equal to those without a plan, dropout included (of compiled selective blocks equal
+        within rounding). Buffers that a forward changes, as BatchNorm's running statistics, are
+        changed once per step. Names and order of parameters,
         buffers and modules stay what they are; a plan replaces the one applied before. Hooks on
         submodules of a recomputed block run again with it.
 
@@ -213,8 +214,9 @@ def plan_checkpoints(
     high-water marks of its phases by the events of the allocator. From these a dynamic program
     finds every schedule for which no other needs less memory and less time; of those that fit the
     budget the fastest is the plan. A block is saved, recomputed, or recomputed but for its matrix
-    products, convolutions and attention ("selective"). If `blocks` is an `nn.Sequential`, several
-    blocks may stand under one checkpoint, and within it others again.
+    products, convolutions and attention ("selective"; in a compiled block, what its compiler finds
+    cheap to compute again, by `activation_memory_budget`). If `blocks` is an `nn.Sequential`,
+    several blocks may stand under one checkpoint, and within it others again.
 
     For $n$ equal blocks this contains the binomial schedules, which need memory and repeat work
     in proportion to $\log n$ (Griewank and Walther, *ACM Trans. Math. Softw.* 26, 2000); for

@@ -714,11 +714,50 @@ def test_compiled_blocks(container: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("make", [dropout_mlp, Looped])
-def test_which_blocks_are_compiled(make: Callable[[], nn.Module]) -> None:
-    """Selective ones are left as they are."""
+def test_all_blocks_are_compiled(make: Callable[[], nn.Module]) -> None:
     model = make()
     name = "" if make is dropout_mlp else "blocks"
     apply_checkpoints(model, {name: STEPS["mixed"]}, compile=True)
     blocks = list(model if not name else model.blocks)
-    compiled = [block._compiled_call_impl is not None for block in blocks]
-    assert compiled == [step != "selective" for step in STEPS["mixed"]]
+    assert all(block._compiled_call_impl is not None for block in blocks)
+
+
+def branches() -> nn.Sequential:
+    """What is cheap to compute again lies between what is not."""
+    block = [nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)]
+    return nn.Sequential(*[nn.Sequential(*copy.deepcopy(block)) for _ in "12"])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleList])
+def test_compiled_selective_blocks_keep_less(container: type[nn.Module]) -> None:
+    """Counted, as the compiler decides what is kept; the gradients differ by rounding."""
+    torch._dynamo.reset()
+    x = torch.randn(512, 32)
+    saved, gradients = {}, {}
+    for step in ("save", "selective"):
+        torch.manual_seed(0)
+        model = branches()
+        blocks = model if container is nn.Sequential else nn.ModuleList(model)
+        apply_checkpoints(blocks, {"": (step, step)}, compile=True)
+        again = copy.deepcopy(model)
+        model(x).sum().backward()
+        with saved_tensors(model) as found:
+            model(x)
+        saved[step] = found.total_bytes
+        gradients[step] = [p.grad for p in model.parameters()]
+        assert all(p.grad is None for p in again.parameters())
+        again(x).sum().backward()  # by its own parameters
+        torch.testing.assert_close([p.grad for p in again.parameters()], gradients[step])
+    assert saved["selective"] < 0.9 * saved["save"]
+    torch.testing.assert_close(gradients["selective"], gradients["save"])
+
+
+def test_compiled_selective_blocks_are_undone() -> None:
+    model = branches()
+    apply_checkpoints(nn.ModuleList(model), {"": ("selective", "selective")}, compile=True)
+    thrifty = [block._compiled_call_impl for block in model]
+    apply_checkpoints(nn.ModuleList(model), {"": ("save", "save")})
+    assert all(
+        block._compiled_call_impl is t.replaced for block, t in zip(model, thrifty, strict=True)
+    )
