@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -224,13 +224,40 @@ def _plan(arguments: argparse.Namespace) -> tuple[AutogradConfig, Path | None]:
                 f"--resume: expected a checkpoint, {checkpoint} does not exist; without a path it "
                 f"is {last}"
             )
+        if last.exists() and checkpoint.resolve().parent != directory.resolve():
+            raise ValueError(
+                f"{directory} holds another run than {checkpoint}; add --directory DIR for a new "
+                "place to go on in"
+            )
+        _check_same(config, checkpoint.with_name("config.yaml"))
         return config, checkpoint
     if last.exists() and arguments.resume is None:
         raise ValueError(
             f"{directory} holds a run already; add --resume to go on with it, or --directory DIR "
             "to begin another elsewhere"
         )
-    return config, last if last.exists() else None
+    if not last.exists():
+        return config, None
+    _check_same(config, last.with_name("config.yaml"))
+    return config, last
+
+
+def _check_same(config: AutogradConfig, recorded: Path) -> None:
+    """Refuse what a run that goes on would not heed: it has its optimizer and its data already."""
+    if not recorded.exists():
+        return
+    before = load_config(recorded)
+    fixed = {"training.seed": (before.training.seed, config.training.seed)}
+    for section in ("data", "model", "optimizer"):
+        old, new = (asdict(getattr(c, section)) for c in (before, config))
+        fixed |= {f"{section}.{key}": (old[key], new[key]) for key in old}
+    del fixed["data.workers"]
+    for key, (was, now) in fixed.items():
+        if was != now:
+            raise ValueError(
+                f"{key}: a run that goes on keeps what it began with, {was!r}, got {now!r}; leave "
+                "it as it was, or begin another run with --directory DIR"
+            )
 
 
 @contextmanager

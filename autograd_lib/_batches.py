@@ -7,6 +7,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -78,8 +79,10 @@ def check_counted(operation: str, total: float) -> None:
         )
 
 
-def terms_of(loss_fn: object) -> Count | None:
+def terms_of(loss_fn: object, *, weighted: bool = True) -> Count | None:
     """How many terms the mean of a loss of PyTorch has; None for the number of samples."""
+    if loss_fn in (F.cross_entropy, F.nll_loss):
+        loss_fn = nn.CrossEntropyLoss()  # of which these are the defaults
     if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
         return None
 
@@ -87,7 +90,7 @@ def terms_of(loss_fn: object) -> Count | None:
         if targets.is_floating_point():  # probabilities of classes
             return targets.numel() / targets.shape[1]
         counted = targets != loss_fn.ignore_index
-        if loss_fn.weight is None:
+        if loss_fn.weight is None or not weighted:
             return torch.count_nonzero(counted)
         return loss_fn.weight.to(targets.device)[targets[counted]].sum()
 

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from autograd_lib.config import AutogradConfig, Settings
 from autograd_lib.gradients import _is_distributed
 from autograd_lib.monitor import GradientMonitor
+
+
+def check_options(optimizer: Optimizer, scheduler: object, count: object, metrics: Any) -> None:
+    """Raise for options that would fail in the middle of training, or change nothing."""
+    if scheduler is not None and not isinstance(scheduler, LRScheduler):
+        raise TypeError(
+            "AutogradTrainingSystem: expected scheduler to be one of torch.optim.lr_scheduler, got "
+            f"{type(scheduler).__name__}; a configuration names one as optimizer.schedule"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError(
+            "AutogradTrainingSystem: the scheduler is that of another optimizer; make it with the "
+            "optimizer that is given here"
+        )
+    functions = {"count": count, **{f"metrics[{n!r}]": f for n, f in dict(metrics or {}).items()}}
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"AutogradTrainingSystem: expected {name} to be a function, got "
+                f"{type(function).__name__}"
+            )
+    if "metrics['loss']" in functions:
+        raise ValueError(
+            "AutogradTrainingSystem: a metric named 'loss' would take the place of the loss, by "
+            "which training stops and keeps the best; give it another name"
+        )
 
 
 def settings_of(config: AutogradConfig, model: nn.Module) -> Settings:

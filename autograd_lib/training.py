@@ -24,7 +24,14 @@ from autograd_lib._loops import Stop, begin_epoch, evaluating, stop_requested, t
 from autograd_lib._peers import Peers, clip_gradients, module_of, spread, synchronized
 from autograd_lib._progress import progress
 from autograd_lib._saving import put_back, read, replacing, state_of, write
-from autograd_lib._setup import check_arguments, monitor_of, optimized, scaler_of, settings_of
+from autograd_lib._setup import (
+    check_arguments,
+    check_options,
+    monitor_of,
+    optimized,
+    scaler_of,
+    settings_of,
+)
 from autograd_lib.config import AutogradConfig, Settings
 from autograd_lib.gradients import _is_distributed
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
@@ -66,7 +73,8 @@ class AutogradTrainingSystem:
         count: ``count(targets)`` is how many terms that mean has. By default the number of
             samples; for `nn.CrossEntropyLoss` and `nn.NLLLoss` the targets that are not ignored,
             by their weights.
-        metrics: By name, functions like `loss_fn` that `evaluate` averages in the same way.
+        metrics: By name, functions like `loss_fn` that `evaluate` averages in the same way, but for
+            the weights of classes.
 
     Attributes:
         model: What is called; `module` is the model inside a wrapper.
@@ -105,6 +113,7 @@ class AutogradTrainingSystem:
     ) -> None:
         self.config = AutogradConfig() if config is None else config
         check_arguments(model, optimizer, loss_fn, self.config)
+        check_options(optimizer, scheduler, count, metrics)
         self.settings = settings_of(self.config, module_of(model))
         self.peers = Peers()
         loss_parameters = list(loss_fn.parameters()) if isinstance(loss_fn, nn.Module) else []
@@ -126,6 +135,9 @@ class AutogradTrainingSystem:
         self.optimizer, self.loss_fn, self.scheduler = optimizer, loss_fn, scheduler
         self.count = terms_of(loss_fn) if count is None else count
         self.metrics = dict(metrics or {})
+        # What metrics average over: the weights of classes are the business of the loss.
+        weights = count is None and getattr(loss_fn, "weight", None) is not None
+        self._terms = terms_of(loss_fn, weighted=False) if weights else self.count
         self.scaler = scaler_of(self.settings, self.device, optimizer)
         self.guard: NonFiniteGuard | None = None
         if self.config.training.max_nonfinite:
@@ -348,10 +360,9 @@ class AutogradTrainingSystem:
                 "fit: the loader gives no batch; expected one that can be gone through in each "
                 "epoch, as a list or a DataLoader, with more samples than drop_last drops"
             )
-        self.epoch += 1
         losses = torch.stack(self._losses)
         row: _Row = {
-            "epoch": self.epoch,
+            "epoch": self.epoch + 1,
             "step": self.step,
             "loss": losses[losses.isfinite()].mean().item(),
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
@@ -362,6 +373,8 @@ class AutogradTrainingSystem:
             found = self.evaluate(validation)
             row |= {f"validation_{name}": value for name, value in found.items()}
         row["seconds"] = time.perf_counter() - began
+        # Only now, for evaluation may raise: then it is what the next fit begins with.
+        self.epoch += 1
         self._position, self._losses, self._begun = 0, [], None
         self._conclude(row)
         return row
@@ -426,7 +439,7 @@ class AutogradTrainingSystem:
     def _median_norm(self, monitor: GradientMonitor) -> float:
         """Of the steps of this epoch that are remembered."""
         history = monitor.history
-        norms = history["total_norm"][history["step"] > self._seen]
+        norms = history["total_norm"][(history["step"] > self._seen) & ~history["skipped"]]
         return statistics.median(norms.tolist()) if len(norms) else float("nan")
 
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
@@ -444,7 +457,6 @@ class AutogradTrainingSystem:
         Raises:
             ValueError: There is no batch, or nothing in them counts.
         """
-        names = ["loss", *self.metrics]
         sums: list[Tensor] = []
         batches = 0
         self.peers.make_alike(self.module.buffers())
@@ -452,12 +464,18 @@ class AutogradTrainingSystem:
             for batch, counts in self.peers.in_step(loader):
                 (piece,) = split("evaluate", pair(batch), None, self.count)
                 share = piece.share if counts else 0.0
+                terms = share
+                if counts and self._terms is not None and self._terms is not self.count:
+                    terms = float(self._terms(piece.targets))
                 output, loss = self._forward(self.module, piece.inputs, piece.targets, share)
-                if share:
+                if terms:
                     targets = self._moved(piece.targets)
                     values = [loss, *(metric(output, targets) for metric in self.metrics.values())]
                     found = [torch.as_tensor(v, device=self.device).float() for v in values]
-                    sums.append(torch.stack([*found, torch.ones_like(found[0])]) * share)
+                    weights = [share, *[terms] * len(self.metrics)]
+                    one = torch.ones_like(found[0])
+                    pairs = zip([*found, one, one], [*weights, share, terms], strict=True)
+                    sums.append(torch.stack([value * weight for value, weight in pairs]))
                 batches += 1
         if not batches:
             raise ValueError(
@@ -467,10 +485,11 @@ class AutogradTrainingSystem:
         if sums:
             total = torch.stack(sums).cpu().double().sum(0)
         else:
-            total = torch.zeros(len(names) + 1, dtype=torch.float64)
-        *averages, count = self.peers.sum(total).tolist()
-        check_counted("evaluate", count)
-        return {name: value / count for name, value in zip(names, averages, strict=True)}
+            total = torch.zeros(len(self.metrics) + 3, dtype=torch.float64)
+        loss_sum, *metric_sums, share, terms = self.peers.sum(total).tolist()
+        check_counted("evaluate", share)
+        averages = [value / terms for value in metric_sums]
+        return {"loss": loss_sum / share, **dict(zip(self.metrics, averages, strict=True))}
 
     # Files
 
@@ -500,8 +519,10 @@ class AutogradTrainingSystem:
     def load(self, path: str | PathLike[str]) -> None:
         """Go on from a file that `save` wrote, in the middle of an epoch if that is where it was.
 
-        Files are read with ``weights_only=True`` after a look at their checksums, and all that can
-        be wrong is found before anything is changed. The number of processes may be another one:
+        Optimizer and scheduler go on with the values that were saved, the learning rate included,
+        whatever they were made with. Files are read with ``weights_only=True`` after a look at
+        their checksums, and all that can be wrong is found before anything is changed. The number
+        of processes may be another one:
         the batches are those of an uninterrupted run if `data.batch_size` is divided among them;
         bits are equal for an equal number only, and with DDP of up to two processes: more of them
         add up the first step after `load` in another order, as DDP orders its buckets anew then.

@@ -142,6 +142,33 @@ def test_resuming_gives_what_training_at_once_gives(
     assert [row[0] for row in rows_of(capsys.readouterr().out)] == [3]
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=1e-6", r"error: optimizer\.lr: .* keeps what it began with, .* got 1e-06"),
+        ("training.seed=7", r"error: training\.seed: .* keeps what it began with, 0, got 7"),
+        ("data.batch_size=32", r"error: data\.batch_size: .* keeps what it began with"),
+    ],
+)
+def test_what_a_run_that_goes_on_would_not_heed(
+    config: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    assert main(["train", str(config), "--directory", "run"]) == 0
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert main(["train", str(config), "--directory", "run", "--resume", "--set", override]) == 2
+    assert re.match(message, capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_another_run_in_the_directory(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for directory in ("one", "two"):
+        assert main(["train", str(config), "--directory", directory]) == 0
+    before = {path: path.read_bytes() for path in Path("two").iterdir()}
+    assert main(["train", str(config), "--directory", "two", "--resume", "one/last.pt"]) == 2
+    assert re.match(r"error: two holds another run than one.last\.pt", capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in Path("two").iterdir()} == before
+
+
 def test_evaluation_only_trains_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(config)]) == 0
     before = Path("runs/tiny/last.pt").read_bytes()

@@ -1691,3 +1691,80 @@ def test_the_line_of_progress(monkeypatch: pytest.MonkeyPatch, clip: float | Non
     with mock.patch("sys.stderr", io.StringIO()) as stream:
         system.fit(batches, 3)
     assert stream.getvalue() == ""
+
+
+# Tried as a new user would
+
+
+def classifier(weight: Tensor | None = None, **options: Any) -> AutogradTrainingSystem:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return AutogradTrainingSystem(model, optimizer, nn.CrossEntropyLoss(weight), **options)
+
+
+def test_an_evaluation_that_fails_loses_no_epoch() -> None:
+    batches = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1])) for _ in range(3)]
+    fails = [True]
+
+    def metric(output: Tensor, targets: Tensor) -> Tensor:
+        if fails.pop() if fails else False:
+            raise OSError("out of luck")
+        return output.mean()
+
+    plain, system = classifier(), classifier(metrics={"mean": metric})
+    expected = plain.fit(batches, 2, batches)
+    with pytest.raises(OSError, match="out of luck"):
+        system.fit(batches, 2, batches)
+    rows = system.fit(batches, 2, batches)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+    assert all(map(torch.equal, system.model.parameters(), plain.model.parameters()))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_metrics_know_no_weights_of_classes(size: int) -> None:
+    def right(output: Tensor, targets: Tensor) -> Tensor:
+        return (output.argmax(1) == targets).float().mean()
+
+    system = classifier(torch.tensor([1.0, 0.0]), metrics={"right": right})
+    nn.init.zeros_(system.model.weight)
+    system.model.bias.data = torch.tensor([1.0, 0.0])  # always the first class
+    x, y = torch.zeros(4, 3), torch.tensor([0, 0, 1, 1])
+    found = system.evaluate(list(zip(x.split(size), y.split(size), strict=True)))
+    assert found["right"] == 0.5
+    assert found["loss"] == pytest.approx(math.log1p(math.exp(-1)))
+
+
+def test_the_mean_of_the_functional_cross_entropy() -> None:
+    targets = torch.tensor([0, -100, 1, -100, -100, 1])
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = load_config({"autograd_system": {"performance": {"micro_batch": 2}}})
+    system = AutogradTrainingSystem(model, optimizer, F.cross_entropy, config)
+    x = torch.randn(6, 3)
+    expected = F.cross_entropy(model(x), targets)
+    torch.testing.assert_close(system.train_step(x, targets), expected.detach())
+
+
+def test_options_that_would_do_nothing() -> None:
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(ValueError, match="the scheduler is that of another optimizer"):
+        classifier(scheduler=torch.optim.lr_scheduler.StepLR(other, 1))
+    with pytest.raises(TypeError, match=r"expected scheduler to be one of .*, got str"):
+        classifier(scheduler="cosine")
+    with pytest.raises(TypeError, match="expected count to be a function, got int"):
+        classifier(count=5)
+    with pytest.raises(ValueError, match="a metric named 'loss' would take the place"):
+        classifier(metrics={"loss": torch.dist})
+
+
+def test_steps_that_the_scaler_skips_have_no_norm() -> None:
+    config = load_config({"autograd_system": {"performance": {"precision": "fp16"}}})
+    system = classifier(config=config)
+    nn.init.zeros_(system.model.weight)
+    x, y = torch.full((4, 3), 8.0), torch.zeros(4, dtype=torch.long)
+    (row,) = system.fit([(x, y)] * 6, 1)
+    skipped = system.monitor.history["skipped"]
+    assert 0 < skipped.sum() < 6
+    assert row["gradient_norm"] == np.median(system.monitor.history["total_norm"][~skipped])
