@@ -44,7 +44,7 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks
 serve: book ## the built book on http://localhost:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 -d _build/html
 
-bench: $(INSTALLED) ## run the benchmarks, writing benchmarks/results/
+bench: $(INSTALLED) ## run the benchmarks, writing autograd_lib/report/records/
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
 
 requirements: $(INSTALLED) ## resolve requirements.txt anew from pyproject.toml

@@ -11,14 +11,12 @@ import gc
 import json
 import math
 import os
-import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +26,7 @@ from autograd_lib._plots import sized_axes
 from autograd_lib._progress import progress
 from autograd_lib._tables import html_table, readable_bytes, text_table
 from autograd_lib.memory import peak_bytes
+from autograd_lib.report.stored import described, this_environment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,9 +122,7 @@ class Comparison:
 
     def _table(self) -> tuple[str, list[str], list[list[str]]]:
         """Title, header, and a row for each candidate and for the A/A run."""
-        env = self.environment
-        threads = f"{env['threads']} thread" + "s" * (env["threads"] != 1)
-        title = f"{len(self.samples)} rounds, {threads}, torch {env['torch']}, {env['device']}"
+        title = f"{len(self.samples)} rounds, {described(self.environment)}"
         header = ["candidate", "median", "ratio [95 %]", "verdict"]
         rows = []
         for name in self.names:
@@ -209,11 +206,11 @@ class Comparison:
             unfinished.unlink(missing_ok=True)
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> Comparison:
+    def from_json(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> Comparison:
         """Read what `to_json` wrote.
 
         Args:
-            path: The file.
+            source: The file, or its content, such as `autograd_lib.report.record(name)`.
 
         Returns:
             A comparison with the same samples, peaks and environment, and so the same verdicts.
@@ -221,12 +218,16 @@ class Comparison:
         Raises:
             ValueError: If the file holds something else.
         """
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = {key: record.get(key) for key in _FORMAT} if isinstance(record, dict) else record
+        record: Any = source
+        where = ""
+        if not isinstance(source, Mapping):
+            record = json.loads(Path(source).read_text(encoding="utf-8"))
+            where = f" in {os.fspath(source)!r}"
+        found = {key: record.get(key) for key in _FORMAT} if isinstance(record, Mapping) else record
         missing = {field.name for field in fields(cls)} - set(record) if found == _FORMAT else {}
         if found != _FORMAT or missing:
             raise ValueError(
-                f"from_json: expected {_FORMAT}, got {found!r:.80} in {os.fspath(path)!r}"
+                f"from_json: expected {_FORMAT}, got {found!r:.80}{where}"
                 f"{f' without {sorted(missing)}' if missing else ''}; "
                 "read files that Comparison.to_json of this version wrote"
             )
@@ -313,7 +314,7 @@ def compare(
             show(f"peak memory of {name}")
             with _naming(name):
                 peaks[name] = peak_bytes(candidates[name])
-        environment = _environment()
+        environment = this_environment()
     columns = [names.index(name) for name in candidates]
     return Comparison(
         tuple(candidates), baseline, samples[:, columns], samples[:, -1], peaks, environment
@@ -433,23 +434,6 @@ def _threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _environment() -> dict[str, str | int]:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):  # Linux keeps the model's name here alone
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device = cpu if accelerator is None else accelerator.type
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def _digits(value: float) -> str:

@@ -5,7 +5,7 @@ elementwise ones, one call each. `linear`: the model of a Function against F.lin
 fixed point against its loop unrolled. `32k`, `50k` (classes): linear_cross_entropy against the pair
 of calls F.linear and F.cross_entropy, against F.linear_cross_entropy with its default and with
 chosen chunks, and against cut-cross-entropy where it is installed (benchmarks/requirements.txt).
-Writes a record of each comparison to benchmarks/results/.
+Writes a record of each comparison to autograd_lib/report/records/.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 
 import autograd_lib
 from autograd_lib import compare, linear_cross_entropy, saved_tensors
+from autograd_lib.report import RECORDS
 
-RESULTS = Path(__file__).parent / "results"
 # name -> (tokens, width, vocabulary, rounds for one round of the smaller size)
 SIZES = {"32k": (2048, 256, 32000, 1.0), "50k": (4096, 256, 50257, 0.5)}
 
@@ -260,8 +259,8 @@ def report(
         peak = comparison.peak_bytes[name] / comparison.peak_bytes[comparison.baseline]
         print(f"{name}: {peak:.3f} of the first one's peak; saved {count}")
     suffix = "" if options.device == "cpu" else f"_{options.device}"
-    comparison.to_json(RESULTS / f"{record}{suffix}.json")
-    print(f"wrote benchmarks/results/{record}{suffix}.json", flush=True)
+    comparison.to_json(RECORDS / f"{record}{suffix}.json")
+    print(f"wrote autograd_lib/report/records/{record}{suffix}.json", flush=True)
 
 
 PARTS = {

@@ -2,21 +2,19 @@
 
 Two models: an MLP of 100 layers of width 64, whose 200 gradients are small, and a transformer
 encoder of ten million parameters, whose gradients are large. Writes a record of each comparison to
-benchmarks/results/.
+autograd_lib/report/records/.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from autograd_lib import compare, compute_gradient_statistics, get_gradient_norms
-
-RESULTS = Path(__file__).parent / "results"
+from autograd_lib.report import RECORDS
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
@@ -95,7 +93,7 @@ def main() -> None:
             )
             print(f"\n{what} of {make.__name__} on {options.device}\n{comparison}", flush=True)
             suffix = "" if options.device == "cpu" else f"_{options.device}"
-            comparison.to_json(RESULTS / f"gradients_{what}_{make.__name__}{suffix}.json")
+            comparison.to_json(RECORDS / f"gradients_{what}_{make.__name__}{suffix}.json")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ vectors up to order 2, 4, 6 (derivative_tower) against nested reverse mode, with
 
 All candidates of a comparison are checked to agree before they are timed. Peers that are not
 installed are left out (benchmarks/requirements.txt); memory taken outside of PyTorch is not seen.
-Writes a record of each comparison to benchmarks/results/ and prints the goals at the end.
+Writes a record of each comparison to autograd_lib/report/records/ and prints the goals at the end.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from autograd_lib import (
     laplacian,
     linearize_hvp,
 )
+from autograd_lib.report import RECORDS
 
-RESULTS = Path(__file__).parent / "results"
 ORDERS = (1, 2, 4, 6, 8)
 REVERSE_ORDERS = 4  # beyond, nested reverse mode costs hundreds of gradients
 FORWARD_ORDERS = 3
@@ -761,7 +761,7 @@ def main() -> None:
         help="the orders at which jet is compiled too, which takes a minute or more each",
     )
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="the directory for the records"
+        "--results", type=Path, default=RECORDS, help="the directory for the records"
     )
     options = parser.parse_args()
     os.environ["NPROC"] = str(options.threads)  # read by XLA when JAX is imported

@@ -5,7 +5,7 @@ block, segments, selective), torch.compile with and without `activation_memory_b
 micro-batches, and plans at three budgets. `peers`: against each of these peers a plan that may use
 what the peer uses. `cnn`: a chain of 13 unequal convolutions: plans against the square-root rule
 and against checkpointing each block. `predictions`: the predicted against the measured peak of
-every optimal plan of these models. Writes records to benchmarks/results/.
+every optimal plan of these models. Writes records to autograd_lib/report/records/.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +29,8 @@ from torch.utils.checkpoint import (
 )
 
 from autograd_lib import CheckpointPlan, compare, peak_bytes, plan_checkpoints
+from autograd_lib.report import RECORDS, this_environment
 
-RESULTS = Path(__file__).parent / "results"
 MiB = 2**20
 LAYERS, WIDTH, LENGTH, BATCH, VOCABULARY = 6, 256, 256, 8, 512
 
@@ -332,19 +331,19 @@ def report(
             text += f"; predicted {plan.predicted_bytes / peak:.4f} of its peak"
         print(text, flush=True)
     suffix = "" if options.device == "cpu" else f"_{options.device}"
-    path = RESULTS / f"memory_{record}{suffix}.json"
+    path = RECORDS / f"memory_{record}{suffix}.json"
     comparison.to_json(path)
     written = json.loads(path.read_text())
     written["gradient_error"] = errors
     path.write_text(json.dumps(written, indent=1) + "\n")
-    print(f"wrote benchmarks/results/{path.name}", flush=True)
+    print(f"wrote autograd_lib/report/records/{path.name}", flush=True)
 
 
 def write(record: str, options: argparse.Namespace, content: dict[str, Any]) -> None:
     suffix = "" if options.device == "cpu" else f"_{options.device}"
-    path = RESULTS / f"{record}{suffix}.json"
-    path.write_text(json.dumps({"torch": torch.__version__, **content}, indent=1) + "\n")
-    print(f"wrote benchmarks/results/{path.name}", flush=True)
+    path = RECORDS / f"{record}{suffix}.json"
+    path.write_text(json.dumps({"environment": this_environment(), **content}, indent=1) + "\n")
+    print(f"wrote autograd_lib/report/records/{path.name}", flush=True)
 
 
 PARTS = {"gpt": run_gpt, "peers": run_peers, "cnn": run_cnn, "predictions": run_predictions}

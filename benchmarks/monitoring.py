@@ -10,9 +10,10 @@ Each candidate trains its own copy, for the hooks of some peers cannot be remove
 is timed, every copy is checked to hold the same bits as the plain one after the same steps. Peers
 that are not installed (benchmarks/requirements.txt) or cannot run are left out and named.
 
-Writes a record of each comparison to benchmarks/results/, with three more entries: "host_reads",
-how often one step makes the host wait for a value; "direct", the seconds inside the tool over those
-of the rest of the step, for tools whose work stands in one place; "left_out". Prints the goals.
+Writes a record of each comparison to autograd_lib/report/records/, with three more entries:
+"host_reads", how often one step makes the host wait for a value; "direct", the seconds inside the
+tool over those of the rest of the step, for tools whose work stands in one place; "left_out".
+Prints the goals.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autograd_lib import Comparison, GradientMonitor, NonFiniteGuard, Ratio, compare
+from autograd_lib.report import RECORDS
 
-RESULTS = Path(__file__).parent / "results"
 CHECKED_STEPS = 3
 DIRECT_SECONDS = 0.1  # of steps for each sample of the direct cost
 MODELS = {"mlp": mlp, "encoder": encoder}
@@ -414,7 +415,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="the directory for the records"
+        "--results", type=Path, default=RECORDS, help="the directory for the records"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -7,8 +7,8 @@ small that Python is all its time; each in fp32 and bf16, and in fp16 on an acce
 the MLP alone, for its fp16 is emulated). The batch lies ready.
 
 Before anything is timed, both copies are checked to hold the same bits after the same steps. Writes
-benchmarks/results/training.json: for each case the ratio with its interval, that of the baseline to
-itself, the seconds of a step, and all samples. Prints the goals.
+autograd_lib/report/records/training.json: for each case the ratio with its interval, that of the
+baseline to itself, the seconds of a step, and all samples. Prints the goals.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from autograd_lib import (
     compare,
     load_config,
 )
+from autograd_lib.report import RECORDS
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLIP_NORM = 1.0
 CHECKED_STEPS = 3
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="small models and five rounds, which write no record"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the record goes")
+    parser.add_argument("--results", type=Path, default=RECORDS, help="where the record goes")
     options = parser.parse_args()
     if options.quick:
         options.rounds = 5

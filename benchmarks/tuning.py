@@ -4,7 +4,7 @@ The exhaustive search takes every precision, memory format, micro-batch (the who
 eighth), with a checkpoint plan where the budget calls for one, compiled and not, and times each of
 those within budget and tolerance against the plain step, but for those that take three times as
 long in a first look. What the two searches choose is then timed side by side. Writes
-benchmarks/results/tuning.json: per model and budget the two choices, the
+autograd_lib/report/records/tuning.json: per model and budget the two choices, the
 ratio of their times, and what each search took.
 """
 
@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +34,8 @@ from autograd_lib import (
     peak_bytes,
     plan_checkpoints,
 )
+from autograd_lib.report import RECORDS
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 HOPELESS = 3.0  # times the plain step: not timed any further
 SCALE = {"fp16": 2.0**10}  # of the loss; gradients of these models then fit fp16
@@ -234,9 +233,9 @@ def main() -> None:
         }
         if not options.quick:  # after each, for the whole takes the better part of an hour
             suffix = "" if options.device == "cpu" else f"_{options.device}"
-            path = RESULTS / f"tuning{suffix}.json"
+            path = RECORDS / f"tuning{suffix}.json"
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            print(f"wrote benchmarks/results/{path.name}", flush=True)
+            print(f"wrote autograd_lib/report/records/{path.name}", flush=True)
 
 
 if __name__ == "__main__":

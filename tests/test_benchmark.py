@@ -62,7 +62,8 @@ def takes(seconds: float) -> Callable[[], None]:
 def made(samples: np.ndarray, repeat: np.ndarray, **changes) -> Comparison:
     """A comparison of candidates a, b, ... from given samples, with no measurement."""
     names = tuple("abcdefg"[: samples.shape[1]])
-    environment = {"torch": "2", "python": "3", "device": "d", "cpu": "c", "threads": 1, "date": ""}
+    environment = {"torch": "2", "python": "3", "device": "d", "cpu": "c", "threads": 1}
+    environment["date"] = "2026-01-02T03:04:05+00:00"
     given = {"names": names, "baseline": "a", "peak_bytes": {}, "environment": environment}
     return Comparison(samples=samples, repeat=repeat, **given | changes)
 
@@ -438,7 +439,7 @@ def test_environment_names_versions_and_device(fake):
 
 def test_table_tells_everything(result):
     title, header, eager, compiled, same, again = repr(result).splitlines()
-    assert title == "24 rounds, 1 thread, torch 2, d"
+    assert title == "24 rounds, 1 thread, torch 2, d, 2026-01-02"
     assert header.split()[0] == "candidate"
     assert eager.split()[0] == "eager"
     assert "baseline" in eager

@@ -83,8 +83,7 @@ def tie_cache_to_library(app: Sphinx, config: Config) -> None:
     """
     digest = hashlib.sha256(json.dumps([versions(), device()]).encode())
     library = ROOT / "autograd_lib"
-    sources = [*library.rglob("*.py"), *library.glob("*.html"), *(ROOT / "book").glob("*.mplstyle")]
-    for path in sorted(sources):
+    for path in sorted(path for path in library.rglob("*.*") if path.suffix != ".pyc"):
         digest.update(path.read_bytes())
     caches = Path(app.outdir).parent / ".jupyter_cache"
     current = caches / digest.hexdigest()[:16]
