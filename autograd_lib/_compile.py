@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 from torch._functorch import config as functorch_config
+from torch._ops import OpOverload
+from torch.nn.modules.dropout import _DropoutNd
 
 _KEPT = 0.7  # of what compiled code would keep for backward; the rest is cheap to compute again
+_SEEDED = {torch.Tag.nondeterministic_seeded}
+_RANDOM_MODULES = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
 def compile_module(module: nn.Module) -> None:
@@ -27,29 +32,99 @@ def compile_module(module: nn.Module) -> None:
     module._compiled_call_impl = torch.compile(run)
 
 
+def is_random(block: nn.Module) -> bool:
+    """Whether the forward of `block` draws random numbers, now or once it is in training mode.
+
+    Told by its modules: dropout of PyTorch, and any number called `dropout`, `drop_prob`, … that is
+    not zero, as attention layers have. What a forward draws by functions alone shows when it runs.
+    """
+    return any(
+        isinstance(module, _RANDOM_MODULES)
+        or (isinstance(module, _DropoutNd) and module.p > 0)
+        or any("drop" in name and _is_number(v) and v > 0 for name, v in vars(module).items())
+        for module in block.modules()
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 class Thrifty:
     """A module compiled to keep less for backward: what `activation_memory_budget` is for.
 
-    The option is read when code is compiled and is not among the guards, so that code of its own
-    is needed; and an object, which finds its module again when the model is copied.
+    In PyTorch 2.13 that option draws random numbers anew in backward (pytorch#190758): the gradient
+    is silently wrong. So a graph that holds any keeps what compiled code keeps without the option.
+
+    Attributes:
+        random: Whether the module draws random numbers, as far as is known.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.compiled: Callable[..., Any] | None = None
+        self.random = is_random(module)
+        self._compiled: Callable[..., Any] | None = None
+        self._watched: set[tuple[bool, ...]] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "compiled": None}
+        return {**vars(self), "_compiled": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.module._call_impl
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
-        if self.compiled is None:
+        if self._compiled is None:
 
             def run_thriftily(*args: Any, **kwargs: Any) -> Any:
                 return call(*args, **kwargs)
 
-            self.compiled = torch.compile(run_thriftily)
-        with functorch_config.patch(activation_memory_budget=_KEPT):
-            return self.compiled(*args, **kwargs)
+            options = {"custom_partitioner_fn": _partitioner()}
+            self._compiled = torch.compile(run_thriftily, options=options)
+        mode = tuple(module.training for module in self.module.modules())
+        if self.random or mode in self._watched:
+            return self._compiled(*args, **kwargs)
+        before = _random_states()
+        result = self._compiled(*args, **kwargs)
+        self._watched.add(mode)
+        self.random = not all(map(torch.equal, before, _random_states()))
+        return result
+
+
+def _random_states() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.accelerator.is_available():
+        states.append(torch.get_device_module().get_rng_state())
+    return states
+
+
+@cache
+def _partitioner() -> Any:
+    # Imported here, as Inductor takes a second to import and few programs compile.
+    from torch._functorch.partitioners import (  # noqa: PLC0415
+        min_cut_rematerialization_partition,
+    )
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn  # noqa: PLC0415
+
+    class Partitioner(CustomPartitionerFn):
+        """Divide a joint graph into forward and backward, keeping less where nothing is random."""
+
+        def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+            graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+            random = any(_draws(node) for graph in graphs for node in graph.nodes)
+            with functorch_config.patch(activation_memory_budget=1.0 if random else _KEPT):
+                return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+        def uuid(self) -> Any:  # of what the compiler's caches hold
+            return f"{__name__} {_KEPT}"
+
+    return Partitioner()
+
+
+def _draws(node: fx.Node) -> bool:
+    operator = node.target
+    if not isinstance(operator, OpOverload) or not _SEEDED & set(operator.tags):
+        return False
+    names = [argument.name for argument in operator._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    # Attention has the tag whatever its dropout is.
+    return "dropout_p" not in names or bool(given.get("dropout_p", 0.0))

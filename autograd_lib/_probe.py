@@ -78,7 +78,7 @@ class Probe:
             why = self._refusal(self._copied if overwrites else self._checkpointed, plain)
             if not why and not overwrites:
                 ways["recompute"] = self._checkpointed
-                if not self._refusal(self._selective, plain):
+                if self._may_be_selective(plain):
                     ways["selective"] = self._selective
         seconds = self._times(ways)
         modes, again = {}, None
@@ -104,6 +104,15 @@ class Probe:
         )
         self._forget()
         return block, why
+
+    def _may_be_selective(self, plain: dict[str, Tensor]) -> bool:
+        if self._keeps_everything():
+            return False
+        return not self._refusal(self._selective, plain) and not self._keeps_everything()
+
+    def _keeps_everything(self) -> bool:
+        """Whether the block is compiled and draws random numbers, as far as was seen until now."""
+        return self.thrifty is not None and self.thrifty.random
 
     # One run, in three ways
 

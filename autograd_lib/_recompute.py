@@ -180,12 +180,20 @@ class _CheckpointedForward:
         return self.contexts.checkpoint(self.selective, forward, *args, **kwargs)
 
 
-class _ThriftyForward(Thrifty):
-    """A compiled block that keeps less: a selective checkpoint refuses compiled code."""
+class _ThriftyForward:
+    """A compiled block that keeps less, as a selective checkpoint refuses compiled code.
+
+    One that draws random numbers, which `Thrifty` cannot make keep less, is recomputed instead.
+    """
 
     def __init__(self, block: nn.Module) -> None:
-        super().__init__(block)
-        self.replaced = block._compiled_call_impl
+        self.replaced: Callable[..., Any] | None = block._compiled_call_impl
+        self.thrifty, self.contexts = Thrifty(block), Contexts([block])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.thrifty.random and self.replaced is not None:
+            return self.contexts.checkpoint(False, self.replaced, *args, **kwargs)
+        return self.thrifty(*args, **kwargs)
 
 
 class _ChainForward:
@@ -204,16 +212,18 @@ class _ChainForward:
         blocks = list(self.sequence)
         for step in steps:
             end = start + length(step)
+            compiled = blocks[start]._compiled_call_impl is not None
             if step == "save":
                 x = blocks[start](x)
-            elif step == "selective" and blocks[start]._compiled_call_impl is not None:
+            elif step == "selective" and compiled and not self.thrifty[start].random:
                 x = self.thrifty[start](x)
             else:
                 contexts = self.contexts.get((start, end))
                 if contexts is None:
                     contexts = self.contexts[start, end] = Contexts(blocks[start:end])
                 inner = ("save",) if isinstance(step, str) else step
-                x = contexts.checkpoint(step == "selective", self._run, inner, start, x)
+                selective = step == "selective" and not compiled
+                x = contexts.checkpoint(selective, self._run, inner, start, x)
             start = end
         return x
 

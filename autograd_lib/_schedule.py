@@ -5,7 +5,7 @@ does after, and the loss). Each block is run in one way, its *step* of the sched
 
 - ``"save"``: as it is; autograd keeps what backward needs;
 - ``"selective"``: checkpointed, but results of matrix products are kept; of a compiled block, the
-  compiler decides what is cheap to compute again;
+  compiler decides what is cheap to compute again (not offered where it draws random numbers);
 - ``"recompute"``: checkpointed; its forward runs again in backward;
 - a tuple of steps: a run of blocks under one checkpoint, of which only the input is kept. In
   backward the run is done again, now with the steps of the tuple, which may hold runs themselves.

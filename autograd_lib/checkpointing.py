@@ -215,8 +215,10 @@ def plan_checkpoints(
     finds every schedule for which no other needs less memory and less time; of those that fit the
     budget the fastest is the plan. A block is saved, recomputed, or recomputed but for its matrix
     products, convolutions and attention ("selective"; in a compiled block, what its compiler finds
-    cheap to compute again, by `activation_memory_budget`). If `blocks` is an `nn.Sequential`,
-    several blocks may stand under one checkpoint, and within it others again.
+    cheap to compute again, by `activation_memory_budget`). A compiled block that draws random
+    numbers in any mode is never selective, because PyTorch 2.13 would draw them anew in backward.
+    If `blocks` is an `nn.Sequential`, several blocks may stand under one checkpoint, and within it
+    others again.
 
     For $n$ equal blocks this contains the binomial schedules, which need memory and repeat work
     in proportion to $\log n$ (Griewank and Walther, *ACM Trans. Math. Softw.* 26, 2000); for

@@ -44,7 +44,8 @@ class Settings:
             whole batch at once. Read by the training step.
         checkpoint: Name of a module to "save", "selective" or "recompute", or to a sequence of
             these for the children of an `nn.Sequential` or `nn.ModuleList`, in which a nested
-            sequence is a run of children under one checkpoint (see `plan_checkpoints`).
+            sequence is a run of children under one checkpoint (see `plan_checkpoints`). A compiled
+            block that draws random numbers is recomputed where "selective" stands.
         memory_format: Layout of the parameters with four dimensions.
         compile: Whether `torch.compile` compiles the model, or each block where there is a
             checkpoint plan.

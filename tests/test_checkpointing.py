@@ -1154,3 +1154,15 @@ def test_plot(planned: Planned) -> None:
     given = plt.figure().add_subplot()
     assert plan.plot(given) is given
     plt.close("all")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("inner", [nn.Dropout(0.1), nn.Identity()], ids=["dropout", "nothing"])
+def test_compiled_blocks_with_dropout_are_never_selective(inner: nn.Module) -> None:
+    """Planned in eval mode, where nothing is dropped."""
+    torch._dynamo.reset()
+    block = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), inner).eval()
+    block.compile()
+    plan = plan_checkpoints(nn.Sequential(block), torch.randn(512, 32), PLENTY)
+    offered = {step for _, _, steps in plan._frontier for step in steps}
+    assert ("selective" in offered) == isinstance(inner, nn.Identity)

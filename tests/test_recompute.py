@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
+from autograd_lib._compile import Thrifty, _draws, is_random
 from autograd_lib._recompute import apply_checkpoints
 from autograd_lib.memory import peak_bytes, saved_tensors
 
@@ -761,3 +762,108 @@ def test_compiled_selective_blocks_are_undone() -> None:
     assert all(
         block._compiled_call_impl is t.replaced for block, t in zip(model, thrifty, strict=True)
     )
+
+
+# --- compiled blocks that draw random numbers (pytorch#190758)
+
+
+class ByFunction(nn.Module):
+    """Drops by functions that no module tells of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        path = torch.rand(x.shape[:-1], dtype=x.dtype)[..., None] if self.training else 1.0
+        return F.dropout(F.gelu(x), 0.3, self.training).sin() * path
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_dropout = 0.2
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.attention_dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(x, x, x.sin(), dropout_p=p)
+
+
+RANDOM_KINDS = {
+    "Dropout": lambda: nn.Sequential(nn.GELU(), nn.Dropout(0.1)),
+    "RReLU": nn.RReLU,
+    "attention": Attending,
+    "functions": ByFunction,
+}
+
+
+class Drawing(nn.Module):
+    """Has, behind what draws, what is cheap to compute again."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(16), RANDOM_KINDS[kind]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.norm(x)).sin()
+
+
+def directional_error(model: nn.Module, x: Tensor) -> float:
+    """Of the derivative along one direction, against central differences at one seed."""
+    parameters = [*model.parameters()]
+    torch.manual_seed(5)
+    directions = [torch.randn_like(p) for p in parameters]
+
+    def loss() -> Tensor:
+        torch.manual_seed(3)
+        return model(x).square().sum()
+
+    gradients = torch.autograd.grad(loss(), parameters)
+    found = sum((g * v).sum() for g, v in zip(gradients, directions, strict=True))
+    values = []
+    for move in (1e-6, -2e-6, 1e-6):  # there, to the other side, and back
+        with torch.no_grad():
+            for p, v in zip(parameters, directions, strict=True):
+                p.add_(v, alpha=move)
+            values.append(loss().item())
+    expected = (values[0] - values[1]) / 2e-6
+    return abs(found.item() - expected) / abs(expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_random_blocks_have_no_selective_step() -> None:
+    """Stored settings ask for one: each step's gradient is that of the mask which it drew."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(Drawing("Dropout"), Drawing("functions")).double()
+    apply_checkpoints(model, {"": ("selective", "selective")}, compile=True)
+    x = torch.randn(4, 8, 16, dtype=torch.float64)
+    for _ in range(2):  # what only functions draw is seen at the first step, and recomputed then
+        assert directional_error(model, x) < 1e-6
+
+
+@pytest.mark.parametrize("kind", RANDOM_KINDS)
+def test_random_blocks_are_known_by_their_modules(kind: str) -> None:
+    assert is_random(Drawing(kind).eval()) == (kind != "functions")
+
+
+@pytest.mark.parametrize("block", [nn.Linear(2, 2), nn.Dropout(0.0), nn.LSTM(2, 2)])
+def test_blocks_that_draw_nothing_are_not_random(block: nn.Module) -> None:
+    assert not is_random(block)
+
+
+def test_what_only_functions_draw_is_seen_at_a_run() -> None:
+    block = Drawing("functions")
+    found = Thrifty(block)
+    found._compiled = block  # in place of its compiled form, which draws as often
+    x = torch.randn(4, 8, 16)
+    for training, expected in ((False, False), (True, True)):
+        block.train(training)
+        found(x)
+        assert found.random == expected
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.0, False), (0.5, True)])
+def test_attention_draws_where_it_drops(p: float, expected: bool) -> None:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    graph = torch.fx.Graph()
+    node = graph.call_function(attention, (*map(graph.placeholder, "qkv"), p))
+    assert _draws(node) == expected
+    assert _draws(graph.call_function(torch.ops.aten.rand.default, ([2],)))
+    assert not _draws(graph.call_function(torch.ops.aten.sin.default, (node,)))
