@@ -27,6 +27,7 @@ from autograd_lib.taylor import (
     Laplace,
     Taylor,
     check_tensor,
+    check_uncompiled,
     derivative,
     follow,
     jet,
@@ -296,6 +297,7 @@ def derivative_tower(
         >>> derivative_tower(model, cube, torch.ones(1, 1), None, order=4).values
         tensor([ 8., 12., 12.,  6.,  0.])
     """
+    check_uncompiled("derivative_tower")
     if not isinstance(order, int) or order < 1:
         raise ValueError(f"derivative_tower: expected an order of 1 or more, got {order!r}")
     _check_recording("derivative_tower")
@@ -437,6 +439,7 @@ def laplacian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         ones = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, *x.shape)
         return Jet(torch.cat([x[None], ones, torch.zeros_like(x)[None]]), Laplace())
 
+    check_uncompiled("laplacian")
     if isinstance(x, Mapping):
         raise TypeError("laplacian: expected x to be a tensor, got a dict")
     y = check_tensor("laplacian", f(follow("laplacian", x, x, seed)))

@@ -476,6 +476,19 @@ def lift(x: Tensor, ndim: int | None = None) -> tuple[Tensor, int]:
 # ------------------------------------------------------------------ the way in
 
 
+def check_uncompiled(operation: str) -> None:
+    """Refuse to run under torch.compile, which does not see how a value is followed."""
+    # Dynamo leaves code that raises while it is traced to Python, where its callback still stands
+    # and would compile the functions that are called.
+    if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback():
+        raise NotImplementedError(
+            f"{operation}: expected to be called outside of torch.compile, which in PyTorch 2.13 "
+            "would return wrong numbers; trace the function first: "
+            "torch.compile(make_fx(function)(x)), with make_fx of "
+            "torch.fx.experimental.proxy_tensor"
+        )
+
+
 def follow(operation: str, x: Inputs, v: Inputs, make: Callable[[Tensor, Tensor], Any]) -> Any:
     """Pair every tensor of `x` with that of `v`, once both are checked."""
     if isinstance(x, Mapping) or isinstance(v, Mapping):
@@ -553,7 +566,8 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
 
     Raises:
         NotImplementedError: if `f` uses an operation that has no rule (`jet_rule` adds one),
-            modifies a value in place, or calls `jet` in turn.
+            modifies a value in place, or calls `jet` in turn; if `jet` is called under
+            `torch.compile`.
         TypeError: if `x` or `v` is not floating point or complex, or `f` returns no tensor.
         ValueError: if `v` is not like `x`, or `order` is negative.
 
@@ -562,6 +576,7 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
         >>> jet(lambda x: x**3, x, v, 4)  # (2d/dx)^k of x^3
         (tensor(1.), tensor(6.), tensor(24.), tensor(48.), tensor(0.))
     """
+    check_uncompiled("jet")
     if not isinstance(order, int) or order < 0:
         raise ValueError(f"jet: expected an order of 0 or more, got {order!r}")
     ring = Taylor(order + 1)

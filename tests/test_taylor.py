@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from autograd_lib import jet, jet_rule, laplacian, taylor
+from autograd_lib import derivative_tower, jet, jet_rule, laplacian, taylor
 
 # Dynamo itself instantiates a Function that it traces, and looks at `.grad` between two graphs.
 pytestmark = [
@@ -447,6 +447,29 @@ def test_a_compiled_function_inside_f_is_right_or_raises(record: bool) -> None:
     finally:
         torch._dynamo.reset()
     assert_all_close(got, nested(torch.sin, x, v, 3))
+
+
+LINEAR = nn.Linear(2, 1, dtype=torch.float64)
+COMPILED = {
+    "jet": lambda x: torch.stack(jet(lambda q: q.norm(), x[0], x[1], 2)),
+    "laplacian": lambda x: laplacian(lambda q: q.tanh().sum(), x[0]),
+    "laplacian, vmapped": torch.vmap(lambda q: laplacian(lambda q: q.norm(), q)),
+    "derivative_tower": lambda x: derivative_tower(LINEAR, lambda y, _: y.sum(), x, None).values,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("name", COMPILED)
+def test_under_compile_it_refuses(name: str, fullgraph: bool) -> None:
+    """Dynamo would compile f, and ignore what follows its values (pytorch#176679)."""
+    torch._dynamo.reset()
+    compiled = torch.compile(COMPILED[name], backend="eager", fullgraph=fullgraph)
+    operation = name.partition(",")[0]
+    with pytest.raises(Exception, match=f"{operation}: expected .*make_fx") as caught:
+        compiled(points(2, 2))
+    assert fullgraph or caught.type is NotImplementedError
+    assert COMPILED[name](points(2, 2)).isfinite().all()  # outside, it goes on
 
 
 @pytest.mark.parametrize("record", [True, False], ids=["recording", "no_grad"])
