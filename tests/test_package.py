@@ -57,6 +57,7 @@ def test_public_names_are_documented(name: str) -> None:
                 assert inspect.getdoc(value), f"{name}.{method}"
 
 
+@pytest.mark.usefixtures("short_samples")
 def test_the_readme_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks

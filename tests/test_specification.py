@@ -255,7 +255,7 @@ def _modes_kept() -> Iterator[None]:
     torch.autograd.set_detect_anomaly(False)  # on where a block that switches it on has failed
 
 
-@pytest.mark.usefixtures("_modes_kept")
+@pytest.mark.usefixtures("_modes_kept", "short_samples")
 def test_python_blocks_run_in_order_and_keep_their_word() -> None:
     assert set(GIVEN) <= set(PYTHON) == set(CHECKS)
     torch.manual_seed(0)

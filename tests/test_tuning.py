@@ -6,7 +6,6 @@ No test looks at a wall time: where times decide, they come from a function of t
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import random
 import re
@@ -60,15 +59,6 @@ def problem(name: str, device: str = "cpu") -> tuple[nn.Module, tuple, Callable]
 
 def trial_of(report: TuningReport, settings: Settings) -> Trial:
     return next(trial for trial in report.trials if trial.settings == settings)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_objects():
-    """What stands before a peak is looked through each time; this leaves out what pytest brings."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def by_size(bench: Workbench, settings: Settings) -> int:
@@ -711,6 +701,7 @@ def test_a_disturbed_look_does_not_drop_the_fastest(told, monkeypatch):
     assert calls["bf16"] > 1
 
 
+@pytest.mark.usefixtures("short_samples")
 def test_report_of_a_real_race():
     model, batch, loss_fn = problem("encoder")
     report = autotune(model, batch, loss_fn, tolerance=0.1, compile=False)
