@@ -1,15 +1,12 @@
 """What two processes must see of a monitor: the values of one process, on every rank.
 
-`test_monitor.py` starts `run_all` once and then looks at the outcome of each scenario.
+`test_distributed.py` runs each scenario in both processes, in a process group of its own.
 """
 
 from __future__ import annotations
 
 import copy
-import datetime
 import math
-import pickle
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autograd_lib import GradientMonitor
 
-SCENARIOS: dict[str, Callable[[int], None]] = {}
+SCENARIOS: dict[str, Callable[[int, Path], None]] = {}
 PLAIN = ("norm", "mean", "std", "min", "max", "abs_max")
 EVERYTHING = {
     "collect": ("zero_fraction", "nan_count", "inf_count", "cosine"),
@@ -38,36 +35,8 @@ EVERYTHING = {
 
 
 def scenario(run: Callable[[int], None]) -> Callable[[int], None]:
-    SCENARIOS[run.__name__] = run
+    SCENARIOS[run.__name__] = lambda rank, _: run(rank)
     return run
-
-
-def run_all(directory: Path) -> dict[str, list[str]]:
-    """Run each scenario in two processes; the error of each rank, empty if there was none."""
-    torch.multiprocessing.spawn(_rank, (directory,), nprocs=2)
-    ranks = [pickle.loads((directory / f"rank{rank}").read_bytes()) for rank in range(2)]
-    return {name: [errors[name] for errors in ranks] for name in SCENARIOS}
-
-
-def _rank(rank: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    errors = {}
-    for name, run in SCENARIOS.items():
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{directory}/{name}",
-            rank=rank,
-            world_size=2,
-            timeout=datetime.timedelta(seconds=20),
-        )
-        try:
-            run(rank)
-            errors[name] = ""
-            dist.barrier()
-        except Exception:
-            errors[name] = traceback.format_exc()
-        dist.destroy_process_group()
-    (directory / f"rank{rank}").write_bytes(pickle.dumps(errors))
 
 
 def model() -> nn.Module:

@@ -1,19 +1,16 @@
 """What two processes must do with a training system: what one process does with all samples.
 
-`test_distributed.py` starts `run_all` once and then looks at the outcome of each scenario. The
-one process is a bare loop of PyTorch, where it is not said otherwise.
+`test_distributed.py` runs each scenario in both processes, in a process group of its own. The one
+process is a bare loop of PyTorch, where it is not said otherwise.
 """
 
 from __future__ import annotations
 
-import datetime
 import os
 import pickle
 import shutil
 import signal
 import tempfile
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,37 +56,6 @@ def scenario(run: Callable[[int, str, Path], None]) -> Callable[[int, str, Path]
 
 def _with_strategy(run: Callable[..., None], strategy: str, rank: int, shared: Path) -> None:
     run(rank, strategy, shared)
-
-
-def run_all(directory: Path) -> dict[str, list[str]]:
-    """Run each scenario in two processes; the error of each rank, empty if there was none."""
-    (directory / "files").mkdir()
-    one_process(directory / "files")
-    torch.multiprocessing.spawn(_rank, (directory,), nprocs=2)
-    ranks = [pickle.loads((directory / f"rank{rank}").read_bytes()) for rank in range(2)]
-    return {name: [errors[name] for errors in ranks] for name in SCENARIOS}
-
-
-def _rank(rank: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    errors = {}
-    for i, (name, run) in enumerate(SCENARIOS.items()):
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{directory}/group{i}",
-            rank=rank,
-            world_size=2,
-            timeout=datetime.timedelta(seconds=20),
-        )
-        try:
-            run(rank, directory / "files")
-            errors[name] = ""
-            dist.barrier()
-        except BaseException:  # a KeyboardInterrupt, too, is an outcome
-            errors[name] = traceback.format_exc()
-        dist.destroy_process_group()
-    (directory / f"rank{rank}").write_bytes(pickle.dumps(errors))
 
 
 # --- what is trained

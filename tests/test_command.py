@@ -284,16 +284,6 @@ def test_two_processes_write_once_and_get_what_one_gets(config: Path) -> None:
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_a_refusal_under_torchrun_is_said_once(config: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    run = as_process("train", config, "--set", "data.batch_size=127", launcher=torchrun)
-    assert run.returncode != 0
-    said = "error: data.batch_size: expected a multiple of the number of processes, 2, got 127"
-    assert run.stderr.count(said) == 1
-    assert not Path("runs").exists()
-
-
 # config
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_training import SCENARIOS, STRATEGIES, agree, apart, go_on, run_all
+from distributed_training import STRATEGIES, agree, apart, go_on
+from processes import SCENARIOS, Outcomes, run_all
 
 from autograd_lib.__main__ import main
 
@@ -73,13 +74,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(shared: Path) -> dict[str, list[str]]:
-    return run_all(shared)
+def outcomes(shared: Path) -> Outcomes:
+    commands = {
+        strategy: arguments(shared / f"run_{strategy}", distributed__strategy=strategy)
+        for strategy in STRATEGIES
+    }
+    commands["refused"] = arguments(shared / "refused", data__batch_size="127")
+    return run_all(shared, commands)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes(name: str, outcomes: dict[str, list[str]]) -> None:
-    errors = {rank: error for rank, error in enumerate(outcomes[name]) if error}
+def test_two_processes(name: str, outcomes: Outcomes) -> None:
+    errors = {rank: error for rank, error in enumerate(outcomes.errors[name]) if error}
     assert not errors, "\n".join(f"rank {rank}:\n{error}" for rank, error in errors.items())
 
 
@@ -136,15 +142,26 @@ def check_same(directory: Path, by_one: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_command_under_torchrun(strategy: str, shared: Path, by_one: dict[str, Any]) -> None:
-    directory = shared / f"run_{strategy}"
-    done = torchrun("-m", "autograd_lib", *arguments(directory, distributed__strategy=strategy))
-    assert done.returncode == 0, done.stderr
-    assert f"cpu, 2 processes ({strategy})" in done.stdout
-    assert done.stdout.count("test loss") == done.stdout.count("\nwritten:\n") == 1
+def test_the_command_in_two_processes(
+    strategy: str, shared: Path, outcomes: Outcomes, by_one: dict[str, Any]
+) -> None:
+    """`test_command.py` and the runs below are started by torchrun itself."""
+    directory, ended = shared / f"run_{strategy}", outcomes.commands[strategy]
+    assert [each.status for each in ended] == [0, 0], [each.err for each in ended]
+    printed = "".join(each.out for each in ended)
+    assert f"cpu, 2 processes ({strategy})" in printed
+    assert printed.count("test loss") == printed.count("\nwritten:\n") == 1
     files = sorted(path.name for path in directory.iterdir())
     assert files == ["best.pt", "config.yaml", "gradients.csv", "last.pt", "training.png"]
     check_same(directory, by_one)
+
+
+def test_a_refusal_of_two_processes_is_said_once(shared: Path, outcomes: Outcomes) -> None:
+    ended = outcomes.commands["refused"]
+    assert [each.status for each in ended] == [2, 2]
+    said = "error: data.batch_size: expected a multiple of the number of processes, 2, got 127"
+    assert "".join(each.err for each in ended).count(said) == 1
+    assert not (shared / "refused").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 
 import numpy as np
 import pytest
@@ -13,10 +11,6 @@ from cases import DEVICES, FLOAT_DTYPES, MODELS, mlp, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autograd_lib
@@ -388,65 +382,3 @@ def test_prints_as_a_table() -> None:
         with_gradients(**{f"p{i}": torch.ones(1) for i in range(100)})
     )
     assert "… 40 more …" in repr(long)
-
-
-# Gradients sharded over two processes, against the same model in one.
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _sharded_rank(rank: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    torch.manual_seed(0)
-    # Widths that two ranks share unevenly, one parameter that the second rank has nothing of.
-    model = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 1))
-    x = torch.randn(2, 6, 8)
-    for part in x:
-        model(part).square().mean().backward()
-    for p in model.parameters():
-        p.grad /= 2
-    expected = compute_gradient_statistics(model)
-
-    model.zero_grad()
-    fully_shard(model, mesh=mesh)
-    model(x[rank]).square().mean().backward()
-    assert isinstance(next(model.parameters()).grad, DTensor)
-    got = compute_gradient_statistics(model)
-    assert got["total_norm"] == pytest.approx(expected["total_norm"], rel=1e-5)
-    for name, entry in expected["parameters"].items():
-        assert got["parameters"][name] == pytest.approx(entry, rel=1e-5, abs=1e-7), name
-    assert get_gradient_norms(model) == pytest.approx(
-        {n: e["norm"] for n, e in expected["parameters"].items()}, rel=1e-5
-    )
-
-    whole = torch.arange(6.0).reshape(3, 2)
-    half = whole / 2
-    for placement, local in {
-        Shard(0): whole[:2] if rank == 0 else whole[2:],
-        Replicate(): whole,
-        Partial(): half,
-    }.items():
-        grad = DTensor.from_local(
-            local, mesh, [placement], shape=whole.shape, stride=whole.stride()
-        )
-        layer = nn.Module()
-        layer.w = nn.Parameter(
-            DTensor.from_local(
-                torch.zeros_like(local), mesh, [placement], shape=whole.shape, stride=whole.stride()
-            )
-        )
-        layer.w.grad = grad
-        entry = compute_gradient_statistics(layer)["parameters"]["w"]
-        assert entry == pytest.approx(reference(whole)), placement
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_sharded_gradients_have_their_global_values() -> None:
-    torch.multiprocessing.spawn(_sharded_rank, (_free_port(),), nprocs=2)

@@ -20,7 +20,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DEVICES, FLOAT_DTYPES, MODELS, TiedLanguageModel, cnn, mlp, reference
-from distributed_monitor import SCENARIOS, run_all
 from pyarrow import parquet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1911,17 +1910,6 @@ def test_a_frozen_parameter_on_meta_hinders_nothing() -> None:
 
 
 # --- two processes
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> dict[str, list[str]]:
-    return run_all(tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes(name, two_processes) -> None:
-    for rank, error in enumerate(two_processes[name]):
-        assert not error, f"rank {rank}:\n{error}"
 
 
 # --- what readers met
