@@ -139,7 +139,7 @@ def _digits() -> Task:
         selection = importlib.import_module("sklearn.model_selection")
     except ImportError as error:
         raise ImportError(
-            "data 'digits' comes with scikit-learn: pip install 'autograd_lib[train]'"
+            "data 'digits' comes with scikit-learn: pip install scikit-learn"
         ) from error
     images, labels = datasets.load_digits(return_X_y=True)
     parts = selection.train_test_split(

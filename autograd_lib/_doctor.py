@@ -12,20 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import autograd_lib
 from autograd_lib._tables import Row, readable_bytes, text_table
 
-# Package to the extra that brings it.
-_EXTRAS = {
-    "matplotlib": "plot",
-    "ipywidgets": "widgets",
-    "scipy": "spectra",
-    "pyarrow": "parquet",
-    "pydantic": "train",
-    "PyYAML": "train",
-    "scikit-learn": "train",
-    "jax": "jax",
-    "tensorflow": "tensorflow",
-}
+# Each by the name that pip installs it under.
+_OPTIONAL = (
+    *("matplotlib", "ipywidgets", "scipy", "pyarrow"),
+    *("pydantic", "PyYAML", "scikit-learn", "jax", "tensorflow"),
+)
 _LONGEST = 60  # of a reason in the table
 
 
@@ -52,13 +46,15 @@ def diagnose() -> tuple[str, bool]:
 
 
 def _versions() -> list[Row]:
-    rows: list[Row] = [("python", platform.python_version())]
-    for package in ("torch", "numpy", *_EXTRAS):
+    rows: list[Row] = [
+        ("python", platform.python_version()),
+        ("autograd_lib", autograd_lib.__version__),
+    ]
+    for package in ("torch", "numpy", *_OPTIONAL):
         try:
             rows.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
-            missing = f"missing; pip install 'autograd_lib[{_EXTRAS[package]}]'"
-            rows.append((package, missing if package in _EXTRAS else "missing"))
+            rows.append((package, f"missing; pip install {package.lower()}"))
     return rows
 
 

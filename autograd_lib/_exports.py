@@ -47,7 +47,7 @@ def write_parquet(table: Columns, path: str | PathLike[str]) -> None:
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as error:
         raise ImportError(
-            "to_parquet: writing Parquet needs pyarrow; pip install 'autograd_lib[parquet]'"
+            "to_parquet: writing Parquet needs pyarrow: pip install pyarrow"
         ) from error
     parquet.write_table(pyarrow.table(table), path)
 

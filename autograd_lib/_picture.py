@@ -23,9 +23,7 @@ def draw_training(system: AutogradTrainingSystem, path: Path) -> None:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional dependency
     except ImportError as error:
-        raise ImportError(
-            "draw_training needs Matplotlib: pip install 'autograd_lib[train]'"
-        ) from error
+        raise ImportError("draw_training needs Matplotlib: pip install matplotlib") from error
     # Not by pyplot: nothing is shown, so that no display is needed.
     figure = Figure(figsize=(6.8, 5.2), layout="constrained")
     above, below = figure.subplots(2)

@@ -163,9 +163,7 @@ def sized_axes(operation: str, ax: Any, inches: tuple[float, float]) -> Axes:
         from matplotlib import axes  # noqa: PLC0415 - an optional dependency
         from matplotlib import pyplot as plt  # noqa: PLC0415
     except ImportError as error:
-        raise ImportError(
-            f"{operation} needs Matplotlib: pip install 'autograd_lib[plot]'"
-        ) from error
+        raise ImportError(f"{operation} needs Matplotlib: pip install matplotlib") from error
     if isinstance(ax, axes.Axes):
         return ax
     if ax is not None:

@@ -366,7 +366,7 @@ def _require(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            "configurations need PyYAML and pydantic: pip install 'autograd_lib[train]'"
+            "configurations need PyYAML and pydantic: pip install pydantic pyyaml"
         ) from error
 
 

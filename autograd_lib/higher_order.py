@@ -612,9 +612,7 @@ def top_eigenvalues(f: Scalar, x: Inputs, k: int) -> Tensor:
             eigsh,
         )
     except ImportError as error:
-        raise ImportError(
-            "top_eigenvalues: SciPy is needed; pip install 'autograd_lib[spectra]'"
-        ) from error
+        raise ImportError("top_eigenvalues: SciPy is needed: pip install scipy") from error
     _check("top_eigenvalues", x, real=True)
     tensors = _list(x)
     n = sum(t.numel() for t in tensors)

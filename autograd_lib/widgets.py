@@ -201,7 +201,7 @@ def _ipywidgets(operation: str) -> Any:
         import ipywidgets  # noqa: PLC0415
     except ImportError as error:
         raise ImportError(
-            f"{operation}: the live form needs ipywidgets; pip install 'autograd_lib[widgets]'"
+            f"{operation}: the live form needs ipywidgets: pip install ipywidgets"
         ) from error
     return ipywidgets
 
@@ -262,7 +262,7 @@ def explore(
     values = {name: _as_list(name, choices) for name, choices in values.items()}
     _check_values(values)
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("explore: drawing needs Matplotlib; pip install 'autograd_lib[plot]'")
+        raise ImportError("explore: drawing needs Matplotlib: pip install matplotlib")
     combinations = [
         dict(zip(values, combination, strict=True))
         for combination in itertools.product(*values.values())

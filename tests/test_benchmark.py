@@ -516,9 +516,9 @@ def test_plot_of_far_apart_ratios_is_logarithmic():
     plt.close(ax.figure)
 
 
-def test_plot_without_matplotlib_names_the_extra(result, monkeypatch):
+def test_plot_without_matplotlib_names_it(result, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"autograd_lib\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib$"):
         result.plot()
 
 

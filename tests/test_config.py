@@ -969,7 +969,7 @@ def test_random_overrides(write, overrides):
 
 
 @pytest.mark.parametrize("package", ["yaml", "pydantic"])
-def test_the_extra_is_named(monkeypatch, write, package):
+def test_the_missing_packages_are_named(monkeypatch, write, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"pip install 'autograd_lib\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install pydantic pyyaml$"):
         load_config(write(""))

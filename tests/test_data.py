@@ -283,9 +283,9 @@ def test_errors_name_the_path_and_the_nearest(name: str, options: dict, message:
         load_data(name, **options)
 
 
-def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scikit_learn_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'autograd_lib\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn$"):
         load_data("digits")
 
 
