@@ -32,6 +32,8 @@ from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.locale import admonitionlabels
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
+import autograd_lib
+
 ROOT = Path(__file__).parents[2]
 TORCH_DOCS = "https://docs.pytorch.org/docs/stable/"
 TORCH_PAGES = {
@@ -46,7 +48,7 @@ FOREIGN = re.compile(r"(torch|numpy|matplotlib|collections|typing)\b|[a-z]+$")
 def versions() -> dict[str, str]:
     """Return the versions that a reader needs to repeat a run."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
-    own = {"autograd_lib": importlib.metadata.version("autograd_lib")}
+    own = {"autograd_lib": autograd_lib.__version__}
     return {"Python": platform.python_version()} | packages | own
 
 
