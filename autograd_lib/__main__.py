@@ -1,9 +1,10 @@
-"""The command `python -m autograd_lib`: train, config, doctor, demo."""
+"""The command `autograd-lib`, or `python -m autograd_lib`: train, config, doctor, demo."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import shlex
 import shutil
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
+import autograd_lib
 from autograd_lib._build import Run, build, pick_device, position
+from autograd_lib._data import nearest
 from autograd_lib._doctor import diagnose
 from autograd_lib._picture import draw_training
 from autograd_lib._tables import text_table
@@ -23,14 +26,13 @@ from autograd_lib._yaml import config_yaml, default_yaml
 from autograd_lib.config import AutogradConfig, load_config
 from autograd_lib.examples import AdvancedAutogradExamples, AutogradExamples
 
-_COMMAND = "python -m autograd_lib"
 _DESCRIPTION = "Train models by a configuration, and find out what works on this machine."
 _EPILOG = """\
 examples:
-  python -m autograd_lib train configs/digits_cnn.yaml
-  python -m autograd_lib train configs/digits_cnn.yaml --set optimizer.lr=3e-3 --directory runs/b
-  torchrun --nproc-per-node 2 -m autograd_lib train configs/digits_cnn.yaml
-  python -m autograd_lib config > my.yaml
+  {command} train digits_cnn
+  {command} train digits_cnn --set optimizer.lr=3e-3 --directory runs/b
+  torchrun --nproc-per-node 2 -m autograd_lib train digits_cnn
+  {command} config > my.yaml
 
 exit status: 0 all went well; 1 the run failed, or doctor found something essential broken; 2 the
 request is wrong, and the message says what to change; 130 interrupted by Ctrl-C.
@@ -95,16 +97,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _command() -> str:
+    """How this process was started, for messages that say what to type."""
+    installed = Path(sys.argv[0]).stem == "autograd-lib"
+    return "autograd-lib" if installed else "python -m autograd_lib"
+
+
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
+    raw, command = argparse.RawDescriptionHelpFormatter, _command()
     parser = argparse.ArgumentParser(
-        prog=_COMMAND, description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw
+        prog=command,
+        description=_DESCRIPTION,
+        epilog=_EPILOG.format(command=command),
+        formatter_class=raw,
     )
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    parser.add_argument(
+        "--version",
+        action="version",
+        help="print the versions of the library, torch and Python",
+        version=f"autograd-lib {autograd_lib.__version__} ({versions})",
+    )
+    names = ", ".join(_shipped())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     text = "train a model as a configuration says"
     train = commands.add_parser("train", help=text, description=_TRAIN, formatter_class=raw)
-    train.add_argument("config", metavar="CONFIG", help="a YAML file, as `config` prints one")
+    train.add_argument("config", metavar="CONFIG", help=f"a YAML file, or one of {names}")
     _add_overrides(train)
     train.add_argument(
         "--resume",
@@ -123,7 +142,9 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "print the default configuration with comments, or a given one completed"
     config = commands.add_parser("config", help=text, description=text.capitalize() + ".")
-    config.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file to complete")
+    config.add_argument(
+        "config", metavar="CONFIG", nargs="?", help=f"a YAML file to complete, or one of {names}"
+    )
     _add_overrides(config)
     config.set_defaults(run=_config)
 
@@ -162,15 +183,39 @@ def _refusing() -> Iterator[None]:
         raise _RefusedError(str(error)) from error
 
 
+def _shipped() -> dict[str, Path]:
+    """The configurations that come with the library, by name."""
+    package = Path(__file__).parent
+    folder = package / "configs"  # where the wheel has them; a checkout has them beside the package
+    if not folder.is_dir():
+        folder = package.with_name("configs")
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _found(given: str) -> Path:
+    """The file that CONFIG stands for: a file before one that comes with the library."""
+    path, shipped = Path(given), _shipped()
+    if path.exists() and not path.is_dir():
+        return path
+    if given not in shipped:
+        raise ValueError(
+            f"CONFIG: expected a YAML file or one of {', '.join(shipped)}, got {given!r}, which "
+            f"is neither{nearest(path.stem, shipped)}"
+        )
+    return shipped[given]
+
+
 # config, doctor, demo
 
 
 def _config(arguments: argparse.Namespace) -> None:
-    if arguments.config is None and not arguments.overrides:
-        print(default_yaml(AutogradConfig), end="")
-        return
     with _refusing():
-        print(config_yaml(load_config(arguments.config or {}, arguments.overrides)), end="")
+        if arguments.config is None and not arguments.overrides:
+            text = default_yaml(AutogradConfig)
+        else:
+            source = _found(arguments.config) if arguments.config else dict[str, object]()
+            text = config_yaml(load_config(source, arguments.overrides))
+    print(text, end="")
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -212,7 +257,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> tuple[AutogradConfig, Path | None]:
     """The configuration, with the directory in it, and the checkpoint to go on from."""
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(_found(arguments.config), arguments.overrides)
     stem = Path(arguments.config).stem
     directory = Path(arguments.directory or config.training.directory or Path("runs") / stem)
     config = replace(config, training=replace(config.training, directory=str(directory)))
@@ -381,10 +426,8 @@ def _tell_how_to_resume(arguments: argparse.Namespace, run: Run, directory: Path
     words = ["train", arguments.config]
     words += [word for override in arguments.overrides for word in ("--set", override)]
     words += ["--directory", str(directory), "--resume"]
-    print(
-        f"\nInterrupted after step {run.system.step}. To go on:\n  {_COMMAND} {shlex.join(words)}",
-        file=sys.stderr,
-    )
+    again = f"{_command()} {shlex.join(words)}"
+    print(f"\nInterrupted after step {run.system.step}. To go on:\n  {again}", file=sys.stderr)
 
 
 if __name__ == "__main__":

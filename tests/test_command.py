@@ -1,9 +1,11 @@
-"""The command `python -m autograd_lib`, called as a function and as a process."""
+"""The command `autograd-lib`, called as a function and as a process."""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import os
+import platform
 import re
 import shlex
 import signal
@@ -15,7 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from environments import PROJECT, run_with
 
+import autograd_lib
 from autograd_lib import _doctor
 from autograd_lib.__main__ import main
 from autograd_lib.config import AutogradConfig, load_config
@@ -200,6 +204,10 @@ def test_too_many_nonfinite_steps_end_the_run_with_the_report(
     ("arguments", "message"),
     [
         (["missing.yaml"], r"error: .*missing\.yaml.*"),
+        (["xyz"], r"error: CONFIG: .* digits_cnn, highlight_rnn, .* got 'xyz', which is neither$"),
+        (["digit_cnn"], r"error: CONFIG: .* got 'digit_cnn', .* did you mean 'digits_cnn'\?$"),
+        (["configs/source_transformer.yml"], r"error: CONFIG: .* mean 'source_transformer'\?$"),
+        (["."], r"error: CONFIG: .* got '\.', which is neither$"),
         (["tiny.yaml", "--set", "training.epoch=3"], r"error: .*did you mean 'epochs'\?"),
         (["tiny.yaml", "--set", "training.epochs"], r"error: .*training\.epochs.*"),
         (["tiny.yaml", "--set", "data.name=source"], r"error: model\.name: 'cnn' does not fit"),
@@ -240,6 +248,8 @@ def test_help_explains_every_argument(
     expected = {"train": ("--set", "--resume", "--directory", "last.pt"), "config": ("--set",)}
     for word in expected.get("".join(command), ()):
         assert word in output
+    if command in (["train"], ["config"]):
+        assert all(path.stem in output for path in CONFIGS)
     if not command:
         assert all(word in output for word in ("train", "config", "doctor", "demo", "torchrun"))
 
@@ -326,6 +336,21 @@ def test_each_configuration_trains(path: Path, config: Path) -> None:
     assert Path(f"runs/{path.stem}/best.pt").exists()
 
 
+def test_a_configuration_of_the_library_trains_by_name(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    little = ["--set", "training.epochs=1", "--set", "data.batch_size=700"]
+    assert main(["train", "digits_cnn", "--set", "training.device=cpu", *little]) == 0
+    assert Path("runs/digits_cnn/best.pt").exists()
+    capsys.readouterr()
+    assert main(["config", "digits_cnn"]) == 0
+    assert "channels: [32, 32, 64, 64]" in capsys.readouterr().out
+    # A file of that name comes first.
+    Path("digits_cnn").write_text(TINY)
+    assert main(["config", "digits_cnn"]) == 0
+    assert "channels: [8, 8]" in capsys.readouterr().out
+
+
 def test_there_is_a_configuration_for_each_data_set() -> None:
     assert {load_config(path).data.name for path in CONFIGS} == {"digits", "source", "highlight"}
 
@@ -383,6 +408,41 @@ def test_the_demonstrations_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{examples}.{name}", lambda name=name: called.append(name))
     assert main(["demo"]) == 0
     assert len(called) == 2
+
+
+def test_the_command_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, _, name = PROJECT["scripts"]["autograd-lib"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/autograd-lib", "--help"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 0
+    output = capsys.readouterr().out
+    assert output.startswith("usage: autograd-lib ")
+    assert "\n  autograd-lib train digits_cnn\n" in output
+    assert "python -m" not in output
+
+
+def test_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    library, python = autograd_lib.__version__, platform.python_version()
+    expected = f"autograd-lib {library} (torch {torch.__version__}, Python {python})\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    "arguments", [["config"], ["config", "digits_cnn"], ["train", "digits_cnn"]]
+)
+def test_without_the_extra_there_is_one_line(arguments: list[str], tmp_path: Path) -> None:
+    call = "import sys; from autograd_lib.__main__ import main; sys.exit(main())"
+    run = run_with((None, call), arguments=arguments, cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    said = "error: configurations need PyYAML and pydantic: pip install pydantic pyyaml\n"
+    assert run.stderr == said
 
 
 def test_the_command_runs_as_a_module(config: Path) -> None:
