@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 import bs4
 import pytest
 from axe_playwright_python import sync_playwright as axe
+from hatchling.builders.wheel import WheelBuilder
 from playwright import sync_api
 
 import autograd_lib
@@ -178,6 +179,18 @@ def test_each_chapter_is_offered_as_a_notebook() -> None:
         link = soup(SITE / name).select_one(".notebook-link a")["href"]
         offered = (SITE / name).parent / link
         assert offered.read_bytes() == (ROOT / name).with_suffix(".ipynb").read_bytes()
+
+
+def test_the_start_page_offers_the_wheel(tmp_path: Path) -> None:
+    page = soup(SITE / "book" / "index.html")
+    (link,) = page.select('main a[href$=".whl"]')
+    offered = SITE / "book" / link["href"]
+    assert offered.name == f"autograd_by_experiment-{autograd_lib.__version__}-py3-none-any.whl"
+    assert f"pip install ./{offered.name}" in page.get_text()
+    # As it is built from what stands here now, byte for byte.
+    built = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    assert offered.read_bytes() == Path(next(built)).read_bytes()
+    assert list(SITE.rglob("*.whl")) == [offered.resolve()]
 
 
 @pages

@@ -299,7 +299,7 @@ def finish(app: Sphinx, exception: Exception | None) -> None:
 
 
 def remove_unused(out: Path, pages: dict[Path, str]) -> None:
-    """Remove static files and pictures that no page and no style sheet in use refers to."""
+    """Remove static files, pictures and downloads that no page or style sheet in use refers to."""
     used = set()
     for path, text in pages.items():
         for link in re.findall(r'(?:src|href)="([^"#?:]+)', text):
@@ -307,7 +307,7 @@ def remove_unused(out: Path, pages: dict[Path, str]) -> None:
     for sheet in [path for path in used if path.suffix == ".css" and path.exists()]:
         for link in re.findall(r"url\(([^):?#]+)\)", sheet.read_text(encoding="utf-8")):
             used.add((sheet.parent / link.strip("\"'")).resolve())
-    for folder in ("_static", "_images", "_sphinx_design_static", "_sources"):
+    for folder in ("_static", "_images", "_downloads", "_sphinx_design_static", "_sources"):
         for path in sorted((out / folder).rglob("*"), reverse=True):
             if path.is_dir():
                 if not any(path.iterdir()):
