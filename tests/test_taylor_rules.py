@@ -119,31 +119,38 @@ def spelled(name: str) -> Iterator[tuple[str, Function]]:
             yield f"{home.__name__.split('.')[-1]}.{name}", function
 
 
+# Other spellings of a function that has a case: they must have its very rule, and its arguments.
+SPELLINGS: dict[str, tuple[Function, Function, tuple[Tensor, ...]]] = {}
+# These have a rule of their own, or pass options on to it.
+EACH = ("Tensor.neg", "Tensor.positive", "functional.relu", "functional.selu", "functional.celu")
+
 for _names, _values in (
     (
         """
-        exp expm1 exp2 tanh sigmoid expit tan sin cos sinh cosh atan arctan asin arcsin acos arccos
-        asinh arcsinh atanh arctanh erf erfc erfcx erfinv logsigmoid square neg negative positive
+        exp expm1 exp2 tanh sigmoid/expit tan sin cos sinh cosh atan/arctan asin/arcsin acos/arccos
+        asinh/arcsinh atanh/arctanh erf erfc erfcx erfinv logsigmoid square neg negative positive
         clone softsign silu mish
         """,
         0.8 * (1 - REACH) * real(2, 3),
     ),
     (
         """
-        reciprocal sqrt rsqrt log log2 log10 log1p lgamma digamma gammaln
+        reciprocal sqrt rsqrt log log2 log10 log1p lgamma/gammaln digamma
         """,
         positive(2, 3),
     ),
-    ("acosh arccosh", positive(2, 3) + 1),
+    ("acosh/arccosh", positive(2, 3) + 1),
     ("logit", 0.3 + 0.1 * positive(2, 3)),
-    ("abs absolute relu relu6 selu celu elu leaky_relu hardtanh hardswish", apart(2, 4)),
+    ("abs/absolute relu relu6 selu celu elu leaky_relu hardtanh hardswish", apart(2, 4)),
 ):
-    for _name in _names.split():
-        for _spelling, _function in spelled(_name):
-            if _name == "softsign":
-                case(_spelling, _function, apart(2, 3))
+    for _group in _names.split():
+        (_tested, _function), *_others = [each for n in _group.split("/") for each in spelled(n)]
+        case(_tested, _function, apart(2, 3) if _group == "softsign" else _values)
+        for _spelling, _other in _others:
+            if _spelling in EACH:
+                case(_spelling, _other, _values)
             else:
-                case(_spelling, _function, _values)
+                SPELLINGS[_spelling] = _other, _function, (_values,)
 
 cases(
     "gelu",
@@ -300,32 +307,26 @@ for _index, (_left, _right) in enumerate(_BROADCAST):
         "atan-of-ratio": lambda x, y: torch.atan(x / y) * y,
     }.items():
         case(f"{_name}-broadcast-{_index}", _function, positive(*_left), positive(*_right))
+_PAIR = positive(2, 3), positive(3)
+for _tested, *_others in (
+    (Tensor.add, lambda x, y: x + y),
+    (torch.subtract, Tensor.sub, Tensor.subtract, lambda x, y: x - y),
+    (torch.multiply, Tensor.mul, Tensor.multiply, lambda x, y: x * y),
+    (
+        *(torch.divide, torch.true_divide, Tensor.div, Tensor.divide, Tensor.true_divide),
+        *(lambda x, y: x / y, lambda x, y: x.__truediv__(y)),
+    ),
+    (Tensor.pow, lambda x, y: x**y),
+    (torch.float_power, lambda x, y: x.float_power(y)),
+):
+    case(f"binary-{_tested.__name__}", _tested, *_PAIR, halves=False)
+    for _index, _other in enumerate(_others):
+        SPELLINGS[f"binary-{_tested.__name__}-{_index}"] = _other, _tested, _PAIR
 cases(
     "binary",
     [
-        torch.subtract,
-        torch.multiply,
-        torch.divide,
-        torch.true_divide,
-        Tensor.add,
-        Tensor.sub,
-        Tensor.mul,
-        Tensor.div,
-        Tensor.pow,
-        Tensor.subtract,
-        Tensor.multiply,
-        Tensor.divide,
-        Tensor.true_divide,
-        torch.float_power,
-        lambda x, y: x.float_power(y),
-        lambda x, y: x + y,
-        lambda x, y: x - y,
-        lambda x, y: x * y,
-        lambda x, y: x / y,
-        lambda x, y: x**y,
         lambda x, y: x.__matmul__(y) * x[:, 0],
         lambda x, y: x.__rmatmul__(y.new_ones(4, 2)),
-        lambda x, y: x.__truediv__(y),
         torch.rsub,
         lambda x, y: torch.rsub(x, y, alpha=3),
         lambda x, y: torch.add(x, y, alpha=2.5),
@@ -337,8 +338,7 @@ cases(
         lambda x, y: torch.lerp(x, y, weight=y),
         lambda x, y: x + torch.div(x, 9 * y, rounding_mode="floor"),
     ],
-    positive(2, 3),
-    positive(3),
+    *_PAIR,
     halves=False,
 )
 cases(
@@ -1525,11 +1525,13 @@ class Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[Any] = set()
+        self.calls: list[tuple[Any, tuple[Any, ...], Any]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         self.seen.add(func)
+        self.calls.append((func, args, kwargs))
         return func(*args, **(kwargs or {}))
 
 
@@ -1632,12 +1634,31 @@ def test_softmax_without_a_dimension(function: Function, shape: tuple[int, ...])
     torch.testing.assert_close(jet(function, x, x, 1)[0], function(x))
 
 
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_another_spelling_has_the_rule_of_a_case(name: str) -> None:
+    """The very object, called alike, so that what holds of one holds of the other."""
+    function, tested, tensors = SPELLINGS[name]
+    assert any(of.function is tested for of in CASES.values())
+    calls = []
+    for each in (function, tested):
+        with Recorder() as recorder:
+            each(*tensors)
+        ((called, arguments, options),) = recorder.calls
+        assert all(a is b for a, b in zip(arguments, tensors, strict=True))
+        assert not options
+        calls.append(called)
+    assert taylor.RULES[calls[0]] is taylor.RULES[calls[1]]
+    assert torch.equal(function(*tensors), tested(*tensors))
+
+
 def test_every_rule_has_a_case() -> None:
     """A function is covered where it, or its namesake with the same rule, is called by a case."""
     with Recorder() as recorder:
         for name, of in CASES.items():
             point = prepared(name, subsets(of)[0], "cpu")
             jet(point.function, point.x, point.v, 1)
+        for function, _, tensors in SPELLINGS.values():
+            function(*tensors)
         for function in PLAIN:
             jet(lambda x, f=function: (f(x), x)[1], apart(3, 4), apart(3, 4), 1)
 
