@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from autograd_lib import benchmark
+
+# Else each of xdist's workers has as many threads as there are cores, which then wait in turns.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
 _here: tuple[object, int] = (None, 0)  # where what stands was last set aside
 
