@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -25,7 +24,6 @@ from docutils import nodes
 from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
 from sphinx.ext.napoleon.docstring import GoogleDocstring
@@ -75,24 +73,6 @@ def run_record(executed: float | None) -> dict[str, Any]:
         "versions": versions(),
         "device": device(),
     }
-
-
-def tie_cache_to_library(app: Sphinx, config: Config) -> None:
-    """Give the notebooks' cache a name that changes with the library and the versions.
-
-    The cache looks at a notebook's cells alone: without this, a chapter would keep showing what an
-    older library printed.
-    """
-    digest = hashlib.sha256(json.dumps([versions(), device()]).encode())
-    library = ROOT / "autograd_lib"
-    for path in sorted(path for path in library.rglob("*.*") if path.suffix != ".pyc"):
-        digest.update(path.read_bytes())
-    caches = Path(app.outdir).parent / ".jupyter_cache"
-    current = caches / digest.hexdigest()[:16]
-    for old in caches.glob("*"):
-        if old.is_dir() and old != current:
-            shutil.rmtree(old)
-    config.nb_execution_cache_path = str(current)
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -318,7 +298,6 @@ def remove_unused(out: Path, pages: dict[Path, str]) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the functions above to the build."""
-    app.connect("config-inited", tie_cache_to_library)
     app.connect("html-page-context", fill_context, priority=900)
     app.connect("missing-reference", resolve_foreign)
     app.add_role("quoted", quoted_name)
