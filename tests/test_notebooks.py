@@ -6,10 +6,11 @@ rule, and every rule to a chapter that was broken on purpose, so that no rule ca
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import matplotlib as mpl
@@ -90,6 +91,189 @@ def outputs_are_compared(notebook: NotebookNode) -> Iterator[str]:
             yield f"tagged {unread}: {opening(cell)}"
         if "%%" in cell.source[:2] or re.search(r"NBVAL_\w+", cell.source):
             yield f"magic that changes what is compared: {opening(cell)}"
+
+
+# No claim hangs on a clock.
+
+CLOCKS = {"perf_counter", "monotonic", "process_time", "thread_time", "time", "default_timer"}
+CLOCKS |= {f"{clock}_ns" for clock in CLOCKS} | {"timeit", "repeat", "blocked_autorange"}
+CLOCKS |= {"elapsed_time", "compare"}
+TIMES = {"medians", "ratios", "noise", "noise_band", "verdict", "seconds", "time"}
+TIMES |= {"predicted_time", "plain_time", "break_even", "cpu_time_total", "self_cpu_time_total"}
+COUNTS = {"peak_bytes", "host_reads", "gradient_error", "settings", "steps", "names", "source"}
+GROWS = {"append", "extend", "add", "insert", "update"}
+
+Kinds = frozenset[str]  # of what an expression depends on: "clock", "record"
+NONE: Kinds = frozenset()
+
+
+def called(node: ast.AST) -> str:
+    """The last name of what is called: `perf_counter` of `time.perf_counter()`."""
+    function = node.func if isinstance(node, ast.Call) else None
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def root(node: ast.AST) -> str:
+    """The variable at the left of `variable.attribute[index]`."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Starred, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return getattr(node, "id", "")
+
+
+class Clockwatch:
+    """Follows times through the assignments of a notebook, and collects what is claimed of them.
+
+    Attributes:
+        names: What each variable depends on; a function, what its results depend on.
+        found: The complaints about the cell that was read last.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[str, Kinds] = {}
+        self.functions: dict[str, Kinds] = {}
+        self.found: list[str] = []
+
+    def read(self, source: str, compared: bool) -> list[str]:
+        self.found, self.compared = [], compared
+        body = ast.parse(source).body
+        self.run(body)
+        if body and isinstance(body[-1], ast.Expr):
+            self.shown(body[-1].value)
+        return list(dict.fromkeys(self.found))
+
+    def kinds(self, node: ast.AST) -> Kinds:
+        """What the value of an expression depends on."""
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id, NONE)
+        key = getattr(node, "attr", None)
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            key = node.slice.value
+        if key in COUNTS or called(node) in {"len", "peak_bytes"}:
+            return NONE
+        if key in TIMES:  # but of a comparison of samples that the cell makes up
+            base = node.value  # type: ignore[attr-defined]
+            made_up = isinstance(base, ast.Call) and getattr(base.func, "id", "") == "Comparison"
+            return self.kinds(base) or (NONE if made_up else frozenset({"clock"}))
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            before = self.names.copy()
+            for generator in node.generators:
+                self.bind(generator.target, self.kinds(generator.iter))
+            found = self.union(ast.iter_child_nodes(node))
+            self.names = before
+            return found
+        if isinstance(node, ast.Lambda):
+            before = self.names.copy()
+            self.forget(node.args)
+            found, self.names = self.kinds(node.body), before
+            return found
+        own = self.functions.get(called(node), NONE)
+        if called(node) in CLOCKS:
+            own |= {"clock"}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "record":
+            own |= {"record"}
+        return own | self.union(ast.iter_child_nodes(node))
+
+    def union(self, nodes: Iterable[ast.AST]) -> Kinds:
+        return NONE.union(*map(self.kinds, nodes))
+
+    def bind(self, target: ast.AST, kinds: Kinds, value: ast.AST | None = None) -> None:
+        if isinstance(target, (ast.Tuple, ast.List)):
+            values = value.elts if isinstance(value, (ast.Tuple, ast.List)) else []
+            together = len(values) == len(target.elts)
+            for i, part in enumerate(target.elts):
+                self.bind(part, self.kinds(values[i]) if together else kinds)
+        elif isinstance(target, ast.Name):
+            self.names[target.id] = kinds
+        elif kinds:
+            self.names[root(target)] = self.names.get(root(target), NONE) | kinds
+
+    def forget(self, arguments: ast.arguments) -> None:
+        for argument in ast.walk(arguments):
+            if isinstance(argument, ast.arg):
+                self.names[argument.arg] = NONE
+
+    def run(self, statements: Iterable[ast.stmt]) -> None:
+        for statement in statements:
+            self.step(statement)
+
+    def step(self, node: ast.stmt) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            self.define(node)
+        elif isinstance(node, ast.Assign):
+            kinds = self.kinds(node.value)
+            for target in node.targets:
+                self.bind(target, kinds, node.value)
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            before = self.kinds(node.target) if isinstance(node, ast.AugAssign) else NONE
+            self.bind(node.target, before | (self.kinds(node.value) if node.value else NONE))
+        elif isinstance(node, ast.Assert):
+            self.claim(node.test, node)
+        elif isinstance(node, ast.Expr):
+            self.call(node.value)
+        elif isinstance(node, ast.With):
+            for item in node.items:
+                if item.optional_vars is not None:
+                    self.bind(item.optional_vars, self.kinds(item.context_expr))
+        elif isinstance(node, ast.If) and any(isinstance(n, ast.Raise) for n in ast.walk(node)):
+            self.claim(node.test, node)
+        for _ in range(2 if isinstance(node, (ast.For, ast.While)) else 1):  # the first turn may
+            if isinstance(node, ast.For):  # make what the second one reads
+                self.bind(node.target, self.kinds(node.iter))
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                for field in ("body", "orelse", "finalbody"):
+                    self.run(getattr(node, field, []))
+                for handler in getattr(node, "handlers", []):
+                    self.run(handler.body)
+
+    def define(self, node: ast.FunctionDef | ast.ClassDef) -> None:
+        """What a function returns is taken to depend on everything that is read in it."""
+        before = self.names.copy()
+        if isinstance(node, ast.FunctionDef):
+            self.forget(node.args)
+        self.run(node.body)
+        kinds = NONE
+        for inner in self.within(node):
+            if isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
+                kinds |= self.functions.get(inner.name, NONE)
+            else:
+                kinds |= self.kinds(inner)
+        self.names = before
+        self.functions[node.name] = kinds
+
+    def within(self, node: ast.AST) -> Iterator[ast.FunctionDef | ast.ClassDef | ast.expr]:
+        """The expressions of the statements in a definition, and the definitions in it."""
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                yield child
+            elif isinstance(child, ast.expr):
+                if not isinstance(getattr(child, "ctx", None), ast.Store):
+                    yield child
+            elif not isinstance(child, ast.arguments):
+                yield from self.within(child)
+
+    def call(self, node: ast.AST) -> None:
+        if called(node).startswith("assert_"):
+            self.claim(node, node)
+        elif called(node) in {"print", "display"}:
+            self.shown(node)
+        elif called(node) in GROWS and (kinds := self.kinds(node)):
+            self.names[root(node)] = self.names.get(root(node), NONE) | kinds
+
+    def claim(self, node: ast.AST, whole: ast.AST) -> None:
+        if kinds := self.kinds(node):
+            self.found.append(f"claims a time of a {'/'.join(sorted(kinds))}: {ast.unparse(whole)}")
+
+    def shown(self, node: ast.AST) -> None:
+        if self.compared and "clock" in self.kinds(node):
+            self.found.append(f"a time in compared output: {ast.unparse(node)}")
+
+
+def no_assertion_on_the_clock(notebook: NotebookNode) -> Iterator[str]:
+    """A busy machine fails no cell: times are drawn from records, or shown in ignored output."""
+    watch = Clockwatch()
+    for cell in code_cells(notebook):
+        for complaint in watch.read(cell.source, "nbval-ignore-output" not in tags(cell)):
+            yield f"{complaint[:120]}: {opening(cell)}"
 
 
 # What a reader sees.
@@ -219,6 +403,7 @@ RULES: list[Rule] = [
     no_empty_cells,
     no_addresses,
     outputs_are_compared,
+    no_assertion_on_the_clock,
     figures_have_alt_text,
     imports_the_library,
     opens_and_ends_as_a_chapter,
@@ -304,6 +489,53 @@ def exception_expected(notebook: NotebookNode) -> None:
     code_cells(notebook)[4].metadata.tags = ["raises-exception"]
 
 
+def add_code(notebook: NotebookNode, text: str) -> None:
+    notebook.cells.insert(3, nbformat.v4.new_code_cell(text))
+
+
+def asserts_seconds(notebook: NotebookNode) -> None:
+    add_code(notebook, "start = time.perf_counter()\nstep()\ntook = time.perf_counter() - start")
+    add_code(notebook, "pass")  # in between
+    notebook.cells.insert(6, nbformat.v4.new_code_cell("assert took < 1"))
+
+
+def asserts_a_ratio(notebook: NotebookNode) -> None:
+    add_code(
+        notebook,
+        "found = compare(steps)\nfaster = [found.ratios[n].median for n in steps]\n"
+        "assert max(faster) < 0.8",
+    )
+
+
+def asserts_in_a_helper(notebook: NotebookNode) -> None:
+    add_code(
+        notebook,
+        "def check(times):\n    for _ in range(3):\n        begun = perf_counter()\n"
+        "        times.append(perf_counter() - begun)\n    assert max(times) < 1",
+    )
+
+
+def asserts_what_a_helper_timed(notebook: NotebookNode) -> None:
+    add_code(
+        notebook,
+        "def timed(run):\n    start = time.monotonic_ns()\n    run()\n"
+        "    return time.monotonic_ns() - start\n\n\n"
+        "np.testing.assert_array_less(timed(step), 1e9)",
+    )
+
+
+def raises_on_a_record(notebook: NotebookNode) -> None:
+    add_code(
+        notebook,
+        'ratio = Comparison.from_json(record("training")).ratios["a"]\n'
+        "if ratio.high > 1:\n    raise AssertionError(ratio)",
+    )
+
+
+def prints_seconds(notebook: NotebookNode) -> None:
+    add_code(notebook, "for trial in report.trials:\n    print(f'{trial.time:.3f} s')")
+
+
 def alt_text_of_spaces(notebook: NotebookNode) -> None:
     drawn = first_code(notebook, lambda c: "mystnb" in c.metadata)
     drawn.metadata["mystnb"]["image"]["alt"] = " " * 30
@@ -380,6 +612,12 @@ def check_refuses_the_solution(notebook: NotebookNode) -> None:
         (no_addresses, path_in_output),
         (outputs_are_compared, many_ignored),
         (outputs_are_compared, exception_expected),
+        (no_assertion_on_the_clock, asserts_seconds),
+        (no_assertion_on_the_clock, asserts_a_ratio),
+        (no_assertion_on_the_clock, asserts_in_a_helper),
+        (no_assertion_on_the_clock, asserts_what_a_helper_timed),
+        (no_assertion_on_the_clock, raises_on_a_record),
+        (no_assertion_on_the_clock, prints_seconds),
         (figures_have_alt_text, no_alt_text),
         (figures_have_alt_text, alt_text_of_spaces),
         (figures_have_alt_text, file_name_as_alt_text),
@@ -408,3 +646,23 @@ def test_a_check_that_refuses_the_solution_is_noticed() -> None:
     check_refuses_the_solution(notebook)
     with pytest.raises(AssertionError):
         list(checks_bite(notebook))
+
+
+def test_counts_may_be_asserted_and_records_shown() -> None:
+    notebook = read(BOOK / "basics.ipynb")
+    add_code(
+        notebook,
+        """result = compare(steps)
+assert result.peak_bytes["a"] < result.peak_bytes["b"]
+assert len(report.trials) > 5
+stored = record("monitoring_light_mlp")
+print(stored.source, stored["medians"])
+assert stored["host_reads"]["GradientMonitor"] == 0
+noise = rng.normal(size=(3, 2))
+assert Comparison(("a", "b"), "a", noise, noise[:, 0], {}, {}).verdict("b") == "tie"
+Comparison.from_json(stored).plot()
+""",
+    )
+    ignored = nbformat.v4.new_code_cell("result", metadata={"tags": ["nbval-ignore-output"]})
+    notebook.cells.insert(4, ignored)
+    assert list(no_assertion_on_the_clock(notebook)) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -79,9 +80,10 @@ def _stored(output: NotebookNode, count: int) -> NotebookNode:
 
 def execute(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    # The kernel runs where a reader's would; what it prints on standard error is worth a look.
-    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(BOOK)}})
-    client.execute()
+    # In an empty folder, as the build does: a chapter reads nothing but what it wrote itself.
+    with tempfile.TemporaryDirectory() as folder:
+        client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": folder}})
+        client.execute()
     nbformat.write(normalize(notebook), path)
 
 
