@@ -12,9 +12,12 @@ import torch
 
 from autograd_lib import benchmark
 
-# Else each of xdist's workers has as many threads as there are cores, which then wait in turns.
+# Else each of xdist's workers, and each process that it starts, has as many threads as there are
+# cores, which then wait in turns.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+    threads = max(1, torch.get_num_threads() // int(workers))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 _here: tuple[object, int] = (None, 0)  # where what stands was last set aside
 
