@@ -3,6 +3,8 @@ PYTHON ?= python3
 # TORCH=cpu (or cu126, …) takes torch from PyTorch's own index instead of PyPI.
 TORCH ?=
 BIN := .venv/bin
+# The tests of one file share what is slow to start, and a chapter's cells their kernel.
+ON_ALL_CORES := --numprocesses logical --maxprocesses 8 --dist loadfile
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -23,10 +25,11 @@ book: $(INSTALLED) ## execute every notebook and build the HTML, warnings as err
 	$(BIN)/jupyter-book build -W --keep-going .
 	@echo "Open file://$(CURDIR)/_build/html/index.html"
 
+# The build has executed every chapter with this machine's own settings; here once more with others,
+# and what they print is compared with what is stored.
 test: lint types book ## everything that must hold
-	$(BIN)/pytest
-	$(BIN)/pytest --nbval book
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/pytest --nbval book
+	$(BIN)/pytest $(ON_ALL_CORES)
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/pytest $(ON_ALL_CORES) --nbval book
 
 lint: $(INSTALLED) ## style of the code, notebooks included
 	$(BIN)/ruff check .
