@@ -49,8 +49,9 @@ def _versions() -> list[Row]:
     rows: list[Row] = [
         ("python", platform.python_version()),
         ("autograd_lib", autograd_lib.__version__),
+        ("torch", torch.__version__),  # which says of what build it is
     ]
-    for package in ("torch", "numpy", *_OPTIONAL):
+    for package in ("numpy", *_OPTIONAL):
         try:
             rows.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
