@@ -4,24 +4,21 @@ Gradients read, saved memory counted, training steps compared side by side; ever
 importable from here. Importing loads torch, NumPy and the standard library only.
 """
 
-from autograd_lib.activations import low_memory_gelu, low_memory_relu, low_memory_silu
 from autograd_lib.benchmark import Comparison, Ratio, compare
 from autograd_lib.callbacks import lightning_callback, transformers_callback
 from autograd_lib.checkpointing import CheckpointPlan, plan_checkpoints
 from autograd_lib.config import AutogradConfig, Settings, load_config
-from autograd_lib.cross_entropy import linear_cross_entropy
 from autograd_lib.examples import AdvancedAutogradExamples, AutogradExamples
-from autograd_lib.figures import (
-    plot_gradient_flow,
-    plot_gradient_heatmap,
-    plot_gradient_histograms,
-    plot_issues,
-    plot_update_ratios,
-)
 from autograd_lib.functions import (
     CustomAutogradFunction,
+    CustomLossFunction,
     clip_gradient,
+    fixed_point,
+    linear_cross_entropy,
     log1mexp,
+    low_memory_gelu,
+    low_memory_relu,
+    low_memory_silu,
     reverse_gradient,
     safe_norm,
     safe_sqrt,
@@ -45,21 +42,29 @@ from autograd_lib.higher_order import (
     hessian_diagonal,
     hessian_trace,
     hvp,
+    jet,
+    jet_rule,
     laplacian,
     linearize_hvp,
     top_eigenvalues,
     verify_derivatives,
 )
-from autograd_lib.implicit import fixed_point
-from autograd_lib.losses import CustomLossFunction
 from autograd_lib.memory import SavedTensors, peak_bytes, saved_tensors
 from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransformerModel
-from autograd_lib.monitor import GradientMonitor, Issue, NoiseScale
+from autograd_lib.monitor import (
+    GradientMonitor,
+    Issue,
+    NoiseScale,
+    plot_gradient_flow,
+    plot_gradient_heatmap,
+    plot_gradient_histograms,
+    plot_issues,
+    plot_update_ratios,
+)
 from autograd_lib.nonfinite import NonFinite, NonFiniteGuard, find_nonfinite
-from autograd_lib.taylor import jet, jet_rule
+from autograd_lib.report.explorer import Explorer, GradientDashboard, explore
 from autograd_lib.training import AutogradTrainingSystem
 from autograd_lib.tuning import Trial, TuningReport, autotune
-from autograd_lib.widgets import Explorer, GradientDashboard, explore
 
 __version__ = "0.1.0"
 

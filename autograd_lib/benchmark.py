@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from autograd_lib._plots import sized_axes
-from autograd_lib._progress import progress
-from autograd_lib._tables import html_table, readable_bytes, text_table
 from autograd_lib.memory import peak_bytes
+from autograd_lib.report.plots import sized_axes
+from autograd_lib.report.progress import progress
 from autograd_lib.report.stored import described, this_environment
+from autograd_lib.report.tables import html_table, readable_bytes, text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,19 +22,19 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
-from autograd_lib._probe import kept_random_states
-from autograd_lib._tables import Row, readable_bytes, text_table
 from autograd_lib.benchmark import Comparison, compare
-from autograd_lib.checkpointing import plan_checkpoints
-from autograd_lib.config import Settings
-from autograd_lib.functions import CustomAutogradFunction
+from autograd_lib.checkpointing.plan import plan_checkpoints
+from autograd_lib.checkpointing.probe import kept_random_states
+from autograd_lib.config.records import Settings
+from autograd_lib.functions.functions import CustomAutogradFunction
+from autograd_lib.functions.losses import CustomLossFunction
 from autograd_lib.gradients import AutogradUtils
-from autograd_lib.losses import CustomLossFunction
 from autograd_lib.memory import peak_bytes, saved_tensors
 from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransformerModel
-from autograd_lib.monitor import GradientMonitor
-from autograd_lib.training import AutogradTrainingSystem
-from autograd_lib.tuning import autotune
+from autograd_lib.monitor.monitor import GradientMonitor
+from autograd_lib.report.tables import Row, readable_bytes, text_table
+from autograd_lib.training.system import AutogradTrainingSystem
+from autograd_lib.tuning.tuner import autotune
 
 __all__ = ["AdvancedAutogradExamples", "AutogradExamples"]
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autograd_lib._tables import html_table, text_table
+from autograd_lib.report.tables import html_table, text_table
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import (
     _recomputation_hook,
 )
 
-from autograd_lib._tables import Row, html_table, readable_bytes, text_table
+from autograd_lib.report.tables import Row, html_table, readable_bytes, text_table
 
 __all__ = ["SavedTensors", "peak_bytes", "saved_tensors"]
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from autograd_lib.activations import low_memory_gelu, low_memory_silu
+from autograd_lib.functions.activations import low_memory_gelu, low_memory_silu
 
 __all__ = ["CustomCNNModel", "CustomRNNModel", "CustomTransformerModel"]
 

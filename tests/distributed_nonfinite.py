@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from autograd_lib.nonfinite import NonFiniteGuard, find_nonfinite
+from autograd_lib.nonfinite.guard import NonFiniteGuard, find_nonfinite
 
 
 def make(kind: str) -> nn.Module:

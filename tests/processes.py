@@ -22,7 +22,7 @@ import distributed_training
 import torch
 from torch import distributed as dist
 
-from autograd_lib.__main__ import main
+from autograd_lib.command.main import main
 
 # By file and name: called with the rank and a directory that all scenarios of both ranks share.
 SCENARIOS: dict[str, Callable[[int, Path], Any]] = {

@@ -21,8 +21,9 @@ import pytest
 import torch
 from cases import DEVICES
 
-from autograd_lib import _progress, benchmark
+from autograd_lib import benchmark
 from autograd_lib.benchmark import Comparison, Ratio, compare
+from autograd_lib.report import progress as _progress
 
 
 class Clock:

@@ -13,7 +13,7 @@ import torch
 from distributed_training import STRATEGIES, agree, apart, go_on
 from processes import SCENARIOS, Outcomes, run_all
 
-from autograd_lib.__main__ import main
+from autograd_lib.command.main import main
 
 ROOT = Path(__file__).parent.parent
 # Four steps to an epoch; of SGD, for Adam magnifies the rounding of gradients that are nearly zero.
@@ -31,7 +31,8 @@ BROKEN = """
 import dataclasses
 import os
 import sys
-from autograd_lib import __main__ as command, _build
+from autograd_lib.command import main as command
+from autograd_lib.command import build as _build
 
 kind, *arguments = sys.argv[1:]
 broken = os.environ["RANK"] == "1"

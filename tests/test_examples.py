@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from scipy.integrate import quad
 from torch import Tensor, nn
 
-from autograd_lib._tables import readable_bytes
 from autograd_lib.config import Settings
 from autograd_lib.examples import AdvancedAutogradExamples, AutogradExamples
+from autograd_lib.report.tables import readable_bytes
 
 # What Dynamo and Inductor say of themselves.
 pytestmark = [

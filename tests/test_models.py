@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autograd_lib.config import Settings
 from autograd_lib.gradients import missing_gradients
-from autograd_lib.higher_order import derivative_tower
+from autograd_lib.higher_order.operators import derivative_tower
+from autograd_lib.higher_order.taylor import jet
 from autograd_lib.memory import saved_tensors
 from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransformerModel
-from autograd_lib.taylor import jet
 
 VOCABULARY = 11
 FALLBACK = "ignore:There is a performance drop because we have not yet implemented:UserWarning"

@@ -1,0 +1,375 @@
+"""Checkpoint plans: what to save and what to compute again, optimal under a budget of bytes.
+
+`torch.utils.checkpoint` trades time for memory where it is told to. `plan_checkpoints` says where:
+it measures each block of a model, finds the fastest schedule whose peak fits the budget, and
+applies it with PyTorch's own checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from autograd_lib.checkpointing.measure import measure
+from autograd_lib.checkpointing.recompute import apply_checkpoints, runs_its_children
+from autograd_lib.checkpointing.solver import Chain, Step, Steps, frontier, length, replay
+from autograd_lib.report.plots import sized_axes
+from autograd_lib.report.progress import progress
+from autograd_lib.report.tables import Row, html_table, readable_bytes, text_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["CheckpointPlan", "plan_checkpoints"]
+
+Blocks = nn.Sequential | nn.ModuleList | list[nn.Module] | tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class CheckpointPlan:
+    """The fastest schedule of a chain of blocks under a budget; prints as a table, draws itself.
+
+    Bytes are the peak of forward and backward of one step that starts with every `.grad` None,
+    parameter gradients included, above what stood before it. Seconds are those of that step.
+
+    Attributes:
+        steps: For each block "save", "selective" or "recompute"; a tuple of steps stands for a run
+            of blocks under one checkpoint, of which only the input is kept: in backward it runs
+            again by these steps.
+        budget: The bytes that were allowed.
+        predicted_bytes: Peak by this plan.
+        predicted_time: Seconds by this plan.
+        plain_bytes: Peak without checkpoints.
+        plain_time: Seconds without checkpoints.
+        rules: The same two figures for rules of thumb: "everything" (each block recomputed) and
+            "square root" (about sqrt(n) equal runs, the last saved: `checkpoint_sequential`).
+        curve: Both figures of every optimal plan, from the least bytes to the least time.
+        refused: Blocks that cannot be recomputed, by index, with the reason.
+    """
+
+    steps: Steps
+    budget: int
+    predicted_bytes: int
+    predicted_time: float
+    plain_bytes: int
+    plain_time: float
+    rules: dict[str, tuple[int, float]]
+    curve: list[tuple[int, float]]
+    refused: dict[int, str]
+    _chain: Chain
+    _frontier: list[tuple[int, float, Steps]]
+    _blocks: tuple[nn.Module, ...]
+
+    def within(self, budget: int) -> CheckpointPlan:
+        """Choose the plan for another budget, from the same measurement.
+
+        Args:
+            budget: Bytes, as for `plan_checkpoints`.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: No schedule fits the budget; the least possible is named.
+        """
+        nbytes, seconds, steps = _fastest(self._frontier, budget)
+        return replace(
+            self, steps=steps, budget=budget, predicted_bytes=nbytes, predicted_time=seconds
+        )
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Let the blocks of `model` run by this plan from now on.
+
+        Each is checkpointed by `torch.utils.checkpoint` (``use_reentrant=False``). Gradients are
+        bit-equal to those without a plan, dropout included (of compiled selective blocks equal
+        within rounding). Buffers that a forward changes, as BatchNorm's running statistics, are
+        changed once per step. Names and order of parameters,
+        buffers and modules stay what they are; a plan replaces the one applied before. Hooks on
+        submodules of a recomputed block run again with it.
+
+        Args:
+            model: Holds the blocks that were measured, or is a copy of the model that does.
+
+        Returns:
+            `model` itself.
+
+        Raises:
+            ValueError: Blocks like those that were measured are not in `model`, or not once.
+        """
+        apply_checkpoints(model, self.locate(model))
+        return model
+
+    def locate(self, model: nn.Module) -> dict[str, Step | Steps]:
+        """Find the blocks in `model`.
+
+        Args:
+            model: As for `apply`.
+
+        Returns:
+            Qualified names with what is done to each: the value of `Settings.checkpoint`.
+
+        Raises:
+            ValueError: As for `apply`.
+        """
+        names = {module: name for name, module in model.named_modules()}
+        kinds = [type(block) for block in self._blocks]
+        containers = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Sequential | nn.ModuleList)
+            and [type(child) for child in module] == kinds
+        ]
+        for name, module in containers:
+            if all(a is b for a, b in zip(module, self._blocks, strict=True)):
+                return {name: self.steps}
+        single = all(isinstance(step, str) for step in self.steps)
+        if single and all(block in names for block in self._blocks):
+            return {names[b]: step for b, step in zip(self._blocks, self.steps, strict=True)}
+        if len(containers) != 1:
+            raise ValueError(
+                "CheckpointPlan.apply: expected a model that holds the blocks of the plan, or one "
+                f"container of {len(kinds)} blocks like them, found {len(containers)}; apply the "
+                "plan to the model it was made for, or make one for this model"
+            )
+        return {containers[0][0]: self.steps}
+
+    def _table(self) -> tuple[str, Row, list[Row]]:
+        rows: list[Row] = []
+
+        def add(name: str, nbytes: int, seconds: float) -> None:
+            rows.append((name, readable_bytes(nbytes), f"{seconds / self.plain_time:.2f}"))
+
+        add("save everything", self.plain_bytes, self.plain_time)
+        for rule, figures in self.rules.items():
+            add(f"rule: {rule}", *figures)
+        add("this plan", self.predicted_bytes, self.predicted_time)
+        rows += [(f"  {line}", "", "") for line in _lines(self.steps, self._chain)]
+        title = f"Checkpoint plan within {readable_bytes(self.budget)}"
+        return title, ("schedule", "peak", "time / plain"), rows
+
+    def __repr__(self) -> str:
+        return text_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw peak and time of all optimal plans, of this one, and of the rules.
+
+        Args:
+            ax: Where to draw; a new figure if None.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        ax = sized_axes("CheckpointPlan.plot", ax, (6, 3.5))
+        unit = 2**20
+        x, y = zip(*[(b / unit, t / self.plain_time) for b, t in self.curve], strict=True)
+        ax.step(x, y, "-C0", where="post", label="optimal plans")
+        ax.axvline(self.budget / unit, color="0.5", linestyle=":", label="budget")
+        points = [
+            ("this plan", (self.predicted_bytes, self.predicted_time), "oC0"),
+            ("save everything", (self.plain_bytes, self.plain_time), "sC7"),
+            *((r, p, m) for (r, p), m in zip(self.rules.items(), ("^C1", "vC2"), strict=True)),
+        ]
+        for label, (nbytes, seconds), style in points:
+            ax.plot([nbytes / unit], [seconds / self.plain_time], style, label=label)
+        ax.set_xlabel("peak of the step (MiB)")
+        ax.set_ylabel("time / time without checkpoints")
+        ax.legend()
+        return ax
+
+
+def _lines(steps: Steps, chain: Chain, start: int = 0, indent: str = "") -> list[str]:
+    lines = []
+    for step in steps:
+        end = start + length(step)
+        if isinstance(step, str):
+            lines.append(f"{indent}{chain.blocks[start].name}: {step}")
+        else:
+            lines.append(f"{indent}{start} to {end - 1}: recompute together, then by")
+            lines += _lines(step, chain, start, indent + "  ")
+        start = end
+    return lines
+
+
+def plan_checkpoints(
+    blocks: Blocks,
+    sample: Tensor | Callable[[], Tensor],
+    budget: int,
+    *,
+    accumulate: bool = False,
+) -> CheckpointPlan:
+    r"""Find the fastest schedule of a chain of blocks whose peak fits a budget of bytes.
+
+    Each block is measured once, alone: seconds forward and backward, the bytes it saves, the
+    high-water marks of its phases by the events of the allocator. From these a dynamic program
+    finds every schedule for which no other needs less memory and less time; of those that fit the
+    budget the fastest is the plan. A block is saved, recomputed, or recomputed but for its matrix
+    products, convolutions and attention ("selective"; in a compiled block, what its compiler finds
+    cheap to compute again, by `activation_memory_budget`). A compiled block that draws random
+    numbers in any mode is never selective, because PyTorch 2.13 would draw them anew in backward.
+    If `blocks` is an `nn.Sequential`, several blocks may stand under one checkpoint, and within it
+    others again.
+
+    For $n$ equal blocks this contains the binomial schedules, which need memory and repeat work
+    in proportion to $\log n$ (Griewank and Walther, *ACM Trans. Math. Softw.* 26, 2000); for
+    unequal ones it is the program of Beaumont et al. (*Optimal checkpointing for heterogeneous
+    chains*, Inria RR-9302, 2019), with selective steps added and memory exact, not in slots.
+
+    The predicted peak is exact up to what the steps share: it is low by gradients that go around
+    the chain or to other arguments of the blocks, and by the partial gradients of a weight that
+    several blocks share.
+
+    A checkpoint puts back PyTorch's default random numbers, no others. A block that draws from
+    Python's or NumPy's, or from a generator of its own, would be given silently wrong gradients.
+    So each block runs twice: one whose gradient changes, or during which such a generator moves,
+    is saved whatever it costs, with a warning that names the reason.
+
+    Args:
+        blocks: Modules that run one after the other, once each, each taking the output of the one
+            before as its first argument: an `nn.Sequential`, or the list that the forward of a
+            transformer loops over.
+        sample: The input of the first block, for a step that is
+            ``blocks(sample).sum().backward()``; or a function without arguments that runs the
+            forward of the whole model and returns the loss, for a step that is that and
+            ``.backward()``. What comes before and after the blocks is measured too, under the
+            autocast that the function sets. It is called about ten times, and only the first
+            time with the blocks.
+        budget: Bytes, at the peak of one step, gradients of parameters included, above what stood
+            before a step that starts with every `.grad` None.
+        accumulate: Whether the step consists of several forwards and backwards whose gradients add
+            up, of which `sample` is one: from the second on the gradients stand from the start.
+
+    Returns:
+        The plan. Nothing is changed until `CheckpointPlan.apply`: parameters, gradients, buffers
+        and random numbers are what they were.
+
+    Raises:
+        TypeError: An argument is of another kind.
+        ValueError: No schedule fits the budget (the least possible is named), or the blocks are
+            not a chain.
+
+    Warns:
+        UserWarning: A block cannot be recomputed, and why.
+
+    Example:
+        >>> import torch
+        >>> from autograd_lib import peak_bytes
+        >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6)))
+        >>> x = torch.randn(1024, 64)
+        >>> plan = plan_checkpoints(model, x, budget=2_000_000)
+        >>> plan.plain_bytes > 3_000_000, plan.predicted_bytes <= 2_000_000
+        (True, True)
+        >>> model = plan.apply(model)
+        >>> peak = peak_bytes(lambda: (model(x).sum().backward(), model.zero_grad()))
+        >>> round(peak / plan.predicted_bytes, 2)
+        1.0
+    """
+    step = _step(blocks, sample, budget)
+    with progress("plan_checkpoints") as show:
+        measured = measure(blocks, step, accumulate, show)
+        show("solving")
+        chain = measured.chain
+        found = frontier(chain, runs_its_children(blocks))
+    for index, why in measured.refused.items():
+        warnings.warn(
+            f"plan_checkpoints: block {chain.blocks[index].name} {why}; every plan saves it",
+            UserWarning,
+            stacklevel=2,
+        )
+    nbytes, seconds, steps = _fastest(found, budget)
+    return CheckpointPlan(
+        steps,
+        budget,
+        nbytes,
+        seconds,
+        *replay(chain, ("save",) * len(blocks)),
+        {rule: replay(chain, by) for rule, by in _rules(chain).items()},
+        [point[:2] for point in found],
+        measured.refused,
+        chain,
+        found,
+        tuple(blocks),
+    )
+
+
+def _fastest(found: list[tuple[int, float, Steps]], budget: int) -> tuple[int, float, Steps]:
+    fitting = [point for point in found if point[0] <= budget]
+    if not fitting:
+        least = found[0][0]
+        raise ValueError(
+            f"plan_checkpoints: no schedule fits {readable_bytes(max(budget, 0))}; the least "
+            f"possible is {least} bytes ({readable_bytes(least)}). Use a smaller batch, or divide "
+            "the blocks into smaller ones"
+        )
+    return fitting[-1]
+
+
+def _step(
+    blocks: Blocks, sample: Tensor | Callable[[], Tensor], budget: int
+) -> Callable[[], Tensor]:
+    """Check the arguments; return the step to measure."""
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList | list | tuple) or not all(
+        isinstance(block, nn.Module) for block in blocks
+    ):
+        raise TypeError(
+            "plan_checkpoints: expected blocks as an nn.Sequential, an nn.ModuleList or a list of "
+            f"modules, got {type(blocks).__name__}; for a whole model pass its list of blocks"
+        )
+    if not blocks:
+        raise ValueError("plan_checkpoints: expected at least one block, got none")
+    if not runs_its_children(blocks) and len(set(blocks)) < len(blocks):
+        raise ValueError(
+            "plan_checkpoints: a block is in the list twice, which cannot have two steps; put the "
+            "blocks into an nn.Sequential, which runs them itself"
+        )
+    if not isinstance(budget, int) or isinstance(budget, bool):
+        raise TypeError(
+            f"plan_checkpoints: expected a budget in bytes, an int, got {budget!r}; a share of the "
+            "plain peak is int(share * peak_bytes(step))"
+        )
+    if isinstance(sample, Tensor):
+
+        def chain() -> Tensor:
+            if isinstance(blocks, nn.Sequential):
+                return blocks(sample).sum()
+            x = sample
+            for block in blocks:
+                x = block(x)
+            return x.sum()
+
+        return chain
+    if not callable(sample):
+        raise TypeError(
+            "plan_checkpoints: expected sample to be the input of the first block, a tensor, or a "
+            f"function that runs the model and returns the loss, got {type(sample).__name__}"
+        )
+    return sample
+
+
+def _rules(chain: Chain) -> dict[str, Steps]:
+    """What one would do without measuring, with blocks that cannot be recomputed saved."""
+    able = [block.recompute is not None for block in chain.blocks]
+    single = tuple("recompute" if can else "save" for can in able)
+    count = len(able)
+    size = count // max(1, round(math.sqrt(count)))
+    roots: list[Step] = []
+    for start in range(0, count, size):
+        end = min(start + size, count)
+        last = end + size > count  # `checkpoint_sequential` gives it the remainder, and saves it
+        if last or not all(able[start:end]):
+            roots += ["save"] * ((count if last else end) - start)
+        else:
+            roots.append("recompute" if size == 1 else ("save",) * size)
+        if last:
+            break
+    return {"everything": single, "square root": tuple(roots)}

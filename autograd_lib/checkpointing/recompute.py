@@ -1,0 +1,342 @@
+"""Run blocks of a model under checkpoints, in place.
+
+The checkpoint is PyTorch's (``use_reentrant=False``). Two things are added that it leaves to the
+user: buffers that a forward changes, such as the running statistics of BatchNorm, are changed once
+per step and the repetition sees them as the first forward did; and under autocast the low-precision
+copies of the weights are not kept in autocast's cache until the end of the forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import flop_registry
+
+from autograd_lib.checkpointing.compiled import Thrifty, compile_module
+from autograd_lib.checkpointing.solver import NAMES, Step, length
+
+_Tensors = dict[tuple[nn.Module, str], Tensor]  # by module and name
+# What costs FLOPs, by PyTorch's own count, and attention on the CPU, which that count leaves out.
+_COSTLY = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
+
+
+def apply_checkpoints(
+    model: nn.Module, steps: Mapping[str, Step | Sequence[Step]], *, compile: bool = False
+) -> None:
+    """Let the named modules of `model` run by their steps from now on, instead of as before.
+
+    Args:
+        model: Changed in place; its parameters, buffers, and their names stay what they are.
+        steps: The qualified name of a module to its step, or to one step for each of its children,
+            of an `nn.Sequential` (where tuples are runs of several children) or `nn.ModuleList`.
+        compile: Whether to compile each block, inside its checkpoint.
+
+    Raises:
+        ValueError: A name, or a number of steps, does not fit the model; nothing is changed.
+    """
+    found: dict[nn.Module, Step | Sequence[Step]] = {}
+    for name, step in steps.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"checkpoint: the model has no module {name!r}; expected qualified names as in "
+                "named_modules()"
+            ) from None
+        found[module] = step
+        _check(name, module, step)
+    for module in model.modules():  # those that stand above or below what gets its steps now
+        if module in found or not found.keys().isdisjoint(module.children()):
+            undo(module)
+            for child in module.children() if module in found else ():
+                undo(child)
+    for module, step in found.items():
+        if isinstance(step, str):
+            _set_forward(module, step, compile)
+        elif runs_its_children(module):
+            _set_chain(module, tuple(step), compile)
+        else:
+            for child, inner in zip(module, step, strict=True):  # type: ignore[call-overload]
+                _set_forward(child, inner, compile)
+
+
+def runs_its_children(module: object) -> bool:
+    """Whether a call of `module` is nothing but calls of its children, one after the other."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
+    for leaf in tree_leaves(step):
+        if leaf not in NAMES:
+            raise ValueError(
+                f"checkpoint: expected 'save', 'selective' or 'recompute' for {name!r}, "
+                f"got {leaf!r}"
+            )
+    if isinstance(step, str):
+        return
+    if not isinstance(module, (nn.Sequential, nn.ModuleList)):
+        raise ValueError(
+            f"checkpoint: {name!r} is a {type(module).__name__}, which takes one step; only an "
+            "nn.Sequential or an nn.ModuleList takes one for each of its children"
+        )
+    if not runs_its_children(module) and len(set(module)) < len(module):
+        raise ValueError(
+            f"checkpoint: {name!r} holds a module twice, which cannot have two steps; give each of "
+            "its places a module of its own, or take an nn.Sequential"
+        )
+    if length(step) != len(module):
+        raise ValueError(
+            f"checkpoint: {name!r} has {len(module)} blocks, but the steps are for "
+            f"{length(step)}; make the plan with this model"
+        )
+    if not runs_its_children(module) and any(not isinstance(inner, str) for inner in step):
+        raise ValueError(
+            f"checkpoint: {name!r} is a {type(module).__name__} whose blocks are called by code of "
+            "the model: each takes a step of its own; runs of blocks need an nn.Sequential with "
+            "the forward of that class"
+        )
+
+
+def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
+    if compile:
+        compile_module(block)
+    if step == "selective" and block._compiled_call_impl is not None:
+        block._compiled_call_impl = _ThriftyForward(block)
+    elif step != "save":
+        setattr(block, slot(block), _CheckpointedForward(block, step))
+
+
+def _set_chain(sequence: Any, steps: tuple[Step, ...], compile: bool) -> None:
+    for child in sequence if compile else ():
+        compile_module(child)
+    if any(step != "save" for step in steps):
+        setattr(sequence, slot(sequence), _ChainForward(sequence, steps))
+
+
+def slot(module: nn.Module) -> str:
+    """The attribute that a call of `module` runs; one set on the instance goes before the class."""
+    return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+
+
+@contextlib.contextmanager
+def kept_forwards(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back what calls of these modules ran, whatever is set in the block."""
+    before = [(module, slot(module), vars(module).get(slot(module))) for module in modules]
+    try:
+        yield
+    finally:
+        for module, name, function in before:
+            _put_back(module, name, function)
+
+
+def _put_back(module: nn.Module, name: str, function: Callable[..., Any] | None) -> None:
+    """Set the attribute, or take it away where the instance had none."""
+    if function is None:
+        vars(module).pop(name, None)
+    else:
+        setattr(module, name, function)
+
+
+def undo(module: nn.Module) -> None:
+    """Take away what `apply_checkpoints` gave to this module."""
+    for name in ("forward", "_compiled_call_impl"):
+        function = vars(module).get(name)
+        if isinstance(function, _CheckpointedForward | _ThriftyForward | _ChainForward):
+            _put_back(module, name, function.replaced)
+
+
+@contextlib.contextmanager
+def undone(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Run these modules as they were before `apply_checkpoints`."""
+    with kept_forwards(modules):
+        for module in modules:
+            undo(module)
+        yield
+
+
+class _CheckpointedForward:
+    """The forward of one block under a checkpoint; not a closure, so that models can be copied."""
+
+    def __init__(self, block: nn.Module, step: str) -> None:
+        self.replaced = vars(block).get(slot(block))  # compiled, or changed in place by others
+        self.block, self.selective = block, step == "selective"
+        self.contexts = Contexts([block])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.replaced or type(self.block).forward.__get__(self.block)
+        return self.contexts.checkpoint(self.selective, forward, *args, **kwargs)
+
+
+class _ThriftyForward:
+    """A compiled block that keeps less, as a selective checkpoint refuses compiled code.
+
+    One that draws random numbers, which `Thrifty` cannot make keep less, is recomputed instead.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.replaced: Callable[..., Any] | None = block._compiled_call_impl
+        self.thrifty, self.contexts = Thrifty(block), Contexts([block])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.thrifty.random and self.replaced is not None:
+            return self.contexts.checkpoint(False, self.replaced, *args, **kwargs)
+        return self.thrifty(*args, **kwargs)
+
+
+class _ChainForward:
+    """The forward of an `nn.Sequential` by steps."""
+
+    def __init__(self, sequence: nn.Sequential, steps: tuple[Step, ...]) -> None:
+        self.replaced = vars(sequence).get(slot(sequence))
+        self.sequence, self.steps = sequence, steps
+        self.contexts: dict[tuple[int, int], Contexts] = {}
+        self.thrifty = {i: Thrifty(block) for i, block in enumerate(sequence)}
+
+    def __call__(self, x: Any) -> Any:
+        return self._run(self.steps, 0, x)
+
+    def _run(self, steps: tuple[Step, ...], start: int, x: Any) -> Any:
+        blocks = list(self.sequence)
+        for step in steps:
+            end = start + length(step)
+            compiled = blocks[start]._compiled_call_impl is not None
+            if step == "save":
+                x = blocks[start](x)
+            elif step == "selective" and compiled and not self.thrifty[start].random:
+                x = self.thrifty[start](x)
+            else:
+                contexts = self.contexts.get((start, end))
+                if contexts is None:
+                    contexts = self.contexts[start, end] = Contexts(blocks[start:end])
+                inner = ("save",) if isinstance(step, str) else step
+                selective = step == "selective" and not compiled
+                x = contexts.checkpoint(selective, self._run, inner, start, x)
+            start = end
+        return x
+
+
+class Contexts:
+    """The checkpoint of some blocks, with what it has learned about their buffers."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.modules = list(dict.fromkeys(m for block in blocks for m in block.modules()))
+        # Which buffers a forward changes, by the training mode of each module; learned at the
+        # first forward in that mode, which copies all of them.
+        self.changing: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
+
+    def checkpoint(
+        self, selective: bool, run: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        def context_fn() -> tuple[Any, Any]:
+            first, used = _Tensors(), _Tensors()
+            modes = create_selective_checkpoint_contexts(_policy) if selective else ()
+            forward, again = partial(self._forward, first, used), partial(self._again, first, used)
+            return _Stacked(forward, *modes[:1]), _Stacked(again, *modes[1:])
+
+        if torch.compiler.is_compiling():  # traced into the graph, which knows dispatch modes only
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+
+    @contextlib.contextmanager
+    def _forward(self, first: _Tensors, used: _Tensors) -> Iterator[None]:
+        """Run the first forward: note its parameters, and what the buffers were that it changes."""
+        mode = tuple(module.training for module in self.modules)
+        known = self.changing.get(mode)
+        keys = known
+        if keys is None:
+            keys = [(m, n) for m in self.modules for n, b in m._buffers.items() if b is not None]
+        before = {key: _buffer(*key) for key in keys}
+        first.update({key: buffer.detach().clone() for key, buffer in before.items()})
+        used.update(
+            {(m, n): p for m in self.modules for n, p in m._parameters.items() if p is not None}
+        )
+        with _no_cast_cache(self.modules):
+            yield
+        if known is None:
+            # By value: the batch_norm of PyTorch 2.13 does not count a version for its statistics,
+            # which a batch of zeros leaves as they began.
+            for (module, name), buffer in before.items():
+                same = _buffer(module, name) is buffer and torch.equal(buffer, first[module, name])
+                if same and not isinstance(module, _NormBase):
+                    del first[module, name]
+            self.changing[mode] = list(first)
+
+    @contextlib.contextmanager
+    def _again(self, first: _Tensors, used: _Tensors) -> Iterator[None]:
+        """Run it again, on copies of these buffers as they were, and with those parameters."""
+        now = {key: _buffer(*key) for key in first}
+        for (module, name), buffer in first.items():
+            module._buffers[name] = buffer.clone()
+        # Others stand there once a `torch.func.functional_call` is over; but leave to FSDP what is
+        # FSDP's: it puts views of a flat parameter there, or unshards what it had sharded.
+        own = {key: key[0]._parameters[key[1]] for key in used}
+        swapped = {
+            key: parameter
+            for key, parameter in own.items()
+            if isinstance(parameter, nn.Parameter)
+            and parameter is not used[key]
+            and not any(map(is_traceable_wrapper_subclass, (parameter, used[key])))
+        }
+        for module, name in swapped:
+            module._parameters[name] = used[module, name]  # type: ignore[assignment]
+        try:
+            with _no_cast_cache(self.modules):
+                yield
+        finally:
+            for (module, name), buffer in now.items():
+                module._buffers[name] = buffer
+            for (module, name), parameter in swapped.items():
+                module._parameters[name] = parameter
+
+
+def _buffer(module: nn.Module, name: str) -> Tensor:
+    buffer = module._buffers[name]
+    assert buffer is not None
+    return buffer
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    packet = getattr(op, "overloadpacket", op)
+    return CheckpointPolicy.MUST_SAVE if packet in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextlib.contextmanager
+def _no_cast_cache(modules: Sequence[nn.Module]) -> Iterator[None]:
+    # The cache would keep the casts of a region until autocast ends, saved by nobody. Compiled code
+    # casts by itself, but is guarded by this flag: PyTorch 2.13 recompiles, and has been seen to
+    # run the second graph with the weights of the block that it was compiled for.
+    before = torch.is_autocast_cache_enabled()
+    if not any(module._compiled_call_impl for module in modules):
+        torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+class _Stacked:
+    """Context managers entered together, as often as there are backwards through the graph."""
+
+    def __init__(self, generator: Callable[[], Any], *modes: Any) -> None:
+        self.generator, self.modes = generator, modes
+
+    def __enter__(self) -> None:
+        self.stack = contextlib.ExitStack()
+        for context in (self.generator(), *self.modes):
+            self.stack.enter_context(context)
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.stack.__exit__(*error)

@@ -1,0 +1,29 @@
+"""A run as a YAML file, and the settings that a tuner finds."""
+
+from autograd_lib.config.records import (
+    AutogradConfig,
+    DataConfig,
+    DistributedConfig,
+    FeaturesConfig,
+    ModelConfig,
+    MonitoringConfig,
+    OptimizerConfig,
+    Settings,
+    SystemConfig,
+    TrainingConfig,
+    load_config,
+)
+
+__all__ = [
+    "AutogradConfig",
+    "DataConfig",
+    "DistributedConfig",
+    "FeaturesConfig",
+    "ModelConfig",
+    "MonitoringConfig",
+    "OptimizerConfig",
+    "Settings",
+    "SystemConfig",
+    "TrainingConfig",
+    "load_config",
+]

@@ -1,0 +1,463 @@
+"""Records that say how training runs; YAML stores them, the training system takes them.
+
+The docstrings of the records are where options are explained; the full default file has them as
+comments.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from autograd_lib.checkpointing.compiled import compile_module
+from autograd_lib.checkpointing.recompute import apply_checkpoints
+from autograd_lib.checkpointing.solver import NAMES, Step, length
+from autograd_lib.config.fields import Check, check_fields
+from autograd_lib.config.reading import load
+
+__all__ = ["AutogradConfig", "Settings", "load_config"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_CHOICES = {
+    "precision": ("fp32", "bf16", "fp16"),
+    "memory_format": ("contiguous_format", "channels_last"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a training step runs: what `autotune` searches through, compared by value.
+
+    `dataclasses.asdict` gives what YAML and JSON can store, and `Settings(**stored)` is equal to
+    what was stored. `str()` is short, for tables.
+
+    Attributes:
+        precision: "fp32" is the model as it is; "bf16" and "fp16" run the forward under
+            `torch.autocast`, "fp16" with a `GradScaler` too. Read by the training step.
+        micro_batch: Samples per backward, the gradients of which are accumulated; None for the
+            whole batch at once. Read by the training step.
+        checkpoint: Name of a module to "save", "selective" or "recompute", or to a sequence of
+            these for the children of an `nn.Sequential` or `nn.ModuleList`, in which a nested
+            sequence is a run of children under one checkpoint (see `plan_checkpoints`). A compiled
+            block that draws random numbers is recomputed where "selective" stands.
+        memory_format: Layout of the parameters with four dimensions.
+        compile: Whether `torch.compile` compiles the model, or each block where there is a
+            checkpoint plan.
+
+    Raises:
+        TypeError: A field is of the wrong type.
+        ValueError: A field has a value that is not listed here.
+
+    Example:
+        >>> settings = Settings("bf16", micro_batch=2, checkpoint={"": ["save", "recompute"]})
+        >>> print(settings)
+        bf16, micro-batch 2, 1 of 2 blocks recomputed
+        >>> settings.checkpoint
+        {'': ('save', 'recompute')}
+    """
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    micro_batch: int | None = None
+    checkpoint: Mapping[str, Step] = field(default_factory=dict, hash=False)
+    memory_format: Literal["contiguous_format", "channels_last"] = "contiguous_format"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(
+                    f"Settings: expected {name} to be {' or '.join(map(repr, choices))}, "
+                    f"got {value!r}"
+                )
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"Settings: expected compile to be a bool, got {self.compile!r}")
+        _check_micro_batch(self.micro_batch)
+        if not isinstance(self.checkpoint, Mapping):
+            raise TypeError(
+                "Settings: expected checkpoint to map names of modules to steps, got "
+                f"{type(self.checkpoint).__name__}; for the model itself the name is ''"
+            )
+        # As tuples throughout, so that what comes back from YAML as lists compares equal.
+        plan = {name: _frozen(name, step) for name, step in self.checkpoint.items()}
+        object.__setattr__(self, "checkpoint", plan)
+
+    def apply(self, model: _Model) -> _Model:
+        """Set memory format, checkpoint plan and compilation of a model, in place.
+
+        Precision and micro-batch are left to the training step. Of the memory format only
+        parameters with four dimensions are touched: the inputs follow them at the first
+        convolution. Names and order of parameters, and the `state_dict`, stay as they are.
+
+        Args:
+            model: The model, on the device where it is to run.
+
+        Returns:
+            The same model.
+
+        Raises:
+            ValueError: The plan names modules that the model does not have, or steps for another
+                number of children.
+
+        Example:
+            >>> model = nn.Conv2d(3, 8, 5)
+            >>> Settings(memory_format="channels_last").apply(model) is model
+            True
+            >>> model.weight.is_contiguous(memory_format=torch.channels_last)
+            True
+        """
+        memory_format = getattr(torch, self.memory_format)
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                # Not `contiguous`, which leaves the strides of a 1 x 1 kernel alone; these decide.
+                parameter.data = parameter.data.to(memory_format=memory_format)
+        if self.checkpoint:
+            apply_checkpoints(model, self.checkpoint, compile=self.compile)
+        elif self.compile:
+            compile_module(model)
+        return model
+
+    def __str__(self) -> str:
+        parts: list[str] = [self.precision]
+        if self.micro_batch is not None:
+            parts.append(f"micro-batch {self.micro_batch}")
+        if self.memory_format == "channels_last":
+            parts.append("channels last")
+        parts += _describe(self.checkpoint)
+        return ", ".join(parts + ["compiled"] * self.compile)
+
+
+def _check_micro_batch(value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"Settings: expected micro_batch to be an int or None, got {value!r}")
+    if value < 1:
+        raise ValueError(
+            f"Settings: expected micro_batch >= 1, got {value}; None is the whole batch"
+        )
+
+
+def _frozen(name: Any, step: Any) -> Step:
+    """Return a step with tuples for all sequences in it."""
+    if not isinstance(name, str):
+        raise TypeError(f"Settings: expected names of modules in checkpoint, got {name!r}")
+    if isinstance(step, (list, tuple)) and step:
+        return tuple(_frozen(name, inner) for inner in step)
+    if step not in NAMES:
+        raise ValueError(
+            f"Settings: expected 'save', 'selective' or 'recompute', or a sequence of these, in "
+            f"checkpoint[{name!r}], got {step!r}"
+        )
+    return step
+
+
+def _describe(checkpoint: Mapping[str, Step]) -> list[str]:
+    """Say how many blocks run again in backward; all those of a run do, whatever it holds."""
+    steps = [
+        step for plan in checkpoint.values() for step in ([plan] if isinstance(plan, str) else plan)
+    ]
+    blocks = sum(map(length, steps))
+    again = sum(length(step) for step in steps if step not in ("save", "selective"))
+    selective = steps.count("selective")
+    counted = {"recomputed": again, "recomputed selectively": selective}
+    return [f"{n} of {blocks} blocks {how}" for how, n in counted.items() if n]
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return name == "auto" or bool(torch.device(name))
+    except RuntimeError:
+        return False
+
+
+_Positive = Annotated[float, Check(lambda x: 0 < x < math.inf, "> 0")]
+_NotNegative = Annotated[float, Check(lambda x: 0 <= x < math.inf, ">= 0")]
+_Count = Annotated[int, Check(lambda n: n >= 1, ">= 1")]
+_Natural = Annotated[int, Check(lambda n: n >= 0, ">= 0")]
+_Share = Annotated[float, Check(lambda x: 0 <= x < 1, ">= 0 and < 1")]
+_Threshold = Annotated[float, Check(lambda x: x >= 0, ">= 0")]  # an infinite one is never reached
+_Seed = Annotated[int, Check(lambda n: -(2**63) <= n < 2**64, "of 64 bits, as torch takes it")]
+_Device = Annotated[
+    str, Check(_is_device, "that is 'auto' or a device of torch such as 'cpu' or 'cuda:0'")
+]
+
+
+@dataclass(frozen=True)
+class MonitoringConfig:
+    """What of the gradients is watched during training, by a `GradientMonitor`.
+
+    Attributes:
+        enabled: Whether a monitor is attached: norms of every gradient, and what is amiss in them.
+        save_gradient_history: Whether the history is written as gradients.csv beside the
+            checkpoints, which needs training.directory.
+        every: Steps, at least 1: look at the first step and at every so many after it.
+        history: Steps, at least 1: how many of the last looked-at ones are remembered.
+        explode_above: Norm of a gradient, above vanish_below: a larger one is reported.
+        vanish_below: Norm of a gradient, at least 0: a smaller one is reported.
+    """
+
+    enabled: bool = True
+    save_gradient_history: bool = True
+    every: _Count = 1
+    history: _Count = 1000
+    explode_above: _Threshold = 1e3
+    vanish_below: _Threshold = 1e-8
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.vanish_below < self.explode_above:
+            raise ValueError(
+                "MonitoringConfig: expected vanish_below < explode_above, got "
+                f"{self.vanish_below!r} and {self.explode_above!r}"
+            )
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """What is used of autograd beyond the gradient of a loss.
+
+    Attributes:
+        higher_order_gradients: Whether compute_higher_order_gradients may be called; False makes
+            it an error.
+        custom_gradients: Whether models compute activations by custom Functions that save less
+            for backward, where they have them.
+        gradient_checkpointing: Whether each block of the model is run again in backward, so that
+            what is inside it need not be saved. Leave performance.checkpoint empty then.
+    """
+
+    higher_order_gradients: bool = True
+    custom_gradients: bool = False
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """How gradients are computed, watched and used.
+
+    Attributes:
+        enable_gradients: Whether there is training; False leaves evaluation only, and makes a
+            training step an error.
+        gradient_monitoring: What of the gradients is watched during training.
+        advanced_features: What is used of autograd beyond the gradient of a loss.
+        performance: How a step runs; `autotune` finds the fastest settings.
+    """
+
+    enable_gradients: bool = True
+    gradient_monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+    advanced_features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    performance: Settings = field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.advanced_features.gradient_checkpointing and self.performance.checkpoint:
+            raise ValueError(
+                "SystemConfig: expected advanced_features.gradient_checkpointing or "
+                "performance.checkpoint, got both; choose one, the first for each block of the "
+                "model, the second for a plan of your own"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from.
+
+    Attributes:
+        name: "digits" are images of 8 x 8 pixels for the CNN, "source" the characters of Python's
+            standard library for the Transformer, "highlight" the kind of token of each of its
+            characters for the RNN. All come with what is installed.
+        batch_size: Samples of a step, at least 1, of all processes together.
+        workers: Processes that load data, at least 0; 0 loads it in the training process.
+        options: Arguments of the data set by their names.
+    """
+
+    name: Literal["digits", "source", "highlight"] = "digits"
+    batch_size: _Count = 64
+    workers: _Natural = 0
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What learns.
+
+    Attributes:
+        name: "cnn" is CustomCNNModel, "transformer" CustomTransformerModel, "rnn"
+            CustomRNNModel.
+        options: Arguments of the model by their names. The data decide the sizes of input and
+            output.
+    """
+
+    name: Literal["cnn", "transformer", "rnn"] = "cnn"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters follow the gradients.
+
+    Attributes:
+        name: "adamw", "adam" or "sgd", of torch.optim.
+        lr: Learning rate, above 0; with a schedule the largest one.
+        weight_decay: At least 0; "adamw" multiplies weights by 1 - lr * weight_decay at each step,
+            the others add weight_decay * weight to the gradient.
+        options: Further arguments of the optimizer by their names, such as betas or momentum.
+        schedule: What becomes of the learning rate after the warmup: "constant" keeps it, "linear"
+            and "cosine" take it to 0 at the last step, "plateau" lowers it when the validation
+            loss has stopped falling.
+        warmup: Share of all steps, from 0 up to but not including 1, in which the learning rate
+            grows from near 0; 0 for none.
+    """
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: _Positive = 1e-3
+    weight_decay: _NotNegative = 0.01
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
+    warmup: _Share = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and where training runs, and what it leaves behind.
+
+    Attributes:
+        epochs: Passes over the training data, at least 0.
+        seed: Integer of 64 bits from which weights, order of the data and dropout follow.
+        device: "auto" takes an accelerator if there is one, otherwise the CPU; or a device of
+            torch such as "cpu" or "cuda:0".
+        clip_norm: Norm, above 0, to which larger gradients are scaled down, of all parameters
+            together; None for no clipping.
+        patience: Epochs, at least 1, without a smaller validation loss after which training stops;
+            None to go on to the end.
+        max_nonfinite: Steps in a row with a NaN or an Inf, which are skipped and reported, after
+            which training stops; 0 does without the guard.
+        directory: Where checkpoints and histories are written; None writes nothing.
+        save_every: Steps between checkpoints; 0 writes one after each epoch.
+    """
+
+    epochs: _Natural = 10
+    seed: _Seed = 0
+    device: _Device = "auto"
+    clip_norm: _Positive | None = None
+    patience: _Count | None = None
+    max_nonfinite: _Natural = 3
+    directory: str | None = None
+    save_every: _Natural = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How processes share the work; of no effect in a run of one process.
+
+    Attributes:
+        strategy: "ddp" has the whole model in each process and averages gradients, "fsdp2" shards
+            parameters, gradients and the optimizer's state too.
+        find_unused_parameters: Whether "ddp" looks for parameters without a gradient at each step,
+            which costs time; without it they make the next step fail.
+    """
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    find_unused_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class AutogradConfig:
+    """All that a training run can be told, in sections; frozen, and compared by value.
+
+    Sections are records too, and each has a default: `AutogradConfig()` trains. Values are checked
+    when a record is made, wherever they come from; lists in options become tuples.
+
+    Attributes:
+        autograd_system: How gradients are computed, watched and used.
+        data: What is learned from.
+        model: What learns.
+        optimizer: How parameters follow the gradients.
+        training: How long and where training runs, and what it leaves behind.
+        distributed: How processes share the work; of no effect in a run of one process.
+
+    Raises:
+        TypeError: A field is of the wrong type.
+        ValueError: A field has a value out of its range.
+
+    Example:
+        >>> config = AutogradConfig()
+        >>> config.optimizer.name, config.optimizer.lr
+        ('adamw', 0.001)
+        >>> config == load_config({})
+        True
+    """
+
+    # Read by pydantic, and by it handed down to the sections, `Settings` among them.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    autograd_system: SystemConfig = field(default_factory=SystemConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def load_config(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> AutogradConfig:
+    """Read a configuration from a YAML file, or from a mapping of the same form.
+
+    What is not given has its default, so that an empty file is all defaults. Values are of YAML
+    1.2: 1e-3 is a number, `yes` a string. Nothing is converted: "3" is not 3, and true is not 1.
+
+    Args:
+        source: Path of a YAML file, or what such a file would hold.
+        overrides: Values that replace those of the source, each as "path.of.the.key=value" with a
+            value in YAML. A section is replaced by a mapping as a whole; below `options` and
+            `checkpoint` what follows is one key.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: The source or an override is not a configuration. There is a line for each
+            problem, with the file or the override, the path of the key, what was expected and
+            what came, or the known key nearest to an unknown one.
+        OSError: The file cannot be read.
+        TypeError: Source or overrides are of another type.
+        ImportError: PyYAML or pydantic is not installed.
+
+    Example:
+        >>> config = load_config({"training": {"epochs": 3}}, ["optimizer.lr=1e-2"])
+        >>> config.training.epochs, config.optimizer.lr
+        (3, 0.01)
+        >>> load_config({"training": {"epoch": 3}})
+        Traceback (most recent call last):
+            ...
+        ValueError: configuration: training.epoch: unknown key; did you mean 'epochs'?
+    """
+    return load(AutogradConfig, source, overrides)

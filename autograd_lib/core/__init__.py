@@ -1,0 +1,1 @@
+"""What several ideas stand on."""

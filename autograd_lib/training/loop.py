@@ -1,0 +1,100 @@
+"""What a loop over a loader needs: to be stopped in order, and to be taken up in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from autograd_lib.training.state import random_state, set_random_state
+
+Stop = Callable[[], int]
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[Stop]:
+    """Note Ctrl-C and SIGTERM instead of dying of them; a second one interrupts at once.
+
+    Gives a function that returns the signal that came, or 0. Outside of the main thread, where
+    Python lets nobody set a handler, nothing is noted.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; then each of its modules back into its own."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """The generators that a loader or its samplers draw from, other than the global one."""
+    batches = getattr(loader, "batch_sampler", None)
+    owners = [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
+
+
+def begin_epoch(loader: Any, epoch: int) -> dict[str, Any]:
+    """Tell the sampler the epoch; return what the order of its batches depends on."""
+    samplers: list[Any] = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    for sampler in samplers:
+        if hasattr(sampler, "set_epoch"):  # a DistributedSampler would repeat its first order
+            sampler.set_epoch(epoch)
+    return {**random_state(), "loader": [g.get_state() for g in generators_of(loader)]}
+
+
+def take_up(
+    loader: Any, epoch: int, position: int, start: dict[str, Any]
+) -> tuple[Iterator[Any], Any, int]:
+    """The batches of an epoch that began with `start`, from `position` on.
+
+    Those before it are drawn again, with the random numbers of then, and thrown away.
+
+    Returns:
+        The batches; the one before them, or None; and how many were thrown away.
+    """
+    now, generators = random_state(), generators_of(loader)
+    if len(generators) != len(start["loader"]):
+        raise ValueError(
+            f"fit: expected a loader with {len(start['loader'])} generators of its own, as in the "
+            f"interrupted epoch, got {len(generators)}; give the loader that was used then"
+        )
+    begin_epoch(loader, epoch)
+    set_random_state(start)
+    for generator, state in zip(generators, start["loader"], strict=True):
+        generator.set_state(state)
+    iterator = iter(loader)
+    last, skipped = None, 0
+    for last in islice(iterator, position):  # noqa: B007, it is what is returned
+        skipped += 1
+    set_random_state(now)
+    return iterator, last, skipped

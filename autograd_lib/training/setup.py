@@ -1,0 +1,132 @@
+"""What a training system is made of: its arguments checked, its settings, scaler and monitor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from autograd_lib.config.records import AutogradConfig, Settings
+from autograd_lib.gradients import _is_distributed
+from autograd_lib.monitor.monitor import GradientMonitor
+
+
+def check_options(optimizer: Optimizer, scheduler: object, count: object, metrics: Any) -> None:
+    """Raise for options that would fail in the middle of training, or change nothing."""
+    if scheduler is not None and not isinstance(scheduler, LRScheduler):
+        raise TypeError(
+            "AutogradTrainingSystem: expected scheduler to be one of torch.optim.lr_scheduler, got "
+            f"{type(scheduler).__name__}; a configuration names one as optimizer.schedule"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError(
+            "AutogradTrainingSystem: the scheduler is that of another optimizer; make it with the "
+            "optimizer that is given here"
+        )
+    functions = {"count": count, **{f"metrics[{n!r}]": f for n, f in dict(metrics or {}).items()}}
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"AutogradTrainingSystem: expected {name} to be a function, got "
+                f"{type(function).__name__}"
+            )
+    if "metrics['loss']" in functions:
+        raise ValueError(
+            "AutogradTrainingSystem: a metric named 'loss' would take the place of the loss, by "
+            "which training stops and keeps the best; give it another name"
+        )
+
+
+def settings_of(config: AutogradConfig, model: nn.Module) -> Settings:
+    """The settings, with a checkpoint around each block where the configuration asks for them."""
+    settings = config.autograd_system.performance
+    if not config.autograd_system.advanced_features.gradient_checkpointing:
+        return settings
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
+        raise ValueError(
+            "AutogradTrainingSystem: gradient_checkpointing runs each block of model.blocks under "
+            f"a checkpoint, and {type(model).__name__} has none; name the modules to recompute in "
+            "autograd_system.performance.checkpoint, or make them an nn.ModuleList named blocks"
+        )
+    # Each by its own name, not as steps of an nn.Sequential: the model may loop over them itself.
+    names = [f"blocks.{name}" for name, _ in blocks.named_children()]
+    return replace(settings, checkpoint=dict.fromkeys(names, "recompute"))
+
+
+def scaler_of(
+    settings: Settings, device: torch.device, optimizer: Optimizer
+) -> torch.amp.GradScaler:
+    """A scaler of the loss, which does nothing but in fp16."""
+    fp16 = settings.precision == "fp16"
+    if fp16 and len({_is_distributed(p) for p in optimized(optimizer)}) > 1:
+        raise ValueError(
+            "AutogradTrainingSystem: precision 'fp16' needs a GradScaler, which takes no "
+            "sharded parameters beside others, as those of a loss; set precision to 'bf16', "
+            "or distributed.strategy to 'ddp'"
+        )
+    return torch.amp.GradScaler(device.type, enabled=fp16)
+
+
+def monitor_of(
+    config: AutogradConfig, model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler
+) -> GradientMonitor | None:
+    """The monitor that a configuration asks for, watching."""
+    watched = config.autograd_system.gradient_monitoring
+    if not watched.enabled or not config.autograd_system.enable_gradients:
+        return None
+    monitor = GradientMonitor(
+        *(model, optimizer, scaler),
+        history=watched.history,
+        every=watched.every,
+        explode_above=watched.explode_above,
+        vanish_below=watched.vanish_below,
+    )
+    monitor.register_hooks()
+    return monitor
+
+
+def optimized(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of an optimizer."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_arguments(model: object, optimizer: object, loss_fn: object, config: object) -> None:
+    """Raise for what cannot be trained."""
+    expected = {
+        "model": (model, nn.Module, "an nn.Module"),
+        "optimizer": (optimizer, Optimizer, "a torch.optim.Optimizer"),
+        "config": (config, AutogradConfig, "what load_config returns, or None"),
+    }
+    for name, (value, kind, text) in expected.items():
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"AutogradTrainingSystem: expected {name} to be {text}, got {type(value).__name__}"
+            )
+    if not callable(loss_fn):
+        raise TypeError(
+            "AutogradTrainingSystem: expected loss_fn to be a function of output and targets, got "
+            f"{type(loss_fn).__name__}"
+        )
+    if (reduction := getattr(loss_fn, "reduction", "mean")) != "mean":
+        raise ValueError(
+            f"AutogradTrainingSystem: expected a loss that is a mean, got reduction={reduction!r}; "
+            "micro-batches and processes are weighted by what its mean counts"
+        )
+    assert isinstance(model, nn.Module)
+    assert isinstance(optimizer, Optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "AutogradTrainingSystem: LBFGS calls the step itself, several times; expected an "
+            "optimizer whose step needs no closure"
+        )
+    own = set(model.parameters())
+    if not any(p in own for p in optimized(optimizer)):
+        raise ValueError(
+            "AutogradTrainingSystem: the optimizer holds no parameter of the model; make it from "
+            "model.parameters(), after the model is on its device"
+        )

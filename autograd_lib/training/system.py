@@ -1,0 +1,621 @@
+"""A training step that reads on one screen, and the loop around it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils._pytree import tree_map_only
+
+from autograd_lib.config.records import AutogradConfig, Settings
+from autograd_lib.core.batches import Count, Piece, check_counted, nothing, pair, split, terms_of
+from autograd_lib.gradients import _is_distributed
+from autograd_lib.higher_order.operators import DerivativeTower, derivative_tower
+from autograd_lib.monitor.monitor import GradientMonitor
+from autograd_lib.nonfinite.guard import NonFinite, NonFiniteGuard
+from autograd_lib.report.progress import progress
+from autograd_lib.training.loop import Stop, begin_epoch, evaluating, stop_requested, take_up
+from autograd_lib.training.processes import Peers, clip_gradients, module_of, spread, synchronized
+from autograd_lib.training.setup import (
+    check_arguments,
+    check_options,
+    monitor_of,
+    optimized,
+    scaler_of,
+    settings_of,
+)
+from autograd_lib.training.state import put_back, read, replacing, state_of, write
+
+__all__ = ["AutogradTrainingSystem"]
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_Metric = Callable[[Any, Any], float | Tensor]
+_Row = dict[str, float]
+
+
+class AutogradTrainingSystem:
+    r"""Train a model: one step, the loop over epochs, and all that must survive an interruption.
+
+    A step runs forward and backward by micro-batches, under autocast, watched by a
+    `NonFiniteGuard`; then it clips, lets the optimizer step and the scheduler. Losses of
+    micro-batches and of processes are weighted by what they count, so that the gradient is that of
+    the mean over the whole batch,
+
+    $$\nabla L = \sum_i \frac{n_i}{\sum_j n_j} \nabla \ell_i,$$
+
+    however the batch is divided. (The mean of means, which `DistributedDataParallel` computes by
+    itself, is another one as soon as the counts differ.) The gradients of a step stay in `.grad`
+    until the next one begins.
+
+    In a process group of more than one process the model is wrapped, unless it is already: in
+    `DistributedDataParallel`, or by `fully_shard` of its `blocks` and of itself, after which
+    `optimizer` holds the new parameters. All methods are collectives then.
+
+    Args:
+        model: Called as ``model(*inputs)``; on its device, in training mode.
+        optimizer: Of its parameters, and of those of `loss_fn` if it has some.
+        loss_fn: ``loss_fn(output, targets)`` is a mean.
+        config: What `load_config` returns; by default a monitor and a guard, in fp32.
+        scheduler: Steps after each step of the optimizer; a `ReduceLROnPlateau` after each epoch,
+            by the validation loss.
+        count: ``count(targets)`` is how many terms that mean has. By default the number of
+            samples; for `nn.CrossEntropyLoss` and `nn.NLLLoss` the targets that are not ignored,
+            by their weights.
+        metrics: By name, functions like `loss_fn` that `evaluate` averages in the same way, but for
+            the weights of classes.
+
+    Attributes:
+        model: What is called; `module` is the model inside a wrapper.
+        monitor: The `GradientMonitor`; None if the configuration has none.
+        step: Steps done, skipped ones included.
+        epoch: Epochs done.
+        history: A dict for each epoch, as `fit` returns it.
+        gradient_norm: Of the last step before it was clipped; None if nothing clips.
+        reports: Why steps were skipped, one `NonFinite` each.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: `loss_fn` is not a mean, the optimizer has no parameter of the model, or the
+            configuration does not fit the model.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> system = AutogradTrainingSystem(model, optimizer, nn.MSELoss())
+        >>> x, y = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0], [2.0]])
+        >>> losses = [system.train_step(x, y).item() for _ in range(20)]
+        >>> losses[-1] < losses[0], system.step
+        (True, 20)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_fn: Callable[[Any, Any], Tensor],
+        config: AutogradConfig | None = None,
+        *,
+        scheduler: LRScheduler | None = None,
+        count: Count | None = None,
+        metrics: Mapping[str, _Metric] | None = None,
+    ) -> None:
+        self.config = AutogradConfig() if config is None else config
+        check_arguments(model, optimizer, loss_fn, self.config)
+        check_options(optimizer, scheduler, count, metrics)
+        self.settings = settings_of(self.config, module_of(model))
+        self.peers = Peers()
+        loss_parameters = list(loss_fn.parameters()) if isinstance(loss_fn, nn.Module) else []
+        self._loss_parameters = [p for p in loss_parameters if p.requires_grad]
+        self.device = next(model.parameters()).device
+        if replace(self.settings, precision="fp32", micro_batch=None) != Settings():
+            self.settings.apply(module_of(model))
+        several = self.config.distributed
+        self.model = spread(
+            *(model, optimizer, self.peers),
+            strategy=several.strategy,
+            unused=several.find_unused_parameters,
+        )
+        if isinstance(loss_fn, nn.Module):
+            self.peers.make_alike([*loss_fn.parameters(), *loss_fn.buffers()])
+        # Also those that nobody optimizes: their gradients would add up until they overflow.
+        everything = [*optimized(optimizer), *self.model.parameters(), *self._loss_parameters]
+        self._parameters = list(dict.fromkeys(everything))
+        self.optimizer, self.loss_fn, self.scheduler = optimizer, loss_fn, scheduler
+        self.count = terms_of(loss_fn) if count is None else count
+        self.metrics = dict(metrics or {})
+        # What metrics average over: the weights of classes are the business of the loss.
+        weights = count is None and getattr(loss_fn, "weight", None) is not None
+        self._terms = terms_of(loss_fn, weighted=False) if weights else self.count
+        self.scaler = scaler_of(self.settings, self.device, optimizer)
+        self.guard: NonFiniteGuard | None = None
+        if self.config.training.max_nonfinite:
+            self.guard = NonFiniteGuard(self.model, scaler=self.scaler)
+        self.monitor = monitor_of(self.config, self.module, optimizer, self.scaler)
+        self.step = self.epoch = 0
+        self.history: list[_Row] = []
+        self.reports: list[NonFinite] = []
+        self.gradient_norm: Tensor | None = None
+        self._loss = torch.zeros(())
+        self._position = self._waited = self._failed = self._seen = 0
+        self._best = float("inf")
+        self._owns_files = False  # what is in the directory is of this run
+        self._losses: list[Tensor] = []  # of the epoch
+        self._begun: dict[str, Any] | None = None  # random states when the epoch began
+
+    @property
+    def module(self) -> nn.Module:
+        """The model without its `DistributedDataParallel`."""
+        return module_of(self.model)
+
+    def __repr__(self) -> str:
+        processes = f", {self.peers.world} processes" if self.peers.world > 1 else ""
+        return (
+            f"AutogradTrainingSystem({type(self.module).__name__} on {self.device}{processes}, "
+            f"{self.settings}; {self.epoch} epochs, {self.step} steps, "
+            f"{len(self.reports)} skipped)"
+        )
+
+    # One step
+
+    def train_step(self, inputs: Any, targets: Any) -> Tensor:
+        """Run one step of the optimizer on a batch.
+
+        A step whose loss or gradients are not finite is skipped, with a warning and an entry in
+        `reports`; what overflows in fp16 is left to the `GradScaler`.
+
+        Args:
+            inputs: A tensor, or a tuple of arguments of the model; moved to its device.
+            targets: What `loss_fn` takes.
+
+        Returns:
+            The mean loss of the whole batch, over all processes; detached.
+
+        Raises:
+            RuntimeError: The configuration says `enable_gradients: false`.
+            FloatingPointError: `training.max_nonfinite` steps in a row were not finite.
+            ValueError: The batch is empty, or `count` gives zero for all of it.
+        """
+        if not self.config.autograd_system.enable_gradients:
+            raise RuntimeError(
+                "train_step: the configuration says autograd_system.enable_gradients: false, "
+                "which is for evaluation only; set it to true to train"
+            )
+        return self._train((inputs, targets))
+
+    def _train(self, batch: tuple[Any, Any], counts: bool = True) -> Tensor:
+        pieces = self._pieces(batch, counts)
+        self._forget()
+        report = self._guarded(lambda: self._forward_backward(pieces))
+        self.step += 1
+        if report is None:
+            self._failed = 0
+            self._update()
+        else:
+            self._skip(report)
+        return self.peers.sum(self._loss)
+
+    def _forward_backward(self, pieces: list[Piece]) -> list[Tensor | None]:
+        """Leave the gradients in `.grad`; return what the guard does not see there."""
+        losses = []
+        for i, (inputs, targets, share) in enumerate(pieces):
+            with synchronized(self.model, last=i == len(pieces) - 1):
+                _, loss = self._forward(self.model, inputs, targets, share)
+                # Processes exchange the mean of their gradients; what is wanted is the sum.
+                self.scaler.scale(_times(loss, share * self.peers.world)).backward()
+            losses.append(_times(loss.detach(), share))
+        self._loss = sum(losses[1:], start=losses[0])
+        self.peers.average_gradients(self._loss_parameters)
+        if self.scaler.is_enabled():  # it looks at the gradients of the loss's parameters itself
+            return [self._loss]
+        return [self._loss, *(p.grad for p in self._loss_parameters)]
+
+    def _update(self) -> None:
+        """Clip, and step optimizer, scaler and scheduler."""
+        limit, scale = self.config.training.clip_norm, self.scaler.get_scale()
+        if limit is not None:
+            self.scaler.unscale_(self.optimizer)
+            self.gradient_norm = clip_gradients(optimized(self.optimizer), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        skipped = self.scaler.get_scale() < scale
+        if self.scheduler is not None and not skipped and not _is_plateau(self.scheduler):
+            self.scheduler.step()
+
+    def _skip(self, report: NonFinite) -> None:
+        self.reports.append(report)
+        self._failed += 1
+        self._forget()
+        if self._failed >= self.config.training.max_nonfinite:
+            raise FloatingPointError(
+                f"train_step: {self._failed} steps in a row were not finite, as many as "
+                f"training.max_nonfinite allows; the last one:\n{report}"
+            )
+        title = repr(report).partition("\n")[0]
+        warnings.warn(f"train_step: step {self.step} is skipped: {title}", stacklevel=4)
+
+    def _forget(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _guarded(self, step: Callable[[], object]) -> NonFinite | None:
+        if self.guard is None:
+            step()
+            return None
+        return self.guard(step)
+
+    def _pieces(self, batch: tuple[Any, Any], counts: bool) -> list[Piece]:
+        """Micro-batches with their shares in the mean over all processes."""
+        pieces = split("train_step", batch, self.settings.micro_batch, self.count)
+        if not counts:
+            pieces = [piece._replace(share=0.0) for piece in pieces]
+        told = self.peers.gather(sum(piece.share for piece in pieces), len(pieces))
+        total = sum(count for count, _ in told)
+        check_counted("train_step", total)
+        if self.peers.world == 1:
+            pieces = [piece for piece in pieces if piece.share]
+        else:  # each forward may be a collective
+            most = int(max(number for _, number in told))
+            pieces += [pieces[-1]._replace(share=0.0)] * (most - len(pieces))
+        return [piece._replace(share=piece.share / total) for piece in pieces]
+
+    def _forward(
+        self, model: nn.Module, inputs: tuple[Any, ...], targets: Any, share: float
+    ) -> tuple[Any, Tensor]:
+        inputs, targets = tuple(map(self._moved, inputs)), self._moved(targets)
+        dtype = _DTYPES[self.settings.precision]
+        with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
+            output = model(*inputs)
+            loss = self.loss_fn(output, targets) if share else nothing(output)
+        if loss.dim():
+            raise ValueError(
+                f"train_step: expected loss_fn to return a scalar, got shape {tuple(loss.shape)}; "
+                "return the mean over the terms that count(targets) counts"
+            )
+        return output, loss
+
+    def _moved(self, tree: Any) -> Any:
+        """The same on the device."""
+        if isinstance(tree, Tensor):
+            return tree.to(self.device, non_blocking=True)
+        return tree_map_only(Tensor, self._moved, tree)
+
+    # Many steps
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        epochs: int,
+        validation: Iterable[Any] | None = None,
+        *,
+        on_epoch: Callable[[_Row], object] | None = None,
+    ) -> list[_Row]:
+        """Train until so many epochs are done, those before an interruption counted.
+
+        With `training.directory` set it writes there, after each epoch and each
+        `training.save_every` steps, `last.pt` (and the history of gradients as `gradients.csv`),
+        and `best.pt` when the validation loss is the least so far. On Ctrl-C or SIGTERM the step
+        is finished and `last.pt` written first. After `load` it goes on in the middle of the
+        epoch: the batches before are drawn again, with the random numbers of then, and dropped.
+        (Random numbers of persistent workers of a `DataLoader` are not those of then: PyTorch seeds
+        such workers once.)
+
+        Args:
+            loader: Gives ``(inputs, targets)``, the same number each time; a sampler with
+                `set_epoch` is told the epoch. Processes may have numbers of batches that differ.
+            epochs: Number of epochs, in all.
+            validation: What `evaluate` takes, after each epoch; `training.patience` needs it.
+            on_epoch: Called with the row of each epoch.
+
+        Returns:
+            `history`, a row for each epoch: "epoch", "step", "loss" (the mean of its steps, those
+            left out whose loss was not finite), "learning_rate", "gradient_norm" (the median of
+            what the optimizer saw, clipped then; if there is a monitor), "seconds", and
+            "validation_loss" and the metrics likewise.
+
+        Raises:
+            RuntimeError: The configuration says `enable_gradients: false`.
+            ValueError: An argument is out of range, the directory holds another run, or the loader
+                is not the one that was interrupted.
+            FloatingPointError: Too many steps in a row were not finite.
+            KeyboardInterrupt: Ctrl-C; SIGTERM is a SystemExit.
+        """
+        with self.peers.together():
+            self._check_fit(epochs, validation)
+        with stop_requested() as stop, progress("fit") as show:
+            if self.step == 0:
+                self._write("last.pt")  # so that there is one, whenever a process is killed
+            while self.epoch < epochs and not self._is_exhausted():
+                row = self._run_epoch(loader, validation, stop, show, epochs)
+                if on_epoch is not None:
+                    on_epoch(row)
+                self._check_stop(stop)
+        return self.history
+
+    def _run_epoch(
+        self, loader: Any, validation: Any, stop: Stop, show: Callable[..., None], epochs: int
+    ) -> _Row:
+        began = time.perf_counter()
+        for batch, counts in self._batches(loader):
+            self._losses.append(self._train(pair(batch), counts))
+            self._position += 1
+            if self.peers.rank == 0:
+                show(lambda: self._describe(loader, epochs))
+            self._check_stop(stop)
+            if (every := self.config.training.save_every) and self.step % every == 0:
+                self._write("last.pt")
+        if not self._losses:
+            raise ValueError(
+                "fit: the loader gives no batch; expected one that can be gone through in each "
+                "epoch, as a list or a DataLoader, with more samples than drop_last drops"
+            )
+        losses = torch.stack(self._losses)
+        row: _Row = {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            "loss": losses[losses.isfinite()].mean().item(),
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+        }
+        if self.monitor is not None:
+            row["gradient_norm"] = self._median_norm(self.monitor)
+        if validation is not None:
+            found = self.evaluate(validation)
+            row |= {f"validation_{name}": value for name, value in found.items()}
+        row["seconds"] = time.perf_counter() - began
+        # Only now, for evaluation may raise: then it is what the next fit begins with.
+        self.epoch += 1
+        self._position, self._losses, self._begun = 0, [], None
+        self._conclude(row)
+        return row
+
+    def _conclude(self, row: _Row) -> None:
+        """Record an epoch; tell the scheduler, and write files."""
+        self.history.append(row)
+        loss = row.get("validation_loss", row["loss"])
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(loss)
+        better = loss < self._best
+        self._waited = 0 if better else self._waited + 1
+        self._best = loss if better else self._best  # not min(), which lets a NaN in
+        # The best one first: who is killed in between resumes before it, and writes it again.
+        if better and "validation_loss" in row:
+            self._write("best.pt")
+        self._write("last.pt")
+
+    def _is_exhausted(self) -> bool:
+        patience = self.config.training.patience
+        return patience is not None and self._waited >= patience
+
+    def _batches(self, loader: Any) -> Iterable[tuple[Any, bool]]:
+        """What is left of the epoch, and whether it counts."""
+        if self._begun is None:
+            self._begun = begin_epoch(loader, self.epoch)
+            if self.monitor is not None:
+                self._seen = self.monitor.get_gradient_summary()["step"]
+            return self.peers.in_step(loader)
+        batches, last, skipped = take_up(loader, self.epoch, self._position, self._begun)
+        skipped = int(max(n for (n,) in self.peers.gather(skipped)))
+        if skipped < self._position:
+            raise ValueError(
+                f"fit: expected a loader of more than {self._position} batches, as the "
+                f"interrupted epoch had, got {skipped}; give the loader that was used then"
+            )
+        return self.peers.in_step(batches, last)
+
+    def _check_stop(self, stop: Stop) -> None:
+        number = int(max(n for (n,) in self.peers.gather(stop())))
+        if not number:
+            return
+        self._write("last.pt")
+        where = "set training.directory to have a checkpoint written"
+        if self.directory is not None:
+            where = f"load({str(self.directory / 'last.pt')!r}) and fit go on from here"
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt(f"fit: interrupted after step {self.step}; {where}")
+        raise SystemExit(128 + number)
+
+    def _describe(self, loader: Any, epochs: int) -> str:
+        of = ""
+        with contextlib.suppress(TypeError):  # the DataLoader of an IterableDataset has no length
+            of = f"/{len(loader)}"
+        norm = self.gradient_norm
+        if norm is None and self.monitor is not None:
+            norm = self.monitor.get_gradient_summary()["total_norm"]
+        gradient = "" if norm is None else f", gradient norm {float(norm):.3g}"
+        loss = f"loss {self._losses[-1].item():.4g}"
+        return f"epoch {self.epoch + 1}/{epochs}, batch {self._position}{of}, {loss}{gradient}"
+
+    def _median_norm(self, monitor: GradientMonitor) -> float:
+        """Of the steps of this epoch that are remembered."""
+        history = monitor.history
+        norms = history["total_norm"][(history["step"] > self._seen) & ~history["skipped"]]
+        return statistics.median(norms.tolist()) if len(norms) else float("nan")
+
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Average the loss and the metrics over all batches of a loader, without gradients.
+
+        The model is in evaluation mode meanwhile. Processes may have different numbers of batches:
+        the mean is over the samples of all.
+
+        Args:
+            loader: Gives ``(inputs, targets)``.
+
+        Returns:
+            "loss" and each metric, by name.
+
+        Raises:
+            ValueError: There is no batch, or nothing in them counts.
+        """
+        sums: list[Tensor] = []
+        batches = 0
+        self.peers.make_alike(self.module.buffers())
+        with evaluating(self.module):
+            for batch, counts in self.peers.in_step(loader):
+                (piece,) = split("evaluate", pair(batch), None, self.count)
+                share = piece.share if counts else 0.0
+                terms = share
+                if counts and self._terms is not None and self._terms is not self.count:
+                    terms = float(self._terms(piece.targets))
+                output, loss = self._forward(self.module, piece.inputs, piece.targets, share)
+                if terms:
+                    targets = self._moved(piece.targets)
+                    values = [loss, *(metric(output, targets) for metric in self.metrics.values())]
+                    found = [torch.as_tensor(v, device=self.device).float() for v in values]
+                    weights = [share, *[terms] * len(self.metrics)]
+                    one = torch.ones_like(found[0])
+                    pairs = zip([*found, one, one], [*weights, share, terms], strict=True)
+                    sums.append(torch.stack([value * weight for value, weight in pairs]))
+                batches += 1
+        if not batches:
+            raise ValueError(
+                "evaluate: the loader gives no batch; expected one that can be gone through again "
+                "and again, as a list or a DataLoader"
+            )
+        if sums:
+            total = torch.stack(sums).cpu().double().sum(0)
+        else:
+            total = torch.zeros(len(self.metrics) + 3, dtype=torch.float64)
+        loss_sum, *metric_sums, share, terms = self.peers.sum(total).tolist()
+        check_counted("evaluate", share)
+        averages = [value / terms for value in metric_sums]
+        return {"loss": loss_sum / share, **dict(zip(self.metrics, averages, strict=True))}
+
+    # Files
+
+    @property
+    def directory(self) -> Path | None:
+        """Where `fit` writes; None for nowhere."""
+        directory = self.config.training.directory
+        return None if directory is None else Path(directory)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write all that training goes on from, in one file.
+
+        That is the model, the optimizer, the parameters of the loss, scaler, scheduler, the
+        random states of all processes, the place in the epoch, the history and that of the
+        monitor. The file appears only when it is complete, in place of the one before. The first
+        process writes it, parameters that are sharded gathered one by one.
+
+        Raises:
+            OSError: The file cannot be written.
+            TypeError: A state holds what could not be loaded safely.
+        """
+        state = state_of(self)
+        with self.peers.together():
+            if self.peers.rank == 0:
+                write(state, Path(path))
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Go on from a file that `save` wrote, in the middle of an epoch if that is where it was.
+
+        Optimizer and scheduler go on with the values that were saved, the learning rate included,
+        whatever they were made with. Files are read with ``weights_only=True`` after a look at
+        their checksums, and all that can be wrong is found before anything is changed. The number
+        of processes may be another one:
+        the batches are those of an uninterrupted run if `data.batch_size` is divided among them;
+        bits are equal for an equal number only, and with DDP of up to two processes: more of them
+        add up the first step after `load` in another order, as DDP orders its buckets anew then.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It is damaged, was not written by `save`, or is of another model, optimizer,
+                or scheduler. Nothing is changed.
+        """
+        with self.peers.together():
+            state = read(Path(path))
+        put_back(self, state)
+        self._forget()
+        if self.directory is not None and Path(path).resolve().parent == self.directory.resolve():
+            self._owns_files = True
+
+    def _write(self, name: str) -> None:
+        if self.directory is None:
+            return
+        first = self.peers.rank == 0
+        with self.peers.together():
+            if first:
+                self.directory.mkdir(parents=True, exist_ok=True)
+        self._owns_files = True
+        self.save(self.directory / name)
+        kept = self.config.autograd_system.gradient_monitoring.save_gradient_history
+        with self.peers.together():
+            if self.monitor is not None and kept and first:
+                with replacing(self.directory / "gradients.csv") as new:
+                    self.monitor.to_csv(new)
+
+    def _check_fit(self, epochs: object, validation: object) -> None:
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+            raise ValueError(f"fit: expected epochs to be an integer from 0 on, got {epochs!r}")
+        if not self.config.autograd_system.enable_gradients:
+            raise RuntimeError(
+                "fit: the configuration says autograd_system.enable_gradients: false, which is "
+                "for evaluation only; set it to true to train"
+            )
+        if self.config.training.patience is not None and validation is None:
+            raise ValueError(
+                "fit: training.patience is about the validation loss; pass validation="
+            )
+        last = None if self.directory is None else self.directory / "last.pt"
+        if last is not None and not self._owns_files and last.exists():
+            raise ValueError(
+                f"fit: {str(last)!r} is from another run, and would be "
+                "overwritten; load() it to go on, or set another training.directory"
+            )
+
+    # Derivatives of higher order
+
+    def compute_higher_order_gradients(
+        self,
+        input: Any,
+        target: Any,
+        order: int = 2,
+        direction: Mapping[str, Tensor] | None = None,
+    ) -> DerivativeTower:
+        """Derivatives of the loss along a direction; see `derivative_tower`.
+
+        Args:
+            input: Given to the model.
+            target: Given to the loss.
+            order: Of the highest derivative.
+            direction: A tensor for each trainable parameter, by name; None for that of the
+                gradient.
+
+        Returns:
+            Entry k - 1 is the derivative of order k, contracted with the direction k - 1 times.
+
+        Raises:
+            RuntimeError: The configuration says `higher_order_gradients: false`.
+            ValueError: `order` or `direction` do not fit.
+            NotImplementedError: An operation has no rule.
+        """
+        if not self.config.autograd_system.advanced_features.higher_order_gradients:
+            raise RuntimeError(
+                "compute_higher_order_gradients: the configuration says "
+                "autograd_system.advanced_features.higher_order_gradients: false; set it to true"
+            )
+        if any(map(_is_distributed, self.module.parameters())):
+            raise NotImplementedError(
+                "compute_higher_order_gradients: the parameters are sharded, and no process has "
+                "them all; load the checkpoint with distributed.strategy 'ddp', or in one process"
+            )
+        input, target = self._moved((input, target))
+        return derivative_tower(self.module, self.loss_fn, input, target, order, direction)
+
+
+def _times(loss: Tensor, factor: float) -> Tensor:
+    return loss if factor == 1 else loss * factor
+
+
+def _is_plateau(scheduler: LRScheduler) -> bool:
+    return isinstance(scheduler, ReduceLROnPlateau)

@@ -1,0 +1,270 @@
+"""The fastest settings of a training step, under a memory budget and a gradient error, measured."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from autograd_lib.benchmark import Ratio
+from autograd_lib.checkpointing.probe import kept_random_states
+from autograd_lib.config.records import Settings
+from autograd_lib.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, add_legend, make_axes
+from autograd_lib.report.progress import progress
+from autograd_lib.report.tables import Row, html_table, readable_bytes, text_table
+from autograd_lib.tuning.search import Search
+from autograd_lib.tuning.trials import Trial, Workbench
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Trial", "TuningReport", "autotune"]
+
+_Blocks = nn.Sequential | nn.ModuleList | Sequence[nn.Module]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TuningReport:
+    """What `autotune` tried and chose; prints as a table, in a notebook as HTML, and draws itself.
+
+    Attributes:
+        best: The settings chosen.
+        trials: All candidates, the best first, then by time.
+        noise: Time of a candidate relative to itself in the race that decided.
+        notes: What was left out of the search, and why; one sentence each.
+        seconds: What the search took.
+        break_even: After how many steps the time spent on compiling is gained back, if `best` is
+            compiled; None if it is not.
+        memory_budget: Bytes, as given.
+        tolerance: Largest gradient error, as given.
+    """
+
+    best: Settings
+    trials: tuple[Trial, ...]
+    noise: Ratio
+    notes: tuple[str, ...]
+    seconds: float
+    break_even: float | None
+    memory_budget: float | None
+    tolerance: float
+
+    def table(self) -> str:
+        """The trials as text, one a line, and the notes."""
+        return "\n".join([text_table(*self._table()), *self.notes])
+
+    def _table(self) -> tuple[str, Row, list[Row]]:
+        budget = (
+            "no budget"
+            if self.memory_budget is None
+            else f"budget {readable_bytes(int(self.memory_budget))}"
+        )
+        title = (
+            f"{len(self.trials)} candidates in {self.seconds:.0f} s; {budget}, gradient error up "
+            f"to {self.tolerance:.2g}, A/A noise {self.noise}"
+        )
+        least = self.trials[0].time or 0.0
+        rows: list[Row] = []
+        for trial in self.trials:
+            error, peak = trial.gradient_error, trial.peak_bytes
+            rows.append(
+                [
+                    str(trial.settings),
+                    "" if trial.time is None else f"{1e3 * trial.time:.4g} ms",
+                    "" if trial.time is None else f"{trial.time / least:.2f}",
+                    "" if peak is None else readable_bytes(peak),
+                    "" if error is None else f"{error:.1e}",
+                    trial.verdict,
+                ]
+            )
+        return title, ("settings", "time", "ratio", "peak", "error", "verdict"), rows
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table()) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw time against peak of every trial that has both, by what became of it.
+
+        Args:
+            ax: Where to draw; a new figure if None.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        ax = make_axes("TuningReport.plot", ax, 10)
+        looks = {
+            "best": ("*", GREEN, 13),
+            "tie": ("D", BLUE, 7),
+            "slower": ("o", GREY, 6),
+            "peak": ("s", ORANGE, 6),
+            "error": ("X", PURPLE, 7),
+        }
+        labels = {"peak": "over budget", "error": "error over tolerance"}
+        for kind, (marker, color, size) in looks.items():
+            points = [
+                (trial.peak_bytes / 2**20, 1e3 * trial.time)
+                for trial in self.trials
+                if trial.verdict.startswith(kind)
+                and trial.peak_bytes is not None
+                and trial.time is not None
+            ]
+            if points:
+                label = labels.get(kind, kind)
+                ax.plot(*zip(*points, strict=True), marker, color=color, ms=size, label=label)
+        if self.memory_budget is not None:
+            ax.axvline(self.memory_budget / 2**20, color="0.5", linestyle=":", label="budget")
+        ax.set_xlabel("peak of one step (MiB)")
+        ax.set_ylabel("time of one step (ms)")
+        add_legend(ax)
+        return ax
+
+
+def autotune(
+    model: nn.Module,
+    batch: tuple[Any, Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    memory_budget: float | None = None,
+    tolerance: float = 1e-2,
+    *,
+    blocks: _Blocks | None = None,
+    count: Callable[[Any], float | Tensor] | None = None,
+    compile: bool = True,
+) -> TuningReport:
+    r"""Find the fastest settings of a training step within a memory budget and a gradient error.
+
+    The step is forward and backward of one batch: in micro-batches or at once, under autocast or
+    not, with a checkpoint plan or without, in one of two memory formats, compiled or not. With
+    $\hat g$ the gradient in float64 over all parameters, and $g$ that of a candidate, the error is
+    $\lVert g - \hat g \rVert / \lVert \hat g \rVert$, measured with the probability of dropout
+    at 0; time and peak are those of the model as given. The order of the search:
+
+    1. the float64 gradient, and whether it repeats; that of two micro-batches is the same unless
+       samples depend on one another (BatchNorm does that), which rules micro-batches out;
+    2. gradient error of each precision and memory format, then the peak of each for the batch, a
+       half, a quarter, an eighth (and less where nothing fits), which rule candidates out untimed;
+    3. where a candidate over the budget would be faster than all that fit, a plan by
+       `plan_checkpoints` brings it down, and its measured peak has to fit;
+    4. what is left is timed by `compare`, a few rounds for all, more for those still in question;
+    5. the best and the second best are compiled, from a cleared cache (`torch.compiler.reset`).
+
+    Of those that the A/A noise does not tell from the fastest, the one with the smallest peak is
+    chosen. A candidate that fails, for want of memory or of a compiler or otherwise, is a trial
+    with a verdict that says so.
+
+    The model itself never runs: candidates are copies of it, a few at a time, and parameters,
+    gradients, buffers, hooks and random states are as before at the end. Hooks on its modules run
+    with the copies. A loss function with parameters of its own should be an `nn.Module`, to be
+    copied too. In a terminal, a search of more than two seconds shows its progress.
+
+    Args:
+        model: Its parameters in float32, on the device and in the mode of training.
+        batch: Inputs (a tensor, or a tuple of tensors for as many arguments of `model`) and
+            targets; the first dimension of each tensor is the batch.
+        loss_fn: Called as `loss_fn(output, targets)`; a mean over the samples, or over what
+            `count` counts.
+        memory_budget: Bytes for the peak of one step above what stood before it; the step begins
+            and ends with every `.grad` None, and parameter gradients are part of it. None for no
+            limit.
+        tolerance: Largest gradient error.
+        blocks: Which modules a plan is made for: an `nn.Sequential`, `nn.ModuleList` or list of
+            modules within `model`, each taking the output of the one before. None for the
+            container whose children save the most.
+        count: How many terms the mean of `loss_fn` has, given the targets of a micro-batch: for a
+            mean over tokens ``lambda t: (t != -100).sum()``. None for one a sample.
+        compile: Whether to try `torch.compile`, which takes from seconds to minutes.
+
+    Returns:
+        The report; `report.best.apply(model)` sets up the model.
+
+    Raises:
+        TypeError: An argument is of the wrong type, or a trained parameter is not float32.
+        ValueError: Nothing meets budget and tolerance (the least attainable is named); the
+            gradient is random, zero or not finite in float64; the batch or an option is malformed.
+        RuntimeError: Whatever the model raises in float64.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> batch = torch.randn(16, 8), torch.randn(16, 1)
+        >>> report = autotune(model, batch, nn.MSELoss(), tolerance=1e-5, compile=False)
+        >>> report.best.precision  # the others have errors of 1e-3 and more
+        'fp32'
+        >>> report.best.apply(model) is model
+        True
+    """
+    _check(model, batch, loss_fn, memory_budget, tolerance)
+    start = time.perf_counter()
+    names = None if blocks is None else _names_of(model, blocks)
+    budget = sys.maxsize if memory_budget is None else int(memory_budget)
+    with progress("autotune") as show, kept_random_states(), torch.enable_grad():
+        bench = Workbench(model, batch, loss_fn, count)
+        search = Search(bench, budget, tolerance, names, show)
+        best = search.run(compile)
+    trials = sorted(
+        search.trials.values(),
+        key=lambda t: (t.settings != best, t.time is None, t.time or 0, t.peak_bytes or 0),
+    )
+    return TuningReport(
+        best,
+        tuple(trials),
+        search.noise,
+        tuple(search.notes),
+        time.perf_counter() - start,
+        search.break_even.get(best),
+        memory_budget,
+        tolerance,
+    )
+
+
+def _names_of(model: nn.Module, blocks: _Blocks) -> str | list[str]:
+    names = {module: name for name, module in model.named_modules()}
+    wanted = [blocks] if isinstance(blocks, nn.Module) else list(blocks)
+    if strange := [module for module in wanted if module not in names]:
+        raise ValueError(
+            f"autotune: expected blocks within the model, got a {type(strange[0]).__name__} that "
+            "is none of its modules; pass model.layers or the like"
+        )
+    found = [names[module] for module in wanted]
+    return found[0] if isinstance(blocks, nn.Module) else found
+
+
+def _check(
+    model: object, batch: object, loss_fn: object, memory_budget: object, tolerance: object
+) -> None:
+    if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"autotune: expected a torch.nn.Module, got {type(model).__name__}; pass the model "
+            "itself, before torch.compile"
+        )
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(
+            f"autotune: expected batch to be a pair (inputs, targets), got {type(batch).__name__}; "
+            "several inputs stand in a tuple of their own"
+        )
+    if not callable(loss_fn):
+        raise TypeError(f"autotune: expected loss_fn(output, targets), got {loss_fn!r}")
+    for name, value in {"memory_budget": memory_budget, "tolerance": tolerance}.items():
+        missing = value is None and name == "memory_budget"
+        if not missing and (not isinstance(value, (int, float)) or not value > 0):
+            raise ValueError(f"autotune: expected {name} to be a number above 0, got {value!r}")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError(
+            "autotune: no parameter of the model requires a gradient; enable_gradients(model)"
+        )
+    if other := [name for name, p in trained.items() if p.dtype is not torch.float32]:
+        raise TypeError(
+            f"autotune: expected parameters in float32, got {trained[other[0]].dtype} for "
+            f"{other[0]!r}; pass model.float(): precision is what is searched, and the optimizer "
+            "keeps its parameters in float32"
+        )

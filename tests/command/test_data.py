@@ -1,0 +1,476 @@
+"""The three tasks: what they hold, that they are the same each time, and that labels are true."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import keyword
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn import datasets
+from torch.utils.data import DataLoader
+
+from autograd_lib.command.build import build, make_loaders, make_schedule, pick_device
+from autograd_lib.command.data import (
+    CLASSES,
+    VOCABULARY,
+    SequenceCrossEntropy,
+    Task,
+    _encode,
+    highlighted,
+    load_data,
+)
+from autograd_lib.config import AutogradConfig, OptimizerConfig, load_config
+
+SMALL = {
+    "digits": {},
+    "source": {"length": 32, "windows": 50, "test_windows": 20},
+    "highlight": {"lines": 60, "test_lines": 20},
+}
+MODELS = {
+    "digits": {"name": "cnn", "options": {"channels": [8, 8]}},
+    "source": {"name": "transformer", "options": {"d_model": 8, "num_layers": 1}},
+    "highlight": {"name": "rnn", "options": {"hidden_size": 8}},
+}
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def task(request: pytest.FixtureRequest) -> tuple[str, Task]:
+    return request.param, load_data(request.param, **SMALL[request.param])
+
+
+def config_of(name: str, **sections: dict) -> AutogradConfig:
+    data = {"name": name, "options": SMALL[name], "batch_size": 10, **sections.pop("data", {})}
+    training = {"device": "cpu", **sections.pop("training", {})}
+    return load_config({"data": data, "model": MODELS[name], "training": training, **sections})
+
+
+# Data
+
+
+def test_data_are_the_same_at_every_call(task: tuple[str, Task]) -> None:
+    name, first = task
+    second = load_data(name, **SMALL[name])
+    for part in ("train", "test"):
+        one, two = getattr(first, part), getattr(second, part)
+        assert len(one) == len(two) > 0
+        for i in range(len(one)):
+            for a, b in zip(one[i], two[i], strict=True):
+                assert torch.equal(a, b)
+
+
+def test_digits_are_standardized_by_the_training_part_and_stratified() -> None:
+    task = load_data("digits")
+    images, labels = task.train.tensors
+    assert images.shape[1:] == (1, 8, 8)
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert abs(images.mean().item()) < 1e-6
+    assert images.std(correction=0).item() == pytest.approx(1, abs=1e-6)
+    assert 0 < abs(task.test.tensors[0].mean().item()) < 0.1  # not by its own mean
+    assert task.sizes == {"input_channels": 1, "num_classes": 10}
+    counts = [torch.bincount(part.tensors[1], minlength=10) for part in (task.train, task.test)]
+    assert (counts[0] / len(task.train) - counts[1] / len(task.test)).abs().max() < 0.002
+
+
+def test_digits_are_all_of_scikit_learn_s_each_once() -> None:
+    task = load_data("digits")
+    original, labels = datasets.load_digits(return_X_y=True)
+    found = torch.cat([task.train.tensors[0], task.test.tensors[0]]).flatten(1).numpy()
+    # Both scaled to [0, 1] by the least and the largest pixel, which a shift and a scale keep.
+    scaled = (found - found.min()) / (found.max() - found.min()) * 16
+    both = np.concatenate([task.train.tensors[1], task.test.tensors[1]])
+    rows = sorted(map(tuple, np.column_stack([scaled.round(), both]).astype(int).tolist()))
+    assert rows == sorted(map(tuple, np.column_stack([original, labels]).astype(int).tolist()))
+
+
+def test_source_is_text_and_targets_are_what_follows() -> None:
+    task = load_data("source", length=50, windows=200, test_windows=30)
+    tokens, following = task.train[7]
+    assert tokens.shape == following.shape == (50,)
+    assert tokens.dtype == following.dtype == torch.int64
+    assert torch.equal(tokens[1:], following[:-1])
+    assert task.sizes == {"vocab_size": VOCABULARY} == {"vocab_size": 98}
+    everything = torch.cat([task.train[i][0] for i in range(len(task.train))])
+    assert 0 <= everything.min() <= everything.max() < VOCABULARY
+    # The commonest character of Python is the space, which comes last but one.
+    assert everything.bincount().argmax() == VOCABULARY - 2
+    assert decoded(task.train[0][0]) == library("argparse")[0][:50]
+
+
+def decoded(codes: torch.Tensor) -> str:
+    characters = "\n\t" + "".join(sorted(map(chr, range(33, 127)))) + " �"
+    return "".join(characters[code] for code in codes.tolist())
+
+
+def library(*names: str) -> list[str]:
+    folder = Path(ast.__file__).parent
+    return [(folder / f"{name}.py").read_text(encoding="utf-8") for name in names]
+
+
+def test_a_character_outside_ascii_is_the_last_code() -> None:
+    assert _encode("aé\n").tolist() == [_encode("a").item(), VOCABULARY - 1, 0]
+
+
+def test_windows_to_learn_from_and_to_judge_by_have_no_character_in_common() -> None:
+    task = load_data("source", length=40, windows=3000, test_windows=3000)
+    covered = []
+    for part in (task.train, task.test):
+        assert len(part) == 3000
+        starts = part.starts.numpy()
+        assert (np.diff(np.sort(starts)) >= 40).all()  # nor have two of one part
+        covered.append({p for start in starts for p in range(start, start + 41)})
+    assert not covered[0] & covered[1]
+
+
+def test_more_windows_than_there_are_is_an_error_with_their_number() -> None:
+    with pytest.raises(ValueError, match=r"data\.options\.windows: expected at most \d+, .* got 9"):
+        load_data("source", windows=9_000_000)
+
+
+SAMPLE = '''\
+@cache
+def f(self, x: int = 0x1F) -> str:  # why
+    """Doc
+    string."""
+    if not self.print(x) and x<=2.5e-3:
+
+        # alone
+        print(f"{x!r} is {len(x)}", rb'\\0',
+              None)
+    match = a.\\
+        lambda_
+'''
+# One letter for a class: space, k, b, n, 0, s, #, o.
+EXPECTED = [
+    ("@cache", "onnnnn"),
+    (
+        "def f(self, x: int = 0x1F) -> str:  # why",
+        "kkk nonnnno no bbb o 0000o oo bbbo  #####",
+    ),
+    ('    """Doc\n    string."""', "    " + "s" * 21),
+    (
+        "    if not self.print(x) and x<=2.5e-3:",
+        "    kk kkk nnnnonnnnnono kkk noo000000o",
+    ),
+    ("        # alone", "        #######"),
+    (
+        "        print(f\"{x!r} is {len(x)}\", rb'\\0',\n              None)",
+        "        bbbbbo" + "s" * 20 + "o sssssso" + " " * 15 + "kkkko",
+    ),
+    ("    match = a.\\\n        lambda_", "    nnnnn o no" + " " * 10 + "nnnnnnn"),
+]
+
+
+def test_classes_of_every_kind_of_character() -> None:
+    letters = " kbn0s#o"
+    assert len(letters) == len(CLASSES)
+    found = [(text, "".join(letters[c] for c in classes)) for text, classes in highlighted(SAMPLE)]
+    assert found == EXPECTED
+
+
+def places(tree: ast.AST) -> Iterator[tuple[ast.AST, int, int]]:
+    for node in ast.walk(tree):
+        if getattr(node, "lineno", 0) == 1 and node.end_lineno == 1:
+            yield node, node.col_offset, node.end_col_offset
+
+
+def test_classes_agree_with_the_syntax_tree() -> None:
+    """The tree is made by the parser, which knows nothing of `tokenize`."""
+    counted = dict.fromkeys(CLASSES, 0)
+    for text, classes in highlighted(library("argparse")[0]):
+        indent = len(text) - len(text.lstrip())
+        line = text[indent:]
+        if not line.isascii() or "\n" in line:
+            continue
+        try:
+            tree = ast.parse(line)
+        except SyntaxError:  # the head of a block, or a `return`
+            continue
+        names = [CLASSES[c] for c in classes[indent:]]
+        in_string = np.zeros(len(line), bool)
+        for node, begin, end in places(tree):
+            if isinstance(node, ast.JoinedStr) or (
+                isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes))
+            ):
+                in_string[begin:end] = True
+        for node, begin, end in places(tree):
+            if in_string[begin]:
+                continue
+            expected = None
+            if isinstance(node, ast.Name):
+                expected = "builtin" if hasattr(builtins, node.id) else "name"
+            elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+                expected = "number"
+            elif isinstance(node, ast.Constant) and (node.value is None or node.value is True):
+                expected = "keyword"
+            if expected:
+                assert set(names[begin:end]) == {expected}, line
+                counted[expected] += 1
+        for node, begin, end in places(tree):
+            # Adjacent strings are one node, with whitespace between them.
+            if in_string[begin] and isinstance(node, ast.Constant) and " " not in line[begin:end]:
+                assert set(names[begin:end]) == {"string"}, line
+                counted["string"] += 1
+    assert all(counted[kind] > 20 for kind in ("builtin", "name", "number", "keyword", "string"))
+
+
+def test_words_that_are_keywords_are_classed_so_outside_strings_and_comments() -> None:
+    for text, classes in highlighted(library("textwrap")[0]):
+        for word in re.finditer(r"[A-Za-z_]\w*", text):
+            kinds = {CLASSES[c] for c in classes[word.start() : word.end()]}
+            if not kinds & {"string", "comment"}:
+                assert (kinds == {"keyword"}) == keyword.iskeyword(word.group()), text
+
+
+def test_lines_are_of_one_part_only_and_no_longer_than_asked() -> None:
+    task = load_data("highlight", lines=2000, test_lines=400, length=60)
+    parts = [
+        {decoded(part[i][0]).strip() for i in range(len(part))} for part in (task.train, task.test)
+    ]
+    assert [len(part) for part in parts] == [2000, 400]
+    assert not parts[0] & parts[1]
+    assert max(len(task.train[i][0]) for i in range(2000)) <= 60
+
+
+def test_a_batch_of_lines_is_padded_with_what_the_loss_ignores() -> None:
+    task = load_data("highlight", lines=40, test_lines=10)
+    (one_hot, lengths), targets = next(iter(DataLoader(task.train, 8, collate_fn=task.collate)))
+    assert one_hot.shape == (8, int(lengths.max()), task.sizes["input_size"])
+    for i in range(8):
+        codes, classes = task.train[i]
+        n = int(lengths[i])
+        assert n == len(codes)
+        assert torch.equal(one_hot[i, :n].argmax(-1), codes.long())
+        assert torch.equal(one_hot[i, :n].sum(-1), torch.ones(n))
+        assert torch.equal(targets[i, :n], classes)
+        assert (targets[i, n:] == -100).all()
+
+
+def test_the_loss_and_the_accuracy_of_sequences_are_over_what_counts() -> None:
+    logits, targets = torch.randn(3, 5, 4), torch.randint(0, 4, (3, 5))
+    targets[0, 2:] = targets[2, 1:] = -100
+    counted = [(b, s) for b in range(3) for s in range(5) if targets[b, s] != -100]
+    expected = [-logits[b, s].log_softmax(0)[targets[b, s]] for b, s in counted]
+    found = SequenceCrossEntropy()(logits, targets)
+    assert found.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-6)
+    right = sum(logits[b, s].argmax() == targets[b, s] for b, s in counted)
+    accuracy = load_data("highlight", **SMALL["highlight"]).metrics["accuracy"]
+    assert accuracy(logits, targets).item() == pytest.approx(float(right) / len(counted))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("digit", {}, r"data\.name: expected one of digits, source, highlight, got 'digit'; did "
+         r"you mean 'digits'\?"),
+        ("source", {"window": 3}, r"data\.options\.window: data 'source' has no such option, "
+         r"expected length, windows, test_windows; did you mean 'windows'\?"),
+        ("digits", {"length": 3}, r"data\.options\.length: data 'digits' has no such option, "
+         "expected none$"),
+        ("source", {"length": 0}, r"data\.options\.length: expected an integer from 1 on, got 0"),
+        ("source", {"length": True}, "expected an integer from 1 on, got True"),
+        ("highlight", {"lines": "3"}, "expected an integer from 1 on, got '3'"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_path_and_the_nearest(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_data(name, **options)
+
+
+def test_without_scikit_learn_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install scikit-learn$"):
+        load_data("digits")
+
+
+def test_without_sources_there_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(
+        FileNotFoundError, match=r"sources of the standard library in .* found none"
+    ):
+        load_data("source")
+
+
+# Building a run
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_run_trains(name: str) -> None:
+    run = build(config_of(name))
+    inputs, targets = next(iter(run.train))
+    losses = [run.system.train_step(inputs, targets).item() for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert set(run.system.evaluate(run.test)) == {"loss", "accuracy"}
+
+
+def test_a_run_is_the_same_at_every_build() -> None:
+    states = []
+    for _ in range(2):
+        torch.rand(3)  # whatever was drawn before
+        run = build(config_of("digits"))
+        run.system.fit(run.train, 1)
+        states.append(run.system.module.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_global_batches_do_not_depend_on_the_number_of_processes(epoch: int) -> None:
+    config = config_of("source", data={"batch_size": 12})
+    task = load_data("source", **SMALL["source"])
+
+    def batches(rank: int, processes: int) -> list[set[tuple[int, ...]]]:
+        train, _ = make_loaders(config, task, rank, processes)
+        train.sampler.set_epoch(epoch)
+        return [{tuple(row) for row in tokens.tolist()} for tokens, _ in train]
+
+    alone = batches(0, 1)
+    assert [len(batch) for batch in alone] == [12] * 4  # 50 windows: the last two are left out
+    for processes in (2, 3, 4):
+        shares = [batches(rank, processes) for rank in range(processes)]
+        assert [set().union(*step) for step in zip(*shares, strict=True)] == alone
+        assert all(len(share) == 12 // processes for shared in shares for share in shared)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    task = load_data("source", **SMALL["source"])
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        train, _ = make_loaders(config_of("source", training={"seed": seed}), task, 0, 1)
+        train.sampler.set_epoch(epoch)
+        return [tokens.flatten().tolist() for tokens, _ in train]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+
+
+def test_every_test_sample_is_in_one_process() -> None:
+    task = load_data("source", length=32, windows=50, test_windows=23)
+    loaders = [make_loaders(config_of("source"), task, rank, 2)[1] for rank in range(2)]
+    found = [tokens for loader in loaders for tokens, _ in loader]
+    assert [len(batch) for batch in found] == [5, 5, 2, 5, 5, 1]
+    expected = [task.test[i][0] for i in range(23)]
+    assert sorted(torch.cat(found).tolist()) == sorted(torch.stack(expected).tolist())
+
+
+def test_loaders_leave_the_global_generator_alone() -> None:
+    run = build(config_of("digits"))
+    before = torch.get_rng_state()
+    list(run.train)
+    list(run.test)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_the_learning_rate_follows_its_formula(schedule: str, warmup: float) -> None:
+    steps, largest, warm = 40, 0.3, round(40 * warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=largest)
+    scheduler = make_schedule(
+        OptimizerConfig(lr=largest, schedule=schedule, warmup=warmup), optimizer, steps
+    )
+    found = []
+    for _ in range(steps + 2):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    share = np.clip((np.arange(steps + 2) - warm) / (steps - warm), 0, 1)
+    shapes = {
+        "constant": np.ones(steps + 2),
+        "linear": 1 - share,
+        "cosine": np.cos(np.pi * share / 2) ** 2,
+    }
+    expected = largest * shapes[schedule]
+    expected[:warm] = largest * np.arange(1, warm + 1) / max(warm, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert (scheduler is None) == (schedule == "constant" and not warmup)
+
+
+def test_a_plateau_halves_the_learning_rate_at_the_third_epoch_without_progress() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make_schedule(OptimizerConfig(lr=1.0, schedule="plateau"), optimizer, 100)
+    rates = []
+    for loss in (1.0, 0.5, 0.6, 0.6, 0.6):
+        scheduler.step(loss)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [1, 1, 1, 1, 0.5]
+    with pytest.raises(ValueError, match=r"optimizer\.warmup: expected 0 with schedule 'plateau'"):
+        make_schedule(OptimizerConfig(schedule="plateau", warmup=0.1), optimizer, 100)
+
+
+def test_options_and_features_reach_what_they_are_for() -> None:
+    run = build(
+        config_of(
+            "source",
+            optimizer={"name": "sgd", "lr": 0.5, "options": {"momentum": 0.7}},
+            autograd_system={"advanced_features": {"custom_gradients": True}},
+        )
+    )
+    group = run.system.optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.7, 0.01)
+    assert run.system.module.embedding.embedding_dim == 8
+    assert type(run.system.module.blocks[0].activation) is not torch.nn.GELU
+    plain = build(config_of("source"))
+    assert type(plain.system.module.blocks[0].activation) is torch.nn.GELU
+    # The RNN has no such Functions, and trains all the same.
+    build(config_of("highlight", autograd_system={"advanced_features": {"custom_gradients": True}}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"name": "cnn"}}, r"model\.name: 'cnn' does not fit data\.name 'source'; what "
+         r"fits is cnn on digits; transformer on source; rnn on highlight"),
+        ({"model": {"name": "transformer", "options": {"d_modle": 8}}},
+         r"model\.options\.d_modle: CustomTransformerModel has no such option, expected one of "
+         r"d_model, .*; did you mean 'd_model'\?"),
+        ({"model": {"name": "transformer"}}, r"model\.options\.d_model: .* needs it, got none; "
+         r"for instance --set model\.options\.d_model=128"),
+        ({"model": {"name": "transformer", "options": {"d_model": 8, "vocab_size": 3}}},
+         r"model\.options\.vocab_size: expected none, as the data decide it \(98\)"),
+        ({"model": {"name": "transformer", "options": {"d_model": 8, "custom_gradients": True}}},
+         r"set by autograd_system\.advanced_features\.custom_gradients; leave it out"),
+        ({"model": {"name": "transformer", "options": {"d_model": 8, "num_heads": 3}}},
+         r"model\.options: CustomTransformerModel: expected num_heads to divide d_model=8"),
+        ({"optimizer": {"options": {"beta": 1}}}, r"optimizer\.options\.beta: AdamW has no such "
+         r"option, .*; did you mean 'betas'\?"),
+        ({"optimizer": {"options": {"lr": 1}}}, r"optimizer\.options\.lr: .* set by optimizer\.lr"),
+        ({"optimizer": {"options": {"betas": [2, 0.9]}}}, r"optimizer\.options: Invalid beta"),
+        ({"data": {"batch_size": 51}}, r"data\.batch_size: expected at most 50, .* got 51"),
+        ({"training": {"device": "cuda:77"}}, r"training\.device: expected a device that works "
+         r"here, got 'cuda:77'"),
+    ],
+)  # fmt: skip
+def test_a_build_that_cannot_be_says_what_to_change(sections: dict, message: str) -> None:
+    base = {
+        "data": {"name": "source", "options": SMALL["source"], "batch_size": 10},
+        "model": MODELS["source"],
+        "training": {"device": "cpu"},
+    }
+    merged = {key: {**base.get(key, {}), **sections.get(key, {})} for key in {**base, **sections}}
+    if "model" in sections:
+        merged["model"] = sections["model"]
+    with pytest.raises(ValueError, match=message):
+        build(load_config(merged))
+
+
+def test_a_batch_is_a_multiple_of_the_processes() -> None:
+    task = load_data("digits")
+    with pytest.raises(
+        ValueError, match=r"multiple of the number of processes, 4, got 10; .*batch_size=8$"
+    ):
+        make_loaders(config_of("digits"), task, 0, 4)
+
+
+def test_auto_is_a_device_that_is_there() -> None:
+    there = torch.accelerator.is_available()
+    assert pick_device("auto").type == (
+        torch.accelerator.current_accelerator().type if there else "cpu"
+    )

@@ -1,0 +1,1034 @@
+"""The tuner: what it measures by references of its own, what it chooses by clocks that are told.
+
+No test looks at a wall time: where times decide, they come from a function of the settings.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import re
+from collections.abc import Callable
+from functools import partial
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DEVICES, TiedLanguageModel, cnn, encoder, mlp
+from matplotlib import pyplot as plt
+from torch import Tensor, nn
+
+from autograd_lib.benchmark import Comparison
+from autograd_lib.config import Settings
+from autograd_lib.functions.losses import CustomLossFunction
+from autograd_lib.memory import peak_bytes
+from autograd_lib.tuning import search as _search
+from autograd_lib.tuning.trials import Copy, Workbench
+from autograd_lib.tuning.tuner import Trial, TuningReport, autotune
+
+BF16 = Settings("bf16")
+FP32 = Settings()
+
+
+def flat(model: nn.Module) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def mean_of_tokens(output: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, 1), targets.flatten())
+
+
+def problem(name: str, device: str = "cpu") -> tuple[nn.Module, tuple, Callable]:
+    torch.manual_seed(0)
+    make, inputs, targets, loss_fn = {
+        "mlp": (mlp, torch.randn(8, 8), torch.randn(8, 8), nn.MSELoss()),
+        "tied": (
+            TiedLanguageModel,
+            torch.randint(0, 11, (8, 3)),
+            torch.randint(0, 11, (8, 3)),
+            mean_of_tokens,
+        ),
+        "encoder": (encoder, torch.randn(8, 5, 16), torch.randn(8, 5, 16), nn.MSELoss()),
+        "cnn": (cnn, torch.randn(8, 1, 6, 6), torch.randint(0, 10, (8,)), nn.CrossEntropyLoss()),
+    }[name]
+    return make().to(device), (inputs.to(device), targets.to(device)), loss_fn
+
+
+def trial_of(report: TuningReport, settings: Settings) -> Trial:
+    return next(trial for trial in report.trials if trial.settings == settings)
+
+
+def by_size(bench: Workbench, settings: Settings) -> int:
+    """Bytes, in proportion to the micro-batch; half of them for lower precision."""
+    bench.step(settings)()
+    size = settings.micro_batch or bench.size
+    return 1000 * size // (1 if settings.precision == "fp32" else 2) // (1 + settings.compile)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Let a function of `str(settings)` say the seconds of a step; list the races that were run.
+
+    Peaks are told too, as measuring them takes most of the time, unless they are to be `real`.
+    """
+
+    def install(
+        seconds: Callable[[str], float], noise: float = 1.0, real: bool = False
+    ) -> list[list[str]]:
+        if not real:
+            monkeypatch.setattr(Workbench, "peak", by_size)
+        races: list[list[str]] = []
+
+        def compare(thunks, *, baseline, rounds, memory):
+            assert not memory
+            for thunk in thunks.values():
+                thunk()
+            texts = [name.rpartition(" (")[0] for name in thunks]
+            races.append(texts)
+            samples = np.array([[seconds(text) for text in texts]] * rounds)
+            repeat = noise * samples[:, list(thunks).index(baseline)]
+            environment = dict.fromkeys(("torch", "python", "device", "cpu", "threads", "date"), 1)
+            return Comparison(tuple(thunks), baseline, samples, repeat, {}, environment)
+
+        def look(bench, settings):
+            bench.step(settings)()
+            return seconds(str(settings))
+
+        monkeypatch.setattr(_search, "compare", compare)
+        monkeypatch.setattr(Workbench, "seconds", look)
+        return races
+
+    return install
+
+
+def by_precision(text: str) -> float:
+    """Seconds: bf16 is fast, fp16 slow, micro-batches cost a little each."""
+    base = {"fp32": 1.0, "bf16": 0.6, "fp16": 1.3}[text[:4]]
+    size = re.search(r"micro-batch (\d+)", text)
+    recomputed = re.search(r"(\d+) of (\d+) blocks", text)
+    again = int(recomputed[1]) / int(recomputed[2]) / 3 if recomputed else 0.0
+    return base * (1 + 0.1 * (8 / int(size[1]) if size else 0) + again)
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["mlp", "tied", "encoder", "cnn"])
+def test_gradient_error_is_that_of_an_independent_float64_gradient(told, name, device):
+    told(by_precision)
+    model, (x, y), loss_fn = problem(name, device)
+    report = autotune(model, (x, y), loss_fn, tolerance=1.0, compile=False)
+
+    def gradient(precision: torch.dtype) -> Tensor:
+        wide = precision is torch.float64
+        twin = copy.deepcopy(model).to(precision if wide else torch.float32)
+        u, v = (t.double() if wide and t.is_floating_point() else t for t in (x, y))
+        with torch.autocast(device, torch.bfloat16, enabled=precision is torch.bfloat16):
+            loss = loss_fn(twin(u), v)
+        loss.backward()
+        return torch.cat([p.grad.flatten().double() for p in twin.parameters()])
+
+    exact = gradient(torch.float64)
+    for settings, precision in ((FP32, torch.float32), (BF16, torch.bfloat16)):
+        expected = float((gradient(precision) - exact).norm() / exact.norm())
+        assert trial_of(report, settings).gradient_error == pytest.approx(expected, rel=1e-6)
+
+
+def test_peak_is_that_of_the_step(told):
+    told(by_precision, real=True)
+    model, (x, y), loss_fn = problem("encoder")
+    report = autotune(model, (x, y), loss_fn, tolerance=1e-5, compile=False)
+
+    def step(size: int) -> None:
+        for u, v in zip(x.split(size), y.split(size), strict=True):
+            loss = loss_fn(model(u), v)
+            (loss * size / 8).backward()
+        model.zero_grad()
+
+    for size in (8, 4, 2):
+        settings = Settings(micro_batch=None if size == 8 else size)
+        expected = peak_bytes(partial(step, size))
+        # beside the loss that is summed up, a few bytes of numbers
+        assert trial_of(report, settings).peak_bytes == pytest.approx(expected, abs=64)
+
+
+def test_fp32_as_it_is_is_always_a_trial(told):
+    told(by_precision)
+    model, batch, loss_fn = problem("mlp")
+    for options in ({}, {"memory_budget": 10**9}, {"tolerance": 0.5}):
+        report = autotune(model, batch, loss_fn, compile=False, **options)
+        assert trial_of(report, FP32).time == 1.0
+        assert trial_of(report, FP32).peak_bytes > 0
+        assert trial_of(report, FP32).gradient_error < 1e-6
+
+
+def test_buffers_that_every_forward_moves_start_anew(told):
+    """Power iteration: a second step has another gradient, but a training run does not repeat."""
+    told(by_precision)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Tanh())
+    batch = torch.randn(4, 8), torch.randn(4, 8)
+    report = autotune(model, batch, nn.MSELoss(), tolerance=0.1, compile=False)
+    assert trial_of(report, FP32).gradient_error < 1e-5
+    assert report.notes  # of two micro-batches the second one finds other buffers
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.5), nn.AlphaDropout(0.3), nn.Dropout1d(0.4)])
+def test_dropout_is_off_for_the_error_and_on_for_the_step(told, monkeypatch, module):
+    told(by_precision)
+    model = nn.Sequential(nn.Linear(8, 8), module, nn.Linear(8, 8))
+    seen = []
+    kind = type(module)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: seen.append(self.p) or forward(self, x))
+    batch = torch.randn(4, 8), torch.randn(4, 8)
+    report = autotune(model, batch, nn.MSELoss(), compile=False)
+    assert trial_of(report, FP32).gradient_error < 1e-5
+    assert set(seen) == {0.0, module.p}
+    assert module.p > 0
+
+
+def test_dropout_of_attention_and_of_recurrent_layers_is_off_for_the_error(told):
+    told(by_precision)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+            self.recurrent = nn.LSTM(8, 8, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.recurrent(self.attention(x, x, x)[0])[0]
+
+    model = Both()
+    batch = torch.randn(4, 5, 8), torch.randn(4, 5, 8)
+    report = autotune(model, batch, nn.MSELoss(), compile=False)
+    assert trial_of(report, FP32).gradient_error < 1e-5
+    assert (model.attention.dropout, model.recurrent.dropout) == (0.5, 0.5)
+
+
+class Noisy(nn.Module):
+    def __init__(self, noise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.noise = nn.Linear(8, 8), noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.noise(x)
+
+
+def test_randomness_that_is_left_is_named():
+    batch = torch.randn(4, 8), torch.randn(4, 8)
+    model = nn.Sequential(nn.Linear(8, 8), Noisy(lambda x: F.dropout(x, 0.5)))
+    with pytest.raises(ValueError, match=r"drawn by aten.bernoulli_.float in module '1'"):
+        autotune(model, batch, nn.MSELoss())
+    model[1].noise = lambda x: np.random.rand()
+    with pytest.raises(ValueError, match="look for Python's or NumPy's"):
+        autotune(model, batch, nn.MSELoss())
+    model[1].noise = lambda x: random.random()
+    with pytest.raises(ValueError, match="look for Python's or NumPy's"):
+        autotune(model, batch, nn.MSELoss())
+
+
+def test_frozen_and_unused_parameters(told):
+    told(by_precision)
+    model = mlp()
+    model[0].requires_grad_(False)
+    model.unused = nn.Linear(3, 3)
+    model.forward = None  # deep copies carry it; a plain attribute must not matter
+    del model.forward
+    wrapped = nn.ModuleDict({"used": mlp(), "unused": nn.Linear(3, 3)})
+
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = wrapped
+            self.parts["used"][0].requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts["used"](x)
+
+    report = autotune(Partly(), (torch.randn(4, 8), torch.randn(4, 8)), nn.MSELoss(), compile=False)
+    assert trial_of(report, FP32).gradient_error < 1e-6
+
+
+# fp16 and its scale
+
+
+def test_fp16_finds_a_scale_where_the_first_one_overflows(told):
+    told(by_precision)
+    torch.manual_seed(0)
+    model = nn.Linear(16, 4)
+    batch = torch.randn(4, 16), torch.randn(4, 4)
+    report = autotune(
+        model, batch, lambda out, y: 1e3 * (out - y).square().mean(), tolerance=1, compile=False
+    )
+    assert trial_of(report, Settings("fp16")).gradient_error < 1e-2
+    # 2**16 times a gradient of some hundreds is beyond 65504
+    scaled = nn.Linear(16, 4)
+    scaled.load_state_dict(model.state_dict())
+    with torch.autocast("cpu", torch.float16):
+        loss = 1e3 * (scaled(batch[0]) - batch[1]).square().mean()
+    (loss * 2.0**16).backward()
+    assert not scaled.weight.grad.isfinite().all()
+
+
+def test_fp16_whose_forward_overflows_is_over_any_tolerance(told):
+    told(by_precision)
+    model, (x, y), loss_fn = problem("mlp")
+    report = autotune(model, (1e5 * x, y), loss_fn, tolerance=10.0, compile=False)
+    trial = trial_of(report, Settings("fp16"))
+    assert not math.isfinite(trial.gradient_error)
+    assert trial.verdict.startswith("error nan over")
+
+
+# What is ruled out
+
+
+def test_batch_norm_rules_micro_batches_out(told):
+    told(by_precision)
+    model, batch, loss_fn = problem("cnn")
+    report = autotune(model, batch, loss_fn, tolerance=1.0, compile=False)
+    assert all(trial.settings.micro_batch is None for trial in report.trials)
+    (note,) = report.notes
+    assert re.match(
+        r"Micro-batches left out: .* differs by \d\.\de-\d+ .*'1' is a BatchNorm2d", note
+    )
+    assert note in report.table()
+    report = autotune(model.eval(), batch, loss_fn, tolerance=1.0, compile=False)
+    assert {trial.settings.micro_batch for trial in report.trials} == {None, 4, 2, 1}
+    assert not report.notes
+
+
+def test_a_sum_is_no_mean_and_rules_micro_batches_out(told):
+    told(by_precision)
+    model, batch, _ = problem("mlp")
+    report = autotune(model, batch, nn.MSELoss(reduction="sum"), compile=False)
+    assert all(trial.settings.micro_batch is None for trial in report.trials)
+    assert "no mean over samples, or needs count" in report.notes[0]
+
+
+def test_count_weights_micro_batches_by_their_tokens(told):
+    told(by_precision)
+    model, (x, y), loss_fn = problem("tied")
+    y[:2] = -100  # a micro-batch of 2 without a token, of whose mean nothing is left but NaN
+    y[3, 1:] = -100
+    report = autotune(model, (x, y), loss_fn, tolerance=1e-6, compile=False)
+    assert all(trial.settings.micro_batch is None for trial in report.trials)
+    report = autotune(
+        model, (x, y), loss_fn, tolerance=1e-6, count=lambda t: (t != -100).sum(), compile=False
+    )
+    errors = {t.settings.micro_batch: t.gradient_error for t in report.trials}
+    assert errors[4] < 1e-6
+    assert errors[2] < 1e-6
+    assert not report.notes
+
+
+def test_micro_batches_that_do_not_divide_the_batch(told):
+    told(lambda text: 0.5 if "micro-batch 4" in text else 1.0)
+    model, (x, y), loss_fn = problem("mlp")
+    report = autotune(model, (x[:7], y[:7]), loss_fn, tolerance=1e-6, compile=False)
+    assert {trial.settings.micro_batch for trial in report.trials} == {None, 4, 2, 1}
+    assert report.best == Settings(micro_batch=4)
+    assert trial_of(report, report.best).gradient_error < 1e-6
+
+
+def test_a_batch_of_one_is_not_divided(told):
+    told(by_precision)
+    model, (x, y), loss_fn = problem("mlp")
+    report = autotune(model, (x[:1], y[:1]), loss_fn, compile=False)
+    assert all(trial.settings.micro_batch is None for trial in report.trials)
+    assert not report.notes
+
+
+def test_tolerance_rules_out_low_precision_before_peak_and_race(told):
+    races = told(by_precision)
+    model, batch, loss_fn = problem("encoder")
+    report = autotune(model, batch, loss_fn, tolerance=1e-5, compile=False)
+    assert report.best.precision == "fp32"
+    for precision in ("bf16", "fp16"):
+        trial = trial_of(report, Settings(precision))
+        assert trial.verdict == f"error {trial.gradient_error:.1e} over 1.0e-05"
+        assert (trial.time, trial.peak_bytes) == (None, None)
+    assert not any("16" in text for race in races for text in race)
+    assert autotune(model, batch, loss_fn, tolerance=0.1, compile=False).best == BF16
+
+
+def test_memory_format_is_tried_with_convolutions_of_images_only(told):
+    told(lambda text: 0.5 if "channels last" in text else 1.0)
+    model, batch, loss_fn = problem("cnn")
+    report = autotune(model, batch, loss_fn, tolerance=1e-5, compile=False)
+    assert report.best == Settings(memory_format="channels_last")
+    assert trial_of(report, report.best).gradient_error < 1e-5
+    model, batch, loss_fn = problem("encoder")
+    report = autotune(model, batch, loss_fn, tolerance=0.1, compile=False)
+    assert all(t.settings.memory_format == "contiguous_format" for t in report.trials)
+
+
+def test_hopelessly_slow_precision_is_given_one_look(told):
+    races = told(lambda text: 20.0 if "fp16" in text else by_precision(text))
+    model, batch, loss_fn = problem("mlp")
+    report = autotune(model, batch, loss_fn, tolerance=0.1, compile=False)
+    (trial,) = (t for t in report.trials if t.settings.precision == "fp16")
+    assert trial.verdict == "slower: 33.3 times the fastest in a first look"
+    assert trial.peak_bytes is None
+    assert not any("fp16" in text for race in races for text in race)
+
+
+# Budgets
+
+
+def chain(norm: bool = False, blocks: int = 6) -> nn.Sequential:
+    """Wide blocks of few parameters; BatchNorm keeps them from being divided by samples."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Sequential(nn.Linear(32, 32), *[nn.BatchNorm1d(16)] * norm, nn.GELU(), nn.Tanh())
+        for _ in range(blocks)
+    ]
+    return nn.Sequential(*layers)
+
+
+WIDE = torch.randn(16, 16, 32), torch.randn(16, 16, 32)
+
+
+def measured(model: nn.Module, settings: Settings, batch: tuple[Tensor, Tensor]) -> int:
+    model = settings.apply(copy.deepcopy(model))
+    size = settings.micro_batch or len(batch[0])
+
+    def step() -> None:
+        for x, y in zip(*(t.split(size) for t in batch), strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+                loss = F.mse_loss(model(x), y)
+            (loss * len(x) / len(batch[0])).backward()
+        model.zero_grad()
+
+    return peak_bytes(step)
+
+
+def test_budget_forces_micro_batches(told):
+    told(by_precision, real=True)
+    model = nn.Linear(16, 256)
+    batch = torch.randn(64, 16), torch.randn(64, 256)
+    budget = measured(model, Settings(micro_batch=32), batch) + 64
+    report = autotune(model, batch, nn.MSELoss(), budget, 1e-5, compile=False)
+    assert report.best == Settings(micro_batch=32)
+    assert trial_of(report, report.best).peak_bytes <= budget
+    assert measured(model, report.best, batch) <= budget + 64
+    baseline = trial_of(report, FP32)
+    assert baseline.peak_bytes > budget
+    assert re.fullmatch(r"peak \d+\.\d KiB over budget", baseline.verdict)
+    assert baseline.time == 1.0
+
+
+def test_less_than_an_eighth_is_tried_where_nothing_else_fits(told):
+    told(by_precision, real=True)
+    model = nn.Linear(16, 256)
+    batch = torch.randn(64, 16), torch.randn(64, 256)
+    budget = measured(model, Settings(micro_batch=2), batch) + 64
+    report = autotune(model, batch, nn.MSELoss(), budget, 1e-5, compile=False)
+    assert report.best == Settings(micro_batch=2)
+    report = autotune(model, batch, nn.MSELoss(), None, 1e-5, compile=False)
+    assert {t.settings.micro_batch for t in report.trials if t.peak_bytes} == {None, 32, 16, 8}
+
+
+def test_budget_forces_a_plan_where_the_batch_cannot_be_divided(told):
+    told(by_precision, real=True)
+    model = chain(norm=True)
+    budget = int(0.7 * measured(model, FP32, WIDE))
+    report = autotune(model, WIDE, nn.MSELoss(), budget, 1e-4, compile=False)
+    assert list(report.best.checkpoint) == [""]
+    assert trial_of(report, report.best).peak_bytes <= budget
+    assert measured(model, report.best, WIDE) <= budget + 64
+    assert trial_of(report, report.best).gradient_error < 1e-4
+
+
+def test_a_plan_competes_with_micro_batches(told):
+    # Halves of the batch cost a half more, a plan less.
+    told(lambda text: 1.5 if "micro-batch" in text else by_precision(text), real=True)
+    model = chain()
+    budget = int(0.7 * measured(model, FP32, WIDE))
+    report = autotune(model, WIDE, nn.MSELoss(), budget, 1e-5, compile=False)
+    assert report.best.checkpoint
+    assert report.best.micro_batch is None
+    # and where they cost nothing no plan can be faster
+    told(lambda text: 2.0 if "recomputed" in text else 1.0, real=True)
+    report = autotune(model, WIDE, nn.MSELoss(), budget, 1e-5, compile=False)
+    assert not any(t.settings.checkpoint for t in report.trials)
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_plan_can_go_with_micro_batches(told, monkeypatch, foreseen):
+    if not foreseen:  # that gradients of the micro-batches before stand beside each: revise
+        plan = _search.plan_checkpoints
+
+        def short(*args, accumulate):
+            return plan(*args)
+
+        monkeypatch.setattr(_search, "plan_checkpoints", short)
+    told(lambda text: 1.0 if "micro-batch 64" in text else 3.0, real=True)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(5)))
+    batch = torch.randn(256, 64), torch.randn(256, 64)
+    budget = measured(model, Settings(micro_batch=64), batch) - 20_000
+    report = autotune(model, batch, nn.MSELoss(), budget, 1e-5, compile=False)
+    assert report.best.micro_batch == 64
+    assert "recomputed" in str(report.best)
+    assert measured(model, report.best, batch) <= budget + 64
+    texts = [str(t.settings) for t in report.trials]
+    assert len(set(texts)) == len(texts)  # a plan that saves everything is no other candidate
+
+
+def test_blocks_say_what_is_planned(told):
+    told(lambda text: 1.5 if "micro-batch" in text else by_precision(text), real=True)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = chain(blocks=3), chain(blocks=4)
+            self.narrow = nn.Sequential(nn.Linear(32, 1), nn.Linear(1, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.narrow(self.second(self.first(x)))
+
+    model = Model()
+    budget = int(0.93 * measured(model, FP32, WIDE))
+    run = partial(autotune, model, WIDE, nn.MSELoss(), budget, 1e-5, compile=False)
+    assert list(run().best.checkpoint) == ["second"]  # saves more than the others
+    assert list(run(blocks=model.first).best.checkpoint) == ["first"]
+    chosen = run(blocks=[model.second[0], model.second[1]]).best
+    assert sorted(chosen.checkpoint) == ["second.0", "second.1"]
+    with pytest.raises(ValueError, match="expected blocks within the model, got a Linear"):
+        run(blocks=[nn.Linear(2, 2)])
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["divisible", "BatchNorm"])
+def test_least_attainable_peak_is_named_and_attainable(told, norm):
+    told(by_precision, real=True)
+    model = chain(norm)
+    with pytest.raises(ValueError, match=r"nothing fits memory_budget=1\.0 KiB") as caught:
+        autotune(model, WIDE, nn.MSELoss(), 1024, 1.0, compile=False)
+    least = int(re.search(r"the least attainable peak is (\d+) bytes", str(caught.value))[1])
+    report = autotune(model, WIDE, nn.MSELoss(), least, 1.0, compile=False)
+    assert trial_of(report, report.best).peak_bytes <= least
+    assert ("micro-batch" in str(caught.value)) is not norm
+
+
+def test_least_attainable_peak_keeps_to_the_tolerance(told):
+    told(by_precision, real=True)
+    with pytest.raises(ValueError, match=r"peak is \d+ bytes .* with fp32"):
+        autotune(chain(), WIDE, nn.MSELoss(), 1024, 1e-5, compile=False)
+
+
+def test_least_attainable_error_is_named(told):
+    told(by_precision, real=True)
+    model, batch, loss_fn = problem("encoder")
+    with pytest.raises(ValueError, match="no gradient is within tolerance=1e-12") as caught:
+        autotune(model, batch, loss_fn, tolerance=1e-12, compile=False)
+    least = float(re.search(r"least attainable error is (\S+), with fp32", str(caught.value))[1])
+    assert autotune(model, batch, loss_fn, tolerance=1.1 * least, compile=False).best
+
+
+def test_model_without_blocks_is_told_so(told):
+    told(by_precision, real=True)
+    model = nn.Linear(16, 256)
+    batch = torch.randn(64, 16), torch.randn(64, 256)
+    budget = int(0.6 * measured(model, FP32, batch))
+    report = autotune(model, batch, nn.MSELoss(), budget, 1e-5, compile=False)
+    assert re.search("fp32.*: no checkpoint plan, as the model has no nn.Seq", report.notes[0])
+
+
+# Failures of candidates
+
+
+class Limited(nn.Module):
+    """Runs out of memory above a batch size, and not in float64."""
+
+    def __init__(self, most: int, error: Exception) -> None:
+        super().__init__()
+        self.linear, self.most, self.error = nn.Linear(8, 8), most, error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.most and x.dtype is torch.float32:
+            raise self.error
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory_leads_to_smaller_micro_batches(told, error):
+    told(by_precision)
+    batch = torch.randn(8, 8), torch.randn(8, 8)
+    report = autotune(Limited(2, error), batch, nn.MSELoss(), tolerance=1e-5, compile=False)
+    assert report.best == Settings(micro_batch=2)
+    for size in (None, 4):
+        trial = trial_of(report, Settings(micro_batch=size))
+        assert trial.verdict == f"failed: {type(error).__name__}: {error}".removesuffix(": ")
+        assert (trial.time, trial.peak_bytes, trial.gradient_error) == (None, None, None)
+    assert "failed: " in report.table()
+
+
+def test_every_candidate_fails(told):
+    told(by_precision)
+    batch = torch.randn(8, 8), torch.randn(8, 8)
+    model = Limited(0, RuntimeError("no kernel\nfor this"))
+    with pytest.raises(ValueError, match="every candidate fails; fp32 failed: RuntimeError: no ke"):
+        autotune(model, batch, nn.MSELoss(), compile=False)
+
+
+def test_a_precision_that_fails_is_a_trial(told):
+    told(by_precision)
+
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            if y.dtype is torch.bfloat16:
+                raise NotImplementedError
+            return y
+
+    model, batch = Picky(), (torch.randn(8, 8), torch.randn(8, 8))
+    report = autotune(model, batch, nn.MSELoss(), compile=False)
+    assert trial_of(report, BF16) == Trial(BF16, verdict="failed: NotImplementedError")
+
+
+def test_a_candidate_that_fails_in_the_race_is_dropped(told, monkeypatch):
+    races = told(lambda text: 0.5 if text == "bf16" else 1.0)
+    model, batch, loss_fn = problem("mlp")
+    step = Workbench.step
+    compare = _search.compare
+    racing = []
+
+    def racy(*args, **kwargs):
+        racing.append(True)
+        return compare(*args, **kwargs)
+
+    def broken(bench: Workbench, settings: Settings) -> Callable[[], None]:
+        run = step(bench, settings)
+
+        def maybe() -> None:
+            run()
+            if racing and settings == BF16:
+                raise torch.OutOfMemoryError("fragmented")
+
+        return maybe
+
+    monkeypatch.setattr(_search, "compare", racy)
+    monkeypatch.setattr(Workbench, "step", broken)
+    report = autotune(model, batch, loss_fn, tolerance=0.1, compile=False)
+    assert report.best != BF16
+    assert trial_of(report, BF16).verdict == "failed: OutOfMemoryError: fragmented"
+    assert not any("bf16" in race for race in races)
+
+
+def test_error_outside_the_candidates_is_raised(told, monkeypatch):
+    told(by_precision)
+
+    def broken(*args, **kwargs):
+        raise ArithmeticError("of compare itself")
+
+    monkeypatch.setattr(_search, "compare", broken)
+    with pytest.raises(ArithmeticError, match="of compare itself"):
+        autotune(*problem("mlp"), compile=False)
+
+
+# Races
+
+
+def test_smallest_peak_of_those_that_noise_does_not_tell_apart(told):
+    # 2 % from the whole batch to halves, within a noise of 10 %; quarters are slower.
+    times = {"bf16": 1.0, "bf16, micro-batch 4": 1.02, "bf16, micro-batch 2": 1.3}
+    told(lambda text: times.get(text, 2.0), noise=1.1)
+    model, batch, loss_fn = problem("encoder")
+    report = autotune(model, batch, loss_fn, tolerance=0.1, compile=False)
+    assert report.best == Settings("bf16", 4)
+    first, second, third = report.trials[:3]
+    assert first.verdict == "best: a tie of 2, at the smallest peak"
+    assert second.settings == BF16
+    assert second.verdict == "tie: as fast as the best, at no smaller peak"
+    assert second.peak_bytes > first.peak_bytes
+    assert third.verdict == "slower: 1.30 [1.30, 1.30] times the fastest"
+    assert report.noise.median == pytest.approx(1.1)
+    told(lambda text: times.get(text, 2.0), noise=1.001)
+    assert autotune(model, batch, loss_fn, tolerance=0.1, compile=False).best == BF16
+
+
+def test_clear_losers_see_the_first_rounds_only(told):
+    times = {"bf16": 1.0, "bf16, micro-batch 4": 1.02, "bf16, micro-batch 2": 1.3}
+    races = told(lambda text: times.get(text, 1.4), noise=1.1)
+    model, batch, loss_fn = problem("encoder")
+    autotune(model, batch, loss_fn, tolerance=0.1, compile=False)
+    assert set(races[0]) > {*times, "fp32"}
+    assert sorted(races[1]) == ["bf16", "bf16, micro-batch 4"]
+    assert len(races) == 2
+
+
+def test_a_tie_of_very_different_times_gets_more_rounds(told):
+    times = {"bf16": 1.0, "bf16, micro-batch 4": 1.2}
+    races = told(lambda text: times.get(text, 1.4), noise=1.3)
+    model, batch, loss_fn = problem("encoder")
+    report = autotune(model, batch, loss_fn, tolerance=0.1, compile=False)
+    assert [len(race) for race in races][1:] == [2, 2]
+    assert report.best == BF16  # a fifth of the time is not given away for want of certainty
+    doubtful = trial_of(report, Settings("bf16", 4)).verdict
+    assert doubtful == "slower: 1.20 [1.20, 1.20] times the fastest, within the noise"
+
+
+def test_a_disturbed_look_does_not_drop_the_fastest(told, monkeypatch):
+    told(by_precision)
+    calls: dict[str, int] = {}
+    steady = Workbench.seconds
+
+    def disturbed(bench: Workbench, settings: Settings) -> float:
+        text = str(settings)
+        calls[text] = calls.get(text, 0) + 1
+        return steady(bench, settings) * (10 if calls[text] == 1 and text == "bf16" else 1)
+
+    monkeypatch.setattr(Workbench, "seconds", disturbed)
+    model, batch, loss_fn = problem("encoder")
+    assert autotune(model, batch, loss_fn, tolerance=0.1, compile=False).best == BF16
+    assert calls["bf16"] > 1
+
+
+@pytest.mark.usefixtures("short_samples")
+def test_report_of_a_real_race():
+    model, batch, loss_fn = problem("encoder")
+    report = autotune(model, batch, loss_fn, tolerance=0.1, compile=False)
+    raced = [t for t in report.trials if re.match("best|tie|slower: .*\\[", t.verdict)]
+    assert raced[0].settings == report.best
+    assert all(t.time > 0 and t.peak_bytes > 0 and t.gradient_error < 0.1 for t in raced)
+    assert report.noise.low <= report.noise.median <= report.noise.high
+    assert report.seconds > 0
+
+
+# Compilation
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Replace Inductor by a backend that costs nothing."""
+
+    def install(backend="eager") -> None:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+
+    yield install
+    torch.compiler.reset()
+
+
+def test_compiling_is_tried_on_the_best_two(told, compiler):
+    compiler()
+    looks = iter([7.0, 9.0])  # of the first steps, which compile
+    told(lambda text: next(looks, 0.3) if "compiled" in text else by_precision(text))
+    model, batch, loss_fn = problem("mlp")
+    report = autotune(model, batch, loss_fn, tolerance=0.1)
+    compiled = [t for t in report.trials if t.settings.compile]
+    assert {str(t.settings) for t in compiled} == {
+        "bf16, compiled",
+        "bf16, micro-batch 4, compiled",
+    }
+    assert all(t.gradient_error < 1e-2 and t.peak_bytes > 0 for t in compiled)
+
+
+def test_compiling_that_pays_is_chosen_with_its_break_even(told, monkeypatch, compiler):
+    compiler()
+    told(lambda text: by_precision(text) / (2 if "compiled" in text else 1))
+    slow_first = Workbench.seconds
+    monkeypatch.setattr(
+        Workbench,
+        "seconds",
+        lambda bench, s: slow_first(bench, s) + (30.0 if s.compile else 0.0),
+    )
+    model, batch, loss_fn = problem("mlp")
+    report = autotune(model, batch, loss_fn, tolerance=0.1)
+    assert report.best == Settings("bf16", compile=True)
+    assert report.trials[0].time == pytest.approx(0.3)
+    assert report.break_even == pytest.approx(30.0 / 0.3)
+    assert "bf16, compiled: compiling took 30.0 s, gained back after 100 steps." in report.notes
+    assert trial_of(report, BF16).verdict.startswith("slower: 2.00")
+
+
+def test_compiling_that_does_not_pay_is_not_chosen(told, compiler):
+    compiler()
+    told(lambda text: by_precision(text) * (1.5 if "compiled" in text else 1))
+    report = autotune(*problem("mlp"), tolerance=0.1)
+    assert report.best == BF16
+    assert report.break_even is None
+    assert any(note.endswith("gained back never.") for note in report.notes)
+
+
+def test_ties_with_what_is_beaten_by_compiling_are_no_ties_with_the_best(told, compiler):
+    compiler()
+    times = {"bf16": 1.0, "bf16, micro-batch 4": 1.02, "bf16, compiled": 0.5}
+    told(lambda text: times.get(text, 2.0), noise=1.1)
+    model, batch, loss_fn = problem("encoder")
+    report = autotune(model, batch, loss_fn, tolerance=0.1)
+    assert report.best == Settings("bf16", compile=True)
+    assert not any(t.verdict.startswith("tie") for t in report.trials)
+
+
+def test_a_failing_compiler_is_a_verdict(told, compiler):
+    def broken(graph, inputs):
+        raise OSError("no compiler here")
+
+    compiler(broken)
+    told(by_precision)
+    report = autotune(*problem("mlp"), tolerance=0.1)
+    assert report.best == BF16
+    trial = trial_of(report, Settings("bf16", compile=True))
+    assert trial.verdict.startswith("failed: BackendCompilerFailed: ")
+    assert trial.time is None
+
+
+def test_a_compiler_that_spoils_the_gradient_is_found_out(told, compiler):
+    def wrong(graph, inputs):
+        return lambda *args: tuple(1.5 * out for out in graph(*args))
+
+    compiler(wrong)
+    told(lambda text: 0.1 if "compiled" in text else by_precision(text))
+    report = autotune(*problem("mlp"), tolerance=0.1)
+    assert report.best == BF16
+    trial = trial_of(report, Settings("bf16", compile=True))
+    assert trial.gradient_error > 0.1
+    assert trial.verdict.startswith("error ")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiling_with_inductor():
+    model, (x, y), loss_fn = problem("mlp")
+    report = autotune(model, (x[:1], y[:1]), loss_fn, tolerance=1e-5)
+    trial = trial_of(report, Settings(compile=True))
+    assert trial.verdict.startswith(("best", "tie", "slower", "failed"))
+    assert trial.verdict.startswith("failed") or trial.gradient_error < 1e-5
+
+
+# What is left behind
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_touched(told, fails):
+    told(by_precision)
+    model, (x, y), loss_fn = problem("cnn")
+    model.register_forward_hook(lambda *_: None)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    x.requires_grad_()
+    twin = copy.deepcopy(model)
+    hooks = list(model._forward_hooks)
+    grad, version = model[0].weight.grad, model[0].weight.grad._version
+    training = [module.training for module in model.modules()]
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    expected = torch.rand(()), np.random.rand(), random.random()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    if fails:
+        with pytest.raises(ValueError, match="nothing fits"):
+            autotune(model, (x, y), loss_fn, memory_budget=10, compile=False)
+    else:
+        assert autotune(model, (x, y), loss_fn, tolerance=1.0, compile=False).best
+    assert (torch.rand(()), np.random.rand(), random.random()) == expected
+    for name, value in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert model[0].weight.grad is grad
+    assert grad._version == version
+    assert all(p.grad is None for p in list(model.parameters())[1:])
+    assert x.grad is None
+    assert list(model._forward_hooks) == hooks
+    assert [module.training for module in model.modules()] == training
+    assert model[0].weight.stride() == twin[0].weight.stride()
+    assert all(m._compiled_call_impl is None for m in model.modules())
+
+
+def test_best_trains_as_the_trial_said(told):
+    told(by_precision, real=True)
+    model = chain(norm=True)
+    budget = int(0.7 * measured(model, FP32, WIDE))
+    best = autotune(model, WIDE, nn.MSELoss(), budget, 1e-5, compile=False).best
+    plain, planned = copy.deepcopy(model), best.apply(copy.deepcopy(model))
+    for trained in (plain, planned):
+        nn.MSELoss()(trained(WIDE[0]), WIDE[1]).backward()
+    assert all(torch.equal(a, b) for a, b in zip(flat(plain), flat(planned), strict=True))
+    for a, b in zip(plain.buffers(), planned.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_loss_with_parameters_is_copied_with_the_model(told):
+    told(by_precision)
+    model, batch, _ = problem("mlp")
+    loss_fn = CustomLossFunction()
+    report = autotune(model, batch, loss_fn, tolerance=1e-5, compile=False)
+    assert trial_of(report, FP32).gradient_error < 1e-6
+    assert all(p.grad is None for p in [*model.parameters(), *loss_fn.parameters()])
+
+
+def test_loss_that_shares_a_parameter_with_the_model(told):
+    told(by_precision)
+
+    class Tied(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, out: Tensor, y: Tensor) -> Tensor:
+            return F.mse_loss(out @ self.weight, y)
+
+    model, (x, y), _ = problem("mlp")
+    loss_fn = Tied(model[0].weight)
+    report = autotune(model, (x, y), loss_fn, compile=False)
+    assert trial_of(report, FP32).gradient_error < 1e-6
+    made = Copy(model, loss_fn)
+    assert made.loss_fn.weight is made.model[0].weight
+    assert len(made.parameters) == len(list(model.parameters()))
+
+
+def test_several_inputs_and_their_micro_batches(told):
+    told(by_precision)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Bilinear(4, 5, 6)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.layer(a, b)
+
+    batch = (torch.randn(8, 4), torch.randn(8, 5)), torch.randn(8, 6)
+    report = autotune(Two(), batch, nn.MSELoss(), compile=False, tolerance=1e-5)
+    assert trial_of(report, Settings(micro_batch=4)).gradient_error < 1e-6
+
+
+# What is refused
+
+
+def test_arguments_are_checked():
+    model, batch, loss_fn = problem("mlp")
+    for changes, error, message in [
+        ({"model": "mlp"}, TypeError, "expected a torch.nn.Module, got str"),
+        (
+            {"model": torch.compile(model, backend="eager")},
+            TypeError,
+            "got OptimizedModule; pass the model itself",
+        ),
+        ({"batch": batch[0]}, TypeError, r"a pair \(inputs, targets\), got Tensor"),
+        ({"loss_fn": 3}, TypeError, r"expected loss_fn\(output, targets\), got 3"),
+        ({"memory_budget": 0}, ValueError, "memory_budget to be a number above 0, got 0"),
+        ({"memory_budget": "1G"}, ValueError, "memory_budget to be a number above 0, got '1G'"),
+        ({"tolerance": None}, ValueError, "tolerance to be a number above 0, got None"),
+        ({"tolerance": math.nan}, ValueError, "tolerance to be a number above 0, got nan"),
+        ({"batch": (batch[0], batch[1][:3])}, ValueError, r"got shapes \[\(8, 8\), \(3, 8\)\]"),
+        ({"batch": (batch[0][:0], batch[1][:0])}, ValueError, "the batch is empty"),
+        ({"batch": (batch[0], torch.tensor(1.0))}, ValueError, "first dimension is the batch"),
+        ({"count": lambda t: 0}, ValueError, "count gives 0 for the whole batch"),
+        ({"loss_fn": lambda out, y: out}, ValueError, r"return a scalar .* got shape \(8, 8\)"),
+        ({"loss_fn": lambda out, y: out.mean().item()}, ValueError, "got float"),
+        ({"loss_fn": lambda out, y: 0 * out.mean()}, ValueError, "gradient is zero"),
+        ({"loss_fn": lambda out, y: out.mean() / 0}, ValueError, "not finite even in float64"),
+        ({"model": copy.deepcopy(model).double()}, TypeError, "in float32, got torch.float64 for"),
+        ({"model": copy.deepcopy(model).requires_grad_(False)}, ValueError, "requires a gradient"),
+    ]:
+        options = {"model": model, "batch": batch, "loss_fn": loss_fn} | changes
+        with pytest.raises(error, match=f"autotune: .*{message}"):
+            autotune(**options)
+
+
+def test_loss_that_holds_a_parameter_out_of_reach_is_refused():
+    model, batch, loss_fn = problem("mlp")
+    scale = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"depends on a tensor of shape \(8,\) that is no"):
+        autotune(model, batch, lambda out, y: loss_fn(scale * out, y))
+    assert scale.grad is None
+
+
+def test_step_that_writes_into_its_batch_is_refused():
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.mul_(2))
+
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    before = x.clone()
+    with pytest.raises(ValueError, match="writes into its batch"):
+        autotune(Writes(), (x, y), nn.MSELoss())
+    assert torch.equal(x, before)
+
+
+def test_what_the_model_raises_in_float64_says_so():
+    class Single(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x.float(), self.weight)
+
+    with pytest.raises(RuntimeError) as caught:
+        autotune(Single(8, 8), (torch.randn(4, 8), torch.randn(4, 8)), nn.MSELoss())
+    assert "raised by the reference, where model and batch are float64" in caught.value.__notes__[0]
+
+
+# The report
+
+
+class Cells(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data):
+        if self.rows:
+            self.rows[-1].append(data)
+
+
+@pytest.fixture
+def report(told) -> TuningReport:
+    told(by_precision, real=True)
+    model = chain()
+    budget = int(0.7 * measured(model, FP32, WIDE))
+    return autotune(model, WIDE, nn.MSELoss(), budget, 0.004, compile=False)
+
+
+def test_table(report):
+    lines = report.table().splitlines()
+    assert lines[0].startswith(f"{len(report.trials)} candidates in ")
+    assert "gradient error up to 0.004" in lines[0]
+    assert lines[1].split() == ["settings", "time", "ratio", "peak", "error", "verdict"]
+    assert lines[2].startswith(str(report.best))
+    assert " 1.00 " in lines[2]
+    assert repr(report) == report.table()
+    cells = Cells()
+    cells.feed(report._repr_html_())
+    assert [row[0] for row in cells.rows[1:]][: len(report.trials)] == [
+        str(trial.settings) for trial in report.trials
+    ]
+
+
+def test_plot_shows_every_trial_with_time_and_peak(report):
+    ax = report.plot()
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    shown = {
+        (x, y)
+        for label, line in lines.items()
+        if label != "budget"
+        for x, y in zip(*line.get_data(), strict=True)
+    }
+    known = [t for t in report.trials if t.time and t.peak_bytes]
+    assert shown == {(t.peak_bytes / 2**20, 1e3 * t.time) for t in known}
+    assert {"best", "over budget", "budget"} <= set(lines)
+    assert lines["budget"].get_xdata()[0] == report.memory_budget / 2**20
+    assert "MiB" in ax.get_xlabel()
+    assert "ms" in ax.get_ylabel()
+    plt.close(ax.figure)
+    _, given = plt.subplots()
+    assert report.plot(given) is given
+    plt.close(given.figure)
