@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import math
 import os
 import warnings
@@ -353,6 +354,8 @@ def _check(candidates: object, baseline: object, rounds: int, threads: int | Non
 def _measure(thunk: Thunk, number: int) -> float:
     """Seconds per call over `number` calls."""
     # Not at the top: the import brings setuptools along and takes half as long as that of torch.
+    # It imports what, in a CUDA build on a machine without a GPU, logs that there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer  # noqa: PLC0415
 
     # `_timeit` is what every loop of Timer samples with. The public `timeit` calls twice more

@@ -83,9 +83,7 @@ def test_the_readme_runs_with_the_extras_that_it_names(tmp_path: Path) -> None:
     # Races in which a sample is a call or two, as by the fixture `short_samples`.
     short = "from autograd_lib import benchmark; benchmark._SAMPLE_SECONDS = 1e-4"
     run = run_with((None, short), *blocks, cwd=tmp_path)
-    # PyTorch itself logs a line where a CUDA build finds no driver but a folder of CUDA's.
-    lines = [line for line in run.stderr.splitlines() if "No CUDA runtime is found" not in line]
-    assert (run.returncode, lines) == (0, [])
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_what_no_extra_brings_is_hidden(tmp_path: Path) -> None:
