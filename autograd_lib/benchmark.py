@@ -27,7 +27,7 @@ from autograd_lib.memory import peak_bytes
 from autograd_lib.report.plots import sized_axes
 from autograd_lib.report.progress import progress
 from autograd_lib.report.stored import described, this_environment
-from autograd_lib.report.tables import html_table, readable_bytes, text_table
+from autograd_lib.report.tables import Table, readable_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ class Ratio(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
+class Comparison(Table):
     """What `compare` measured; prints as a table, in a notebook as HTML, and draws itself.
 
     Attributes:
@@ -137,12 +137,6 @@ class Comparison:
             rows = [[*row, peak] for row, peak in zip(rows, peaks, strict=True)]
             header.append("peak")
         return title, header, rows
-
-    def __repr__(self) -> str:
-        return text_table(*self._table())
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table())
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw each ratio with its interval over the noise band; ties are hollow, claims filled.

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import (
     _recomputation_hook,
 )
 
-from autograd_lib.report.tables import Row, html_table, readable_bytes, text_table
+from autograd_lib.report.tables import Row, Table, readable_bytes
 
 __all__ = ["SavedTensors", "peak_bytes", "saved_tensors"]
 
@@ -62,7 +62,7 @@ class _Storage:
     source: str
 
 
-class SavedTensors:
+class SavedTensors(Table):
     """What one `saved_tensors` block saved for backward: sizes only, never the tensors.
 
     A number read inside the block is the number so far. Prints as a table, in a notebook as HTML.
@@ -196,8 +196,8 @@ class SavedTensors:
             frame = frame.f_back
         return ""
 
-    def _rows(self) -> list[Row]:
-        rows = [
+    def _table(self) -> tuple[str, Row, list[Row]]:
+        rows: list[Row] = [
             (name or "(no submodule)", readable_bytes(n)) for name, n in self.by_module().items()
         ]
         rows += [
@@ -205,13 +205,8 @@ class SavedTensors:
             ("left out: parameters", readable_bytes(self.parameter_bytes)),
             ("left out: inputs", readable_bytes(self.input_bytes)),
         ]
-        return [*rows, *((f"not seen: {spot}", "") for spot in self.blind_spots)]
-
-    def __repr__(self) -> str:
-        return text_table("Saved for backward", ("module", "bytes"), self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table("Saved for backward", ("module", "bytes"), self._rows())
+        rows += [(f"not seen: {spot}", "") for spot in self.blind_spots]
+        return "Saved for backward", ("module", "bytes"), rows
 
 
 @contextlib.contextmanager

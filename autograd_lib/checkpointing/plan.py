@@ -20,7 +20,7 @@ from autograd_lib.checkpointing.recompute import apply_checkpoints, runs_its_chi
 from autograd_lib.checkpointing.solver import Chain, Step, Steps, frontier, length, replay
 from autograd_lib.report.plots import sized_axes
 from autograd_lib.report.progress import progress
-from autograd_lib.report.tables import Row, html_table, readable_bytes, text_table
+from autograd_lib.report.tables import Row, Table, readable_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ Blocks = nn.Sequential | nn.ModuleList | list[nn.Module] | tuple[nn.Module, ...]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class CheckpointPlan:
+class CheckpointPlan(Table):
     """The fastest schedule of a chain of blocks under a budget; prints as a table, draws itself.
 
     Bytes are the peak of forward and backward of one step that starts with every `.grad` None,
@@ -151,12 +151,6 @@ class CheckpointPlan:
         rows += [(f"  {line}", "", "") for line in _lines(self.steps, self._chain)]
         title = f"Checkpoint plan within {readable_bytes(self.budget)}"
         return title, ("schedule", "peak", "time / plain"), rows
-
-    def __repr__(self) -> str:
-        return text_table(*self._table())
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table())
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw peak and time of all optimal plans, of this one, and of the rules.

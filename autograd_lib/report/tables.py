@@ -10,6 +10,28 @@ Row = Sequence[str]
 _SHOWN = 60  # a report on thousands of parameters shows the first and the last of them
 
 
+class Table:
+    """A mixin for reports: printed they are a text table, in a notebook an HTML table.
+
+    A subclass defines `_table`; one without rows prints its title alone.
+    """
+
+    def _table(self) -> tuple[str, Row, Sequence[Row]]:
+        """Return the title (one line or several), the header, and the rows."""
+        raise NotImplementedError
+
+    def _notes(self) -> Sequence[str]:
+        """Return the sentences that stand below the table."""
+        return ()
+
+    def __repr__(self) -> str:
+        return "\n".join([text_table(*self._table()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self._notes())
+        return html_table(*self._table()) + notes
+
+
 def _shorten(rows: Sequence[Row], width: int) -> list[Row]:
     if len(rows) <= _SHOWN:
         return list(rows)
@@ -25,7 +47,12 @@ def readable_bytes(count: int) -> str:
 
 
 def text_table(title: str, header: Row, rows: Sequence[Row]) -> str:
-    """Align `rows` under `header`: the first column to the left, the others to the right."""
+    """Align `rows` under `header`: the first column to the left, the others to the right.
+
+    Without rows the title stands alone.
+    """
+    if not rows:
+        return title
     lines = [header, *_shorten(rows, len(header))]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     aligned = [
@@ -37,6 +64,8 @@ def text_table(title: str, header: Row, rows: Sequence[Row]) -> str:
 
 def html_table(title: str, header: Row, rows: Sequence[Row]) -> str:
     """The same table as HTML, with the title as its caption."""
+    if not rows:
+        return f"<p>{escape(title)}</p>"
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
