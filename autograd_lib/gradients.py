@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autograd_lib.report.tables import html_table, text_table
+from autograd_lib.report.tables import Row, Table
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -56,7 +56,7 @@ _SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
-class GradientStatistics(Mapping[str, Any]):
+class GradientStatistics(Table, Mapping[str, Any]):
     """Statistics of a model's gradients: a mapping that prints as a table.
 
     `["total_norm"]` is the L2 norm of all gradients together, a float. `["parameters"]` maps each
@@ -89,7 +89,7 @@ class GradientStatistics(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._data)
 
-    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+    def _table(self) -> tuple[str, Row, list[Row]]:
         """Title, header and rows; a column for each statistic that some parameter has."""
         parameters = self["parameters"]
         step = f" at step {self['step']}" if self.get("step") else ""
@@ -97,20 +97,12 @@ class GradientStatistics(Mapping[str, Any]):
         if not parameters:
             return "\n".join(["no gradients yet", *issues]), [], []
         shown = [key for key in _SHOWN if any(key in entry for entry in parameters.values())]
-        rows = [
+        rows: list[Row] = [
             [name, *(_SHOWN[key][1](entry[key]) if key in entry else "" for key in shown)]
             for name, entry in parameters.items()
         ]
         title = f"gradients of {len(rows)} parameters{step}, total norm {self['total_norm']:.4g}"
         return "\n".join([title, *issues]), ["parameter", *(_SHOWN[key][0] for key in shown)], rows
-
-    def __repr__(self) -> str:
-        title, header, rows = self._table()
-        return text_table(title, header, rows) if rows else title
-
-    def _repr_html_(self) -> str:
-        title, header, rows = self._table()
-        return html_table(title, header, rows) if rows else f"<p>{title}</p>"
 
 
 def enable_gradients(model: nn.Module, enable: bool = True) -> None:

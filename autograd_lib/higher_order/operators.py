@@ -32,7 +32,7 @@ from autograd_lib.higher_order.taylor import (
     jet,
     lift,
 )
-from autograd_lib.report.tables import html_table, text_table
+from autograd_lib.report.tables import Row, Table
 
 __all__ = [
     "DerivativeReport",
@@ -206,7 +206,7 @@ def _advice() -> Iterator[None]:
 # ------------------------------------------------------------------ towers
 
 
-class DerivativeTower(Sequence[dict[str, Tensor]]):
+class DerivativeTower(Table, Sequence[dict[str, Tensor]]):
     r"""The derivatives of a loss along one direction: a sequence of dicts by parameter name.
 
     Entry k - 1 is the derivative of order k contracted k - 1 times with the direction,
@@ -237,20 +237,14 @@ class DerivativeTower(Sequence[dict[str, Tensor]]):
     def __getitem__(self, index: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         return self._vectors[index]
 
-    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+    def _table(self) -> tuple[str, Row, list[Row]]:
         sizes = sum(v.numel() for v in self.direction.values())
         title = f"derivatives of the loss along one direction, {sizes:,} parameters"
-        rows = [["0", f"{self.values[0].item():.4g}", ""]]
+        rows: list[Row] = [["0", f"{self.values[0].item():.4g}", ""]]
         for k, vector in enumerate(self, start=1):
             norm = _norm(list(vector.values())).item()
             rows.append([str(k), f"{self.values[k].item():.4g}", f"{norm:.4g}"])
         return title, ["order", "value", "norm of the vector"], rows
-
-    def __repr__(self) -> str:
-        return text_table(*self._table())
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table())
 
 
 def derivative_tower(
@@ -656,7 +650,7 @@ def top_eigenvalues(f: Scalar, x: Inputs, k: int) -> Tensor:
 # ------------------------------------------------------------------ verification
 
 
-class DerivativeReport:
+class DerivativeReport(Table):
     """Derivatives along a direction, computed in several ways, beside an independent fit.
 
     Attributes:
@@ -706,7 +700,7 @@ class DerivativeReport:
             return "wrong"
         return "" if self._resolved(k, found[k]) else "?"
 
-    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+    def _table(self) -> tuple[str, Row, list[Row]]:
         wrong = [
             f"{name} from order {k} on"
             for name, k in self.first_wrong.items()
@@ -717,7 +711,7 @@ class DerivativeReport:
         unknown = [k for k in range(len(self.fit)) if not self._resolved(k)]
         if unknown:
             title += f"; the fit does not resolve f from order {unknown[0]} on, scale v"
-        rows = []
+        rows: list[Row] = []
         for k, value in enumerate(self.fit):
             row = [str(k), f"{value:.6g} ± {self.uncertainty[k]:.0e}"]
             for name, found in self.values.items():
@@ -727,12 +721,8 @@ class DerivativeReport:
             rows.append(row)
         return title, ["order", "fit", *self.values], rows
 
-    def __repr__(self) -> str:
-        notes = [f"{name} raises {error}" for name, error in self.errors.items()]
-        return "\n".join([text_table(*self._table()), *notes])
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table())
+    def _notes(self) -> list[str]:
+        return [f"{name} raises {error}" for name, error in self.errors.items()]
 
 
 def verify_derivatives(

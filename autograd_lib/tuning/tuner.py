@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from autograd_lib.checkpointing.probe import kept_random_states
 from autograd_lib.config.records import Settings
 from autograd_lib.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, add_legend, make_axes
 from autograd_lib.report.progress import progress
-from autograd_lib.report.tables import Row, html_table, readable_bytes, text_table
+from autograd_lib.report.tables import Row, Table, readable_bytes
 from autograd_lib.tuning.search import Search
 from autograd_lib.tuning.trials import Trial, Workbench
 
@@ -30,7 +29,7 @@ _Blocks = nn.Sequential | nn.ModuleList | Sequence[nn.Module]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TuningReport:
+class TuningReport(Table):
     """What `autotune` tried and chose; prints as a table, in a notebook as HTML, and draws itself.
 
     Attributes:
@@ -56,7 +55,10 @@ class TuningReport:
 
     def table(self) -> str:
         """The trials as text, one a line, and the notes."""
-        return "\n".join([text_table(*self._table()), *self.notes])
+        return repr(self)
+
+    def _notes(self) -> tuple[str, ...]:
+        return self.notes
 
     def _table(self) -> tuple[str, Row, list[Row]]:
         budget = (
@@ -83,12 +85,6 @@ class TuningReport:
                 ]
             )
         return title, ("settings", "time", "ratio", "peak", "error", "verdict"), rows
-
-    def __repr__(self) -> str:
-        return self.table()
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table()) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw time against peak of every trial that has both, by what became of it.
