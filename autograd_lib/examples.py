@@ -1,7 +1,7 @@
 """Demonstrations: every part of the library at work in a few lines, with results to look into.
 
-Each prints what it shows and returns it. Models are small and data are made on the spot; random
-states are those of seed 0 within a demonstration, and afterward what they were before.
+Each prints what it shows and returns it. Models are small and the data are random. Every
+demonstration starts from seed 0 and restores the caller's random states at its end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from autograd_lib.benchmark import Comparison, compare
 from autograd_lib.checkpointing.plan import plan_checkpoints
-from autograd_lib.checkpointing.probe import kept_random_states
 from autograd_lib.config.records import Settings
+from autograd_lib.core.snapshot import preserved_random_state
 from autograd_lib.functions.functions import CustomAutogradFunction
 from autograd_lib.functions.losses import CustomLossFunction
 from autograd_lib.gradients import AutogradUtils
@@ -89,35 +89,30 @@ class AdvancedAutogradExamples:
     """The advanced demonstrations: gradient flow, performance, and the three models."""
 
     @staticmethod
-    def run_all_advanced_examples(compile: bool = False) -> Results:
+    def run_all_advanced_examples() -> Results:
         """Run the demonstrations of this class, one after the other.
-
-        Args:
-            compile: Whether `demonstrate_performance_optimization` compiles, too.
 
         Returns:
             What they return, as `gradient_flow`, `performance` and `custom_models`.
-
-        Raises:
-            RuntimeError: If compiling was asked for and fails.
         """
-        mine = AdvancedAutogradExamples
+        examples = AdvancedAutogradExamples
         return {
-            "gradient_flow": mine.demonstrate_gradient_flow_analysis(),
-            "performance": mine.demonstrate_performance_optimization(compile=compile),
-            "custom_models": mine.demonstrate_autograd_with_custom_models(),
+            "gradient_flow": examples.demonstrate_gradient_flow_analysis(),
+            "performance": examples.demonstrate_performance_optimization(),
+            "custom_models": examples.demonstrate_autograd_with_custom_models(),
         }
 
     @staticmethod
     def demonstrate_gradient_flow_analysis() -> Results:
-        """Follow the gradient through three networks of sixteen layers, at ten batches.
+        """Follow the gradient through three networks of sixteen layers, over ten batches.
 
-        One has sigmoids, one ReLUs and a start twice too large, one ReLUs on residual branches.
+        The first has sigmoids, the second ReLUs and initial weights twice too large, the third
+        ReLUs on residual branches.
 
         Returns:
             A dict for each, under `vanishing`, `exploding` and `residual`: `history` (for the
-            `plot_` functions) and `issues` of the monitor, and `factor`, by which the norm of the
-            gradient grows (or shrinks, below 1) in a layer on its way from the last to the first.
+            `plot_` functions) and `issues` of the monitor, and `factor`: how much the norm of the
+            gradient is multiplied by in each layer on its way from the last to the first.
 
         Example:
             >>> flow = AdvancedAutogradExamples.demonstrate_gradient_flow_analysis()
@@ -134,46 +129,47 @@ class AdvancedAutogradExamples:
         return flow
 
     @staticmethod
-    def demonstrate_performance_optimization(compile: bool = False) -> Results:
-        """Count, time and choose what a training step of a small network can trade for memory.
+    def demonstrate_performance_optimization() -> Results:
+        """Compare memory and time of four forms of a training step, then search within a budget.
 
-        Args:
-            compile: Whether to time `torch.compile` and to let the search try it; it takes seconds
-                to minutes and needs a C++ compiler.
+        The network is too small for `torch.compile` to repay its time, so nothing is compiled.
 
         Returns:
             A dict:
 
-            - `saved`: bytes kept for backward, by name of the variant of the step.
-            - `comparison`: the `Comparison` of the variants, with time and peak of each.
+            - `saved`: bytes saved for backward, by name of the form.
+            - `comparison`: the `Comparison` of the forms, with time and peak of each.
             - `budget`: half of the peak of the plain step, in bytes.
-            - `plan`: a `CheckpointPlan` for that budget, and `plan_peak`, what was measured with
-              it.
+            - `plan`: a `CheckpointPlan` for that budget, and `plan_peak`, the peak measured with
+              the plan applied.
             - `tuning`: the `TuningReport` of a search with that budget and a tolerance of 1e-4.
-
-        Raises:
-            RuntimeError: If compiling was asked for and fails.
         """
-        return _performance(compile)
+        return _performance()
 
     @staticmethod
     def demonstrate_autograd_with_custom_models() -> Results:
-        """Train the three models on what takes a look at the right place; show where they look.
+        """Train the three models, then show which parts of the input each output depends on.
 
         The Transformer continues sequences that repeat after three tokens, the CNN tells a plus
         from a cross, three pixels wide, anywhere in a noisy image, the RNN echoes its input two
         steps late.
 
         Returns:
-            A dict for each, under `transformer`, `cnn` and `rnn`: the trained `model`; `rows`, what
-            `AutogradTrainingSystem.fit` returns; `complete`, whether every parameter had a
-            gradient of the mean loss, and `norms`, of it; and `influence`, a tensor of norms of the
-            gradient of output i with respect to input j, mean over the samples. These are steps of
-            the sequences (of the Transformer the logit of the right token, and the embedding); for
-            the CNN the difference of the logits where the shape begins in row i, and the pixels of
-            row j.
+            A dict for each, under `transformer`, `cnn` and `rnn`:
+
+            - `model`: the trained model.
+            - `rows`: what `AutogradTrainingSystem.fit` returned.
+            - `complete`: whether every parameter has a gradient.
+            - `influence`: norms of the gradient of output i with respect to input j, the mean over
+              the samples. For the RNN i and j are steps; for the Transformer positions (the logit
+              of the right token, and the embedding); for the CNN, i is the row in which the shape
+              begins (the difference of the logits), and j a row of pixels.
         """
-        models = {name: _train(*parts) for name, parts in _MODELS.items()}
+        models = {
+            "transformer": _train(_repeats, _of_tokens),
+            "cnn": _train(_shapes, _of_rows),
+            "rnn": _train(_echo, _of_steps),
+        }
         rows = []
         for name, found in models.items():
             losses = [_digits(found["rows"][epoch]["loss"]) for epoch in (0, -1)]
@@ -184,9 +180,9 @@ class AdvancedAutogradExamples:
 
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    """Put random states and modes of the caller aside: a demonstration shows the same to all."""
+    """Run on the CPU in float32 with gradients from seed 0, whatever the caller has set."""
     dtype = torch.get_default_dtype()
-    with kept_random_states(), torch.device("cpu"), torch.enable_grad():
+    with preserved_random_state(), torch.device("cpu"), torch.enable_grad():
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float32)
         try:
@@ -241,8 +237,8 @@ def _loss() -> Results:
     optimizer.step(closure)
     learned, after = (loss_fn.alpha.item(), loss_fn.beta.item()), closure().item()
     rows = [
-        [name, *map(_digits, (*weights, value))]
-        for name, weights, value in (("start", start, before), ("learned", learned, after))
+        ["start", *map(_digits, (*start, before))],
+        ["learned", *map(_digits, (*learned, after))],
     ]
     _show("Loss: weights by maximum likelihood", ["", "alpha", "beta", "loss"], rows)
     return {"residuals": residuals, "start": start, "learned": learned, "values": (before, after)}
@@ -327,7 +323,7 @@ def _training() -> Results:
 
 
 class _Residual(nn.Sequential):
-    """A branch beside the identity, scaled for `depth` of them to add up to something of size 1."""
+    """A branch added to its input, scaled so that the sum of `depth` branches has size 1."""
 
     def __init__(self, depth: int, *branch: nn.Module) -> None:
         super().__init__(*branch)
@@ -337,31 +333,29 @@ class _Residual(nn.Sequential):
         return input + self.scale * super().forward(input)
 
 
-def _layers(kind: str, depth: int, width: int) -> Iterator[nn.Module]:
-    for _ in range(depth):
-        linear = nn.Linear(width, width)
-        if kind == "vanishing":
-            yield nn.Sequential(linear, nn.Sigmoid())
-            continue
-        nn.init.kaiming_normal_(linear.weight)
-        if kind == "residual":
-            yield _Residual(depth, linear, nn.ReLU())
-        else:
-            linear.weight.data *= 2
-            yield nn.Sequential(linear, nn.ReLU())
+def _layer(kind: str, depth: int, width: int) -> nn.Module:
+    linear = nn.Linear(width, width)
+    if kind == "vanishing":
+        return nn.Sequential(linear, nn.Sigmoid())
+    nn.init.kaiming_normal_(linear.weight)
+    if kind == "residual":
+        return _Residual(depth, linear, nn.ReLU())
+    linear.weight.data *= 2
+    return nn.Sequential(linear, nn.ReLU())
 
 
 @_reproducible()
 def _flow(kind: str, depth: int = 16, width: int = 32) -> Results:
-    model = nn.Sequential(*_layers(kind, depth, width), nn.Linear(width, 2))
+    layers = [_layer(kind, depth, width) for _ in range(depth)]
+    model = nn.Sequential(*layers, nn.Linear(width, 2))
     with GradientMonitor(model) as monitor:
         for _ in range(10):
             model.zero_grad()
             inputs = torch.randn(64, width)
             F.cross_entropy(model(inputs), (inputs[:, 0] > 0).long()).backward()
     history = monitor.history
-    # Of biases, as theirs is the gradient of the layer's output, summed over the batch; that of a
-    # weight holds the layer's input, too, which grows on the way up as the gradient does down.
+    # A bias's gradient is that of the layer's output, summed over the batch. A weight's gradient
+    # also contains the layer's input, which grows toward the output as the gradient shrinks.
     first, last = (history["names"].index(f"{layer}.0.bias") for layer in (0, depth - 1))
     ratio = np.median(history["norm"][:, first] / history["norm"][:, last]).item()
     factor = ratio ** (1 / (depth - 1))
@@ -381,31 +375,34 @@ def _forward(model: nn.Module, settings: Settings, x: Tensor, y: Tensor) -> Tens
 
 
 @_reproducible()
-def _performance(compile: bool) -> Results:
+def _performance() -> Results:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(6)))
     batch = torch.randn(512, 32), torch.randn(512, 32)
-    variants = {
+    saved, comparison = _race(model, batch)
+    budget = comparison.peak_bytes["plain"] // 2
+    plan = plan_checkpoints(model, partial(_forward, model, Settings(), *batch), budget)
+    planned = plan.apply(copy.deepcopy(model))
+    plan_peak = peak_bytes(partial(_step, planned, Settings(), *batch))
+    print(f"{plan}\nmeasured {readable_bytes(plan_peak)}\n")
+    tuning = autotune(model, batch, F.mse_loss, budget, tolerance=1e-4, compile=False)
+    count, best = len(tuning.trials), tuning.best
+    print(f"The fastest of {count} candidates within {readable_bytes(budget)}: {best}\n")
+    found = {"plan": plan, "plan_peak": plan_peak, "tuning": tuning}
+    return {"saved": saved, "comparison": comparison, "budget": budget, **found}
+
+
+def _race(model: nn.Sequential, batch: _Batch) -> tuple[dict[str, int], Comparison]:
+    forms = {
         "plain": Settings(),
         "bf16": Settings("bf16"),
         "micro-batches": Settings(micro_batch=128),
         "recomputed": Settings(checkpoint={"": ["recompute"] * len(model)}),
     }
-    if compile:
-        variants["compiled"] = Settings(compile=True)
-    saved, comparison = _race(model, batch, variants)
-    budget = comparison.peak_bytes["plain"] // 2
-    chosen = _within(budget, model, batch, compile)
-    return {"saved": saved, "comparison": comparison, "budget": budget, **chosen}
-
-
-def _race(
-    model: nn.Module, batch: _Batch, variants: dict[str, Settings]
-) -> tuple[dict[str, int], Comparison]:
     steps, saved = {}, {}
-    for name, settings in variants.items():
+    for name, settings in forms.items():
         copied = settings.apply(copy.deepcopy(model))
         steps[name] = partial(_step, copied, settings, *batch)
-        steps[name]()  # what a first call allocates, and compiles, is not the step's
+        steps[name]()  # the first call also allocates what later ones reuse
         size = settings.micro_batch or len(batch[0])
         with saved_tensors(copied) as kept:
             _forward(copied, settings, *(part[:size].clone() for part in batch))
@@ -419,19 +416,8 @@ def _race(
     return saved, comparison
 
 
-def _within(budget: int, model: nn.Sequential, batch: _Batch, compile: bool) -> Results:
-    plan = plan_checkpoints(model, partial(_forward, model, Settings(), *batch), budget)
-    planned = plan.apply(copy.deepcopy(model))
-    plan_peak = peak_bytes(partial(_step, planned, Settings(), *batch))
-    print(f"{plan}\nmeasured {readable_bytes(plan_peak)}\n")
-    tuning = autotune(model, batch, F.mse_loss, budget, tolerance=1e-4, compile=compile)
-    count, best = len(tuning.trials), tuning.best
-    print(f"The fastest of {count} candidates within {readable_bytes(budget)}: {best}\n")
-    return {"plan": plan, "plan_peak": plan_peak, "tuning": tuning}
-
-
 def _token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of what can be known: the third token is the last that is new."""
+    """Cross entropy from the third token on: the first three are random, the others repeat them."""
     return F.cross_entropy(logits[:, 2:].flatten(0, 1), targets[:, 2:].flatten())
 
 
@@ -471,13 +457,12 @@ def _train(
     rows = system.fit(loader, epochs=15)
     optimizer.zero_grad()
     loss_fn(model(inputs), targets).backward()
-    results = {
+    return {
         "model": model,
         "rows": rows,
         "complete": AutogradUtils.check_gradients_exist(model),
-        "norms": AutogradUtils.get_gradient_norms(model),
+        "influence": influence(model, inputs, targets),
     }
-    return results | {"influence": influence(model, inputs, targets)}
 
 
 def _through_time(outputs: Tensor, inputs: Tensor) -> Tensor:
@@ -510,10 +495,3 @@ def _of_rows(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad((logits[:, 0] - logits[:, 1]).sum(), images)
     # Images are ordered by the row of the shape.
     return gradient[:, 0].norm(dim=-1).view(6, -1, 8).mean(1)
-
-
-_MODELS = {
-    "transformer": (_repeats, _of_tokens),
-    "cnn": (_shapes, _of_rows),
-    "rnn": (_echo, _of_steps),
-}
