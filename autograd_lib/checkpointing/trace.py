@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autograd_lib.memory import _allocations
+from autograd_lib.memory.peak import allocations
 
 
 class Marks:
@@ -39,7 +39,7 @@ class Trace:
 
     def __init__(self, run: Callable[[Marks], None], device: torch.device) -> None:
         marks = Marks()
-        events = _allocations(lambda: run(marks))
+        events = allocations(lambda: run(marks))
         names = {tensor.data_ptr(): name for name, tensor in marks.tensors}
         self.at: dict[str, int] = {}  # of a mark set twice the later one
         self.events: list[tuple[int, int]] = []  # number of the allocation, bytes

@@ -34,6 +34,7 @@ from autograd_lib import memory
 from autograd_lib.memory import peak_bytes, saved_tensors
 
 MIB = 2**20
+LIBRARY = os.path.dirname(os.path.dirname(memory.__file__))
 WATCHED = [
     (BackwardCFunction, "__setattr__"),
     (_CachingTorchDispatchMode, "__exit__"),
@@ -692,7 +693,7 @@ def test_the_import_loads_only_torch_numpy_and_the_standard_library():
     code = (
         "import sys, torch, types; before = set(sys.modules);"
         "package = sys.modules['autograd_lib'] = types.ModuleType('autograd_lib');"
-        f"package.__path__ = [{os.path.dirname(memory.__file__)!r}]; import autograd_lib.memory;"
+        f"package.__path__ = [{LIBRARY!r}]; import autograd_lib.memory;"
         "roots = {m.split('.')[0] for m in set(sys.modules) - before};"
         "print(sorted(roots - set(sys.stdlib_module_names) - {'autograd_lib', 'torch', 'numpy'}))"
     )

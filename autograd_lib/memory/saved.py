@@ -1,16 +1,8 @@
-"""What backward keeps, counted by storage, and the high-water mark of a step.
-
-Two questions about memory have two different instruments. *Which tensors does the forward keep
-for backward, and which module asked for them?* `saved_tensors` watches every tensor that autograd
-saves. *How much does one whole step need at its worst moment?* `peak_bytes` follows the
-allocations themselves, so it also sees gradients, temporaries and what checkpointing recomputes.
-"""
+"""Which tensors a forward saves for backward, counted by storage, module and dtype."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import os
 import sys
 import threading
 import warnings
@@ -23,10 +15,8 @@ from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from torch import Tensor, nn
-from torch._C._profiler import _EventType
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
-from torch.autograd.profiler import profile
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -39,9 +29,8 @@ from torch.utils.checkpoint import (
 
 from autograd_lib.report.tables import Row, Table, readable_bytes
 
-__all__ = ["SavedTensors", "peak_bytes", "saved_tensors"]
+__all__ = ["SavedTensors", "saved_tensors"]
 
-_Event = tuple[torch.device, int, int]  # device, address, bytes: negative when freed
 _MODULE_CALL = nn.Module.__call__.__code__
 _COMPRESSED = {
     torch.sparse_csr: ("crow_indices", "col_indices", "values"),
@@ -49,7 +38,7 @@ _COMPRESSED = {
     torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
 }
-# What `save_for_backward` and its kin set on `ctx`: autograd takes these over, hooks see them.
+# What `save_for_backward` and similar methods set on `ctx`: saved-tensor hooks see these tensors.
 _HANDED_OVER = {"to_save", "saved_for_forward", "dirty_tensors", "non_differentiable"}
 
 
@@ -158,16 +147,16 @@ class SavedTensors(Table):
 
     def _mark(self, keys: set[int], values: Any) -> None:
         for tensor in _tensors(values):
-            keys.update(self._identify(part.untyped_storage()) for part in _parts(tensor))
+            keys.update(self._identify(part.untyped_storage()) for part in storage_parts(tensor))
 
     def _record(self, tensor: Tensor) -> None:
-        for part in _parts(tensor):
+        for part in storage_parts(tensor):
             storage = part.untyped_storage()
             key = self._identify(storage)
             if key not in self._saved:
                 self._saved[key] = _Storage(storage.nbytes(), part.dtype, self._module())
-        # Not only those of `model`: FSDP computes with gathered parameters of its own, lazy
-        # modules get theirs in the first forward, and a loss may have some.
+        # Parameters may be unknown until now: FSDP gathers its own, lazy modules make theirs in
+        # the first forward, and a loss may have some.
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             self._mark(self._parameters, tensor)
 
@@ -175,7 +164,7 @@ class SavedTensors(Table):
         if threading.get_ident() != self._thread:
             return
         for tensor in _tensors(values):
-            for part in _parts(tensor):
+            for part in storage_parts(tensor):
                 storage = part.untyped_storage()
                 kept = _Storage(storage.nbytes(), part.dtype, source)
                 self._aside.setdefault(self._identify(storage), kept)
@@ -185,8 +174,8 @@ class SavedTensors(Table):
             self._other_hooks.add(type(hooks).__qualname__)
 
     def _module(self) -> str:
-        # Reading the stack, where forward hooks on every module would do as well in eager mode,
-        # leaves compiled code alone: Dynamo would trace such hooks in, and keep them.
+        # Read the stack rather than hook every module: Dynamo would trace the hooks into compiled
+        # code, and keep them.
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame.f_code is _MODULE_CALL:
@@ -286,7 +275,7 @@ def saved_tensors(model: nn.Module) -> Iterator[SavedTensors]:
 
 
 class _CountingHooks(saved_tensors_hooks):
-    """The hooks of this module, told apart from those of others."""
+    """The counting hooks, a class of their own to distinguish them from other code's hooks."""
 
 
 def _hooks(saved: SavedTensors) -> _CountingHooks:
@@ -305,7 +294,7 @@ def _hooks(saved: SavedTensors) -> _CountingHooks:
         # The tensor itself would be a cycle where it is the output of the node that saves it.
         return tensor.detach(), tensor._version
 
-    if "torch._dynamo" in sys.modules:  # else a frame that runs uncompiled has `pack` compiled
+    if "torch._dynamo" in sys.modules:  # else Dynamo may compile `pack` within an eager frame
         pack = torch.compiler.disable(pack)
     return _CountingHooks(pack, _unpack if around is None else around[1])
 
@@ -327,32 +316,34 @@ def _unpack(packed: tuple[Tensor, int]) -> Tensor:
 @contextlib.contextmanager
 def _note_arguments(model: nn.Module, saved: SavedTensors) -> Iterator[None]:
     """Mark the arguments of every call of `model` as inputs."""
+
+    def mark(args: Any, kwargs: Any) -> None:
+        # Under torch.func.functional_call the parameters are not those that the block began with.
+        saved._mark(saved._parameters, [*model.parameters(), *model.buffers()])
+        saved._mark(saved._inputs, (args, kwargs))
+
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling():  # else Dynamo would keep the hook in its graph
+            mark(args, kwargs)
+
     compiled = model._compiled_call_impl
-    if compiled is not None:  # after model.compile() module hooks are ignored
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            saved._mark(saved._parameters, [*model.parameters(), *model.buffers()])
-            saved._mark(saved._inputs, (args, kwargs))
-            return compiled(*args, **kwargs)
-
-        model._compiled_call_impl = call
+    if compiled is None:
+        handle = model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
         try:
             yield
         finally:
-            model._compiled_call_impl = compiled
+            handle.remove()
         return
 
-    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():  # a graph compiled in the block keeps no trace of it
-            # under torch.func.functional_call these are not those that the block began with
-            saved._mark(saved._parameters, [*model.parameters(), *model.buffers()])
-            saved._mark(saved._inputs, (args, kwargs))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        mark(args, kwargs)
+        return compiled(*args, **kwargs)
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+    model._compiled_call_impl = call  # module hooks are ignored after model.compile()
     try:
         yield
     finally:
-        handle.remove()
+        model._compiled_call_impl = compiled
 
 
 _watchers: list[SavedTensors] = []
@@ -425,200 +416,19 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors with a storage that `tensor` consists of: itself, unless sparse or a wrapper."""
+def storage_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that hold the data: `tensor`, or the parts of a sparse or wrapped one."""
     if nn.parameter.is_lazy(tensor) or tensor.is_mkldnn:
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # under vmap
-        yield from _parts(torch._C._functorch.get_unwrapped(tensor))
+        yield from storage_parts(torch._C._functorch.get_unwrapped(tensor))
     elif is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             if isinstance(part := getattr(tensor, name), Tensor):  # a DTensor lists its mesh too
-                yield from _parts(part)
+                yield from storage_parts(part)
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in _COMPRESSED:
         yield from (getattr(tensor, name)() for name in _COMPRESSED[tensor.layout])
     else:
         yield tensor
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    r"""Measure the high-water mark of one call of `step()`, above what stood before it.
-
-    With $a_t$ the bytes (negative when freed) of the $t$-th event of the allocator during the
-    call this is $\max(0, \max_t \sum_{s \le t} a_s)$. `step` is called twice: once to warm up
-    (optimizer states, `.grad` buffers, caches, compilation), once measured.
-
-    - On the CPU the events are those of PyTorch's profiler: they see the scratch memory of
-      kernels and compiled code as well. Memory that libraries, NumPy or other Python threads
-      allocate is not seen, nor is the release of what was allocated before `peak_bytes`.
-    - If the measured call allocates on CUDA devices, the result is the sum over these devices of
-      `torch.cuda.max_memory_allocated` above `torch.cuda.memory_allocated`, and the CPU is left
-      out. Their peak statistics are reset, and blocks are multiples of 512 bytes.
-
-    Garbage collection is off during the measured call, so that reference cycles do not make the
-    result a matter of chance.
-
-    Args:
-        step: Called without arguments; its side effects happen twice.
-
-    Returns:
-        Bytes, at least 0.
-
-    Raises:
-        TypeError: `step` cannot be called.
-        RuntimeError: A profiler is running, or `step` runs one.
-
-    Warns:
-        UserWarning: `step` freed memory that was allocated before it, such as the `.grad` of the
-            step before. Above what stood before then is less than what `step` itself needs.
-
-    Example:
-        >>> x = torch.ones(1024)
-        >>> peak_bytes(lambda: x.exp().sqrt().sin())  # two results at once: 2 * 4096
-        8192
-    """
-    if not callable(step):
-        raise TypeError(
-            f"peak_bytes: expected a function without arguments, got {type(step).__name__}; "
-            "pass `lambda: model(x).sum().backward()`, not its result"
-        )
-    with _one_profiler:
-        return _peak_bytes(step)
-
-
-# PyTorch's profiler and the process's stderr exist once: threads take turns. A call from within
-# `step` gets past this, to the error that it deserves.
-_one_profiler = threading.RLock()
-
-
-def _peak_bytes(step: Callable[[], object]) -> int:
-    if torch._C._autograd._profiler_enabled():
-        raise RuntimeError(
-            "peak_bytes: a profiler is running already, and PyTorch allows only one at a time; "
-            "call peak_bytes outside of it"
-        )
-
-    def warm_up() -> None:
-        step()
-        gc.collect()
-
-    stood: dict[tuple[torch.device, int], int] = {}
-    _follow(_allocations(warm_up), stood)
-    before: dict[int, int] = {}
-    for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-        if torch.cuda.memory_reserved(device):  # a device left alone gets no context from here
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before[device] = torch.cuda.memory_allocated(device)
-    held = _held_by_python()
-    events = _allocations(step)
-    peak, freed = _follow(events, stood)
-    # The CPU's allocator does not report memory freed that it gave out before any profiling.
-    freed = max(freed, sum(size for reference, size in held if reference.expired()))
-    if freed:
-        warnings.warn(
-            f"peak_bytes: step freed {readable_bytes(freed)} that stood before it, so the result "
-            "is not what step needs by itself; free that memory before the call or at the end of "
-            "step (zero_grad after the optimizer's step, not before the forward)",
-            UserWarning,
-            stacklevel=3,
-        )
-    if used := {device.index for device, _, _ in events if device.type == "cuda"}:
-        return sum(torch.cuda.max_memory_allocated(i) - before.get(i, 0) for i in used)
-    return peak
-
-
-def _allocations(step: Callable[[], object]) -> list[_Event]:
-    """Device, address and signed size of each allocation and release during step(), in order."""
-    profiler = profile(use_cpu=True, profile_memory=True)
-    collecting, running = gc.isenabled(), False
-    with _silent_stderr():
-        unknown = torch.empty(1)
-        profiler.__enter__()
-        del unknown  # draws the allocator's first remark on memory that it has no record of
-    try:
-        gc.disable()
-        torch._C._autograd._enable_record_function(
-            False
-        )  # allocations only: operators are not needed
-        step()
-    finally:
-        torch._C._autograd._enable_record_function(True)
-        if collecting:
-            gc.enable()
-        running = torch._C._autograd._profiler_enabled()
-        if running:
-            with _silent_stderr():
-                profiler.__exit__(None, None, None)
-    if not running:
-        raise RuntimeError(
-            "peak_bytes: step runs a profiler of its own, and PyTorch allows only one at a time; "
-            "pass a step without it"
-        )
-    return _events(profiler)
-
-
-def _events(profiler: profile) -> list[_Event]:
-    assert profiler.kineto_results is not None
-    pending = list(reversed(profiler.kineto_results.experimental_event_tree()))
-    found = []
-    while pending:
-        event = pending.pop()
-        if event.tag == _EventType.Allocation:
-            fields: Any = event.extra_fields
-            found.append((event.start_time_ns, fields.device, fields.ptr, fields.alloc_size))
-        pending.extend(reversed(event.children))
-    found.sort(key=lambda entry: entry[0])  # stable: within one clock tick the tree has the order
-    return [entry[1:] for entry in found]
-
-
-def _follow(events: list[_Event], stood: dict[tuple[torch.device, int], int]) -> tuple[int, int]:
-    """Peak of the running sum and bytes freed of what `stood`; `stood` is brought up to date."""
-    own: dict[tuple[torch.device, int], int] = {}
-    standing = peak = freed = 0
-    for device, address, nbytes in events:
-        key = device, address
-        if nbytes > 0:
-            own[key] = nbytes
-            standing += nbytes
-        elif key in own:
-            standing -= own.pop(key)
-        else:  # of what stood earlier still, the reported size may be that of a former tenant
-            freed += stood.get(key, 0)
-            standing -= stood.pop(key, 0)
-        peak = max(peak, standing)
-    stood.update(own)
-    return peak, freed
-
-
-def _held_by_python() -> list[tuple[StorageWeakRef, int]]:
-    found: dict[int, tuple[StorageWeakRef, int]] = {}
-    for tensor in [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]:
-        for part in _parts(tensor):
-            if part.device.type != "meta":
-                reference = StorageWeakRef(part.untyped_storage())
-                found[reference.cdata] = reference, part.untyped_storage().nbytes()
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    # The profiler of 2.13 announces its start and stop on the process's stderr, with times that
-    # would end up in the stored output of a notebook; KINETO_LOG_LEVEL is read only once.
-    if sys.stderr is not None:
-        sys.stderr.flush()
-    try:
-        kept = os.dup(2)
-    except OSError:  # a process without stderr
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

@@ -1,0 +1,14 @@
+"""What backward keeps, counted by storage, and the high-water mark of a step.
+
+Two questions about memory have two different instruments. *Which tensors does the forward keep
+for backward, and which module asked for them?* `saved_tensors` watches every tensor that autograd
+saves. *How much does one whole step need at its worst moment?* `peak_bytes` follows the
+allocations themselves, so it also sees gradients, temporaries and what checkpointing recomputes.
+"""
+
+from autograd_lib.memory.peak import peak_bytes
+from autograd_lib.memory.saved import SavedTensors, saved_tensors, storage_parts
+
+__all__ = ["SavedTensors", "peak_bytes", "saved_tensors"]
+
+_parts = storage_parts  # until its last user imports the new name
