@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from autograd_lib.core.files import replaced_atomically
 from autograd_lib.memory import peak_bytes
 from autograd_lib.report.plots import sized_axes
 from autograd_lib.report.progress import progress
@@ -190,15 +191,8 @@ class Comparison(Table):
             "samples": self.samples.tolist(),
             "repeat": self.repeat.tolist(),
         }
-        path = Path(path)
-        # In the same directory, so that the replacement is one rename; not by `tempfile`, whose
-        # files only their owner may read.
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replaced_atomically(Path(path)) as unfinished:
             unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> Comparison:

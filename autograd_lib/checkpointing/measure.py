@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,14 +22,13 @@ from autograd_lib.checkpointing.probe import (
     Probe,
     Visit,
     checkpoint_bytes,
-    kept_random_states,
     nbytes,
     no_collection,
-    own_generators,
 )
 from autograd_lib.checkpointing.recompute import kept_forwards, runs_its_children, slot, undone
 from autograd_lib.checkpointing.solver import Block, Chain, Mode
 from autograd_lib.checkpointing.trace import Layout, Marks, StandIn, Trace
+from autograd_lib.core.snapshot import ModuleState, preserved_random_state, without_gradients
 
 Blocks = nn.Sequential | nn.ModuleList | list[nn.Module] | tuple[nn.Module, ...]
 Call = Callable[[Tensor], Tensor]
@@ -80,49 +79,26 @@ def _name(blocks: Blocks, block: nn.Module) -> str:
     return f"block {index} ({type(block).__name__})"
 
 
-# What was there is put back
-
-
 @contextlib.contextmanager
 def untouched(blocks: Blocks) -> Iterator[None]:
-    """Put back random states, and buffers and generators of every module that runs meanwhile."""
-    buffers: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
+    """Restore random states, and buffers and generators of every module that runs meanwhile."""
+    states: dict[nn.Module, ModuleState] = {}
 
     def note(module: nn.Module, _: Any = None) -> None:
-        if module not in buffers:
-            there = {name: b for name, b in module._buffers.items() if b is not None}
-            buffers[module] = {name: (b, b.detach().clone()) for name, b in there.items()}
-            states.extend((put_back, get()) for _, get, put_back in own_generators(module))
+        if module not in states:
+            states[module] = ModuleState([module])
 
-    states: list[tuple[Callable[[Any], Any], Any]] = []
     for block in blocks:
         for module in block.modules():
             note(module)
     handle = nn.modules.module.register_module_forward_pre_hook(note)
     try:
-        with kept_random_states():
+        with preserved_random_state():
             yield
     finally:
         handle.remove()
-        with torch.no_grad():
-            for module, saved in buffers.items():
-                for name, (buffer, value) in saved.items():
-                    module._buffers[name] = buffer
-                    buffer.copy_(value)
-        for put_back, state in states:
-            put_back(state)
-
-
-@contextlib.contextmanager
-def _without_gradients(leaves: Sequence[Tensor]) -> Iterator[None]:
-    before = [leaf.grad for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = None
-        yield
-    finally:
-        for leaf, gradient in zip(leaves, before, strict=True):
-            leaf.grad = gradient
+        for state in states.values():
+            state.restore()
 
 
 # The measurement
@@ -154,7 +130,7 @@ def measure(
         show("running the step")
         seen = _visit(blocks, step)
         parameters = [p for block in blocks for p in block.parameters()]
-        with _without_gradients(list(dict.fromkeys([*seen.leaves, *parameters]))):
+        with without_gradients(list(dict.fromkeys([*seen.leaves, *parameters]))):
             ends = _Ends(blocks, step, seen, accumulate)
             gradient, found, refused = ends.gradient, [], {}
             made = set(ends.made)  # by the tail, and by later blocks

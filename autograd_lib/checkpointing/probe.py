@@ -6,14 +6,12 @@ import contextlib
 import gc
 import math
 import pickle
-import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -22,19 +20,16 @@ from autograd_lib.checkpointing.compiled import Thrifty
 from autograd_lib.checkpointing.recompute import Contexts
 from autograd_lib.checkpointing.solver import Block, Mode, Recomputation
 from autograd_lib.checkpointing.trace import Input, Layout, Marks, Output, Trace
+from autograd_lib.core.snapshot import (
+    GLOBAL_GENERATORS,
+    ModuleState,
+    drop_gradients,
+    own_generators,
+)
 from autograd_lib.memory import _parts
 
 ROUNDS = 3  # timings of each way to run a block, interleaved
 _ROUNDING = 1e-3  # a gradient that is off by more was not computed from the same numbers
-
-
-# The name of a generator of random numbers, and how its state is read and set.
-Generator = tuple[str, Callable[[], Any], Callable[[Any], Any]]
-# A checkpoint puts back those of PyTorch, and none of these.
-GLOBAL_GENERATORS: list[Generator] = [
-    ("Python's random module", random.getstate, random.setstate),
-    ("NumPy's global generator", np.random.get_state, np.random.set_state),
-]
 
 
 @dataclass
@@ -57,7 +52,7 @@ class Probe:
         self.module, self.visit, self.gradient = block, visit, gradient
         self.parameters = [p for p in block.parameters() if p.requires_grad]
         self.made = [p for p in self.parameters if p in made]
-        self.buffers = [(b, b.detach().clone()) for b in block.buffers()]
+        self.state = ModuleState(block.modules())
         own = [generator for module in block.modules() for generator in own_generators(module)]
         self.generators = [*GLOBAL_GENERATORS, *own]
         self.random = torch.get_rng_state()
@@ -83,7 +78,8 @@ class Probe:
         seconds = self._times(ways)
         modes, again = {}, None
         for way, call in ways.items():
-            self._forget()  # outside of the trace, which knows nothing of what stood before it
+            # Outside of the trace, which knows nothing of what stood before it.
+            drop_gradients(self.parameters)
             trace = Trace(partial(self._run, call), self.visit.input.device)
             if way == "recompute":
                 again = self._recomputation(trace, *seconds[way])
@@ -102,7 +98,7 @@ class Probe:
             selective=modes.get("selective"),
             recompute=again,
         )
-        self._forget()
+        drop_gradients(self.parameters)
         return block, why
 
     def _may_be_selective(self, plain: dict[str, Tensor]) -> bool:
@@ -185,16 +181,10 @@ class Probe:
     def _prepare(self) -> None:
         torch.clear_autocast_cache()
         torch.set_rng_state(self.random)
-        with torch.no_grad():
-            for buffer, value in self.buffers:
-                buffer.copy_(value)
-        self._forget()
+        self.state.restore_buffers()
+        drop_gradients(self.parameters)
         for parameter in self.made:
             parameter.grad = torch.zeros_like(parameter)
-
-    def _forget(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
 
     # May the block be recomputed?
 
@@ -203,18 +193,18 @@ class Probe:
         self._run(call, Marks(), found)
         named = self.module.named_parameters()
         found |= {name: p.grad for name, p in named if p.grad is not None}
-        self._forget()
+        drop_gradients(self.parameters)
         return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
 
     def _refusal(self, call: Callable[..., Tensor], plain: dict[str, Tensor]) -> str:
-        before = [get() for _, get, _ in self.generators]
+        before = [generator.get_state() for generator in self.generators]
         try:
             other = self._gradients(call)
         except Exception as err:
             return f"fails under a checkpoint ({str(err).strip().splitlines()[0]})"
-        for (name, get, _), state in zip(self.generators, before, strict=True):
-            if not _same(state, get()):
-                return f"draws from {name}, which a checkpoint does not put back"
+        for generator, state in zip(self.generators, before, strict=True):
+            if not _same(state, generator.get_state()):
+                return f"draws from {generator.name}, which a checkpoint does not put back"
         error = _error(other, plain)
         if error > _ROUNDING or (error and not self._rounds_otherwise(call, plain)):
             return f"has another gradient when its forward runs again (relative error {error:.2g})"
@@ -294,36 +284,6 @@ def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
         difference += float((found[name].nan_to_num() - reference).norm(dtype=wide)) ** 2
         scale += float(reference.norm(dtype=wide)) ** 2
     return math.sqrt(difference / scale) if scale else float(difference > 0)
-
-
-def own_generators(module: nn.Module) -> list[Generator]:
-    """The generators that a module has as attributes."""
-    found: list[Generator] = []
-    for name, value in vars(module).items():
-        label = f"the generator `{name}` of a {type(module).__name__}"
-        if isinstance(value, torch.Generator):
-            found.append((label, value.get_state, value.set_state))
-        elif isinstance(value, random.Random):
-            found.append((label, value.getstate, value.setstate))
-        elif isinstance(value, np.random.RandomState):
-            found.append((label, value.get_state, value.set_state))
-        elif isinstance(value, np.random.Generator):
-            bits = value.bit_generator
-            found.append((label, partial(getattr, bits, "state"), partial(setattr, bits, "state")))
-    return found
-
-
-@contextlib.contextmanager
-def kept_random_states() -> Iterator[None]:
-    """Put back the random states of PyTorch, Python and NumPy."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    states = [(put_back, get()) for _, get, put_back in GLOBAL_GENERATORS]
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for put_back, state in states:
-            put_back(state)
 
 
 def nbytes(tensors: Sequence[Tensor | None]) -> int:

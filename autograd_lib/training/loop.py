@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autograd_lib.training.state import random_state, set_random_state
+from autograd_lib.core.snapshot import random_state, set_random_state
 
 Stop = Callable[[], int]
 

@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from autograd_lib.core.files import replaced_atomically
+from autograd_lib.core.snapshot import random_state, seed_all, set_random_state
 from autograd_lib.gradients import _is_distributed
 
 _FORMAT = "autograd_lib training state, version 1"
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.Size, torch.dtype)
 
 
-# Files
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give the name of a file to write, which takes the place of `path` once it is complete."""
-    new = path.with_name(f".{path.name}.tmp")
-    try:
-        yield new
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-    if os.name == "posix":  # the entry in the directory, too, survives a loss of power
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
 def write(state: dict[str, Any], path: Path) -> None:
     """Write a state that `read` accepts; until that is done, what was at `path` stays."""
     _check_plain(state, "state")
     # Opened here: torch.save itself raises a RuntimeError for what is an OSError.
-    with replacing(path) as new, new.open("wb") as file:
+    with replaced_atomically(path) as new, new.open("wb") as file:
         torch.save({"format": _FORMAT, **state}, file)
 
 
@@ -134,35 +110,9 @@ def like(value: Tensor, reference: Tensor) -> Tensor:
     )
 
 
-# Random numbers
-
-
-def random_state() -> dict[str, Any]:
-    """The states of all global generators, as plain values."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "python": random.getstate(),
-        "numpy": (name, np.asarray(keys).tolist(), *rest),
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-
-
 def _draw_apart(rank: int) -> None:
     """Leave the random numbers that another process goes on with, too."""
-    seed = int(torch.randint(2**62, ())) + rank
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    seed_all(int(torch.randint(2**62, ())) + rank)
 
 
 # The state of a training system

@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_map_only
 
 from autograd_lib.config.records import AutogradConfig, Settings
 from autograd_lib.core.batches import Count, Piece, check_counted, nothing, pair, split, terms_of
+from autograd_lib.core.files import replaced_atomically
+from autograd_lib.core.snapshot import drop_gradients
 from autograd_lib.gradients import _is_distributed
 from autograd_lib.higher_order.operators import DerivativeTower, derivative_tower
 from autograd_lib.monitor.monitor import GradientMonitor
@@ -36,7 +38,7 @@ from autograd_lib.training.setup import (
     scaler_of,
     settings_of,
 )
-from autograd_lib.training.state import put_back, read, replacing, state_of, write
+from autograd_lib.training.state import put_back, read, state_of, write
 
 __all__ = ["AutogradTrainingSystem"]
 
@@ -196,7 +198,7 @@ class AutogradTrainingSystem:
 
     def _train(self, batch: tuple[Any, Any], counts: bool = True) -> Tensor:
         pieces = self._pieces(batch, counts)
-        self._forget()
+        drop_gradients(self._parameters)
         report = self._guarded(lambda: self._forward_backward(pieces))
         self.step += 1
         if report is None:
@@ -236,7 +238,7 @@ class AutogradTrainingSystem:
     def _skip(self, report: NonFinite) -> None:
         self.reports.append(report)
         self._failed += 1
-        self._forget()
+        drop_gradients(self._parameters)
         if self._failed >= self.config.training.max_nonfinite:
             raise FloatingPointError(
                 f"train_step: {self._failed} steps in a row were not finite, as many as "
@@ -244,10 +246,6 @@ class AutogradTrainingSystem:
             )
         title = repr(report).partition("\n")[0]
         warnings.warn(f"train_step: step {self.step} is skipped: {title}", stacklevel=4)
-
-    def _forget(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
 
     def _guarded(self, step: Callable[[], object]) -> NonFinite | None:
         if self.guard is None:
@@ -535,7 +533,7 @@ class AutogradTrainingSystem:
         with self.peers.together():
             state = read(Path(path))
         put_back(self, state)
-        self._forget()
+        drop_gradients(self._parameters)
         if self.directory is not None and Path(path).resolve().parent == self.directory.resolve():
             self._owns_files = True
 
@@ -551,7 +549,7 @@ class AutogradTrainingSystem:
         kept = self.config.autograd_system.gradient_monitoring.save_gradient_history
         with self.peers.together():
             if self.monitor is not None and kept and first:
-                with replacing(self.directory / "gradients.csv") as new:
+                with replaced_atomically(self.directory / "gradients.csv") as new:
                     self.monitor.to_csv(new)
 
     def _check_fit(self, epochs: object, validation: object) -> None:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +23,7 @@ from torch.utils.module_tracker import ModuleTracker
 from autograd_lib.checkpointing.measure import leaves_of
 from autograd_lib.config.records import Settings
 from autograd_lib.core.batches import Piece, batch_size, check_counted, split
+from autograd_lib.core.snapshot import ModuleState, drop_gradients, seed_all
 from autograd_lib.memory import peak_bytes, saved_tensors
 
 Gradient = list[Tensor | None]  # one for each parameter
@@ -67,15 +66,15 @@ class Copy:
         self.modules = [m for m in (self.model, self.loss_fn) if isinstance(m, nn.Module)]
         self.parameters = list(dict.fromkeys(p for m in self.modules for p in m.parameters()))
 
+    def keep_state(self) -> None:
+        """Note the buffers with which each gradient begins."""
+        self.state = ModuleState(m for root in self.modules for m in root.modules())
+
     def take_gradient(self) -> Gradient:
         """Return the gradients and leave None behind."""
         taken = [p.grad for p in self.parameters]
-        self.forget()
+        drop_gradients(self.parameters)
         return taken
-
-    def forget(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
 
 
 class Workbench:
@@ -105,6 +104,7 @@ class Workbench:
         if key not in self.copies:
             made = Copy(self.model, self.loss_fn)
             key.apply(made.model)
+            made.keep_state()
             self.copies[key] = made
         return self.copies[key]
 
@@ -116,7 +116,7 @@ class Workbench:
     def forget(self) -> None:
         """Drop the gradients that a step left behind by failing."""
         for made in self.copies.values():
-            made.forget()
+            drop_gradients(made.parameters)
 
     def step(self, settings: Settings) -> Callable[[], None]:
         """One forward and backward of the whole batch, which begins and ends without gradients."""
@@ -125,7 +125,7 @@ class Workbench:
 
         def step() -> None:
             _run(made, pieces, settings.precision, scale)
-            made.forget()
+            drop_gradients(made.parameters)
 
         return step
 
@@ -149,7 +149,7 @@ class Workbench:
         made, pieces = self.copy_for(settings), self.pieces(self.batch, settings.micro_batch)
         with _without_dropout(made.modules):
             while True:
-                self._reset_buffers(made)
+                made.state.restore_buffers()
                 scale = self.scale if settings.precision == "fp16" else 1.0
                 loss = _run(made, pieces, settings.precision, scale)
                 found = made.take_gradient()
@@ -184,14 +184,6 @@ class Workbench:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
-    def _reset_buffers(self, made: Copy) -> None:
-        """Begin where the model stands, whatever power iteration or running mean moved since."""
-        now = dict(made.model.named_buffers())
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                if name in now and now[name].shape == buffer.shape:
-                    now[name].copy_(buffer)
-
     def measure_reference(self) -> float | None:
         """Set the float64 gradient; return how far that of two micro-batches is from it.
 
@@ -200,12 +192,13 @@ class Workbench:
         made = Copy(self.model, self.loss_fn)
         for module in made.modules:
             module.double()
+        made.keep_state()
         batch = tree_map_only(Tensor, _doubled, self.batch)
         versions = [t._version for t in tree_leaves(batch) if isinstance(t, Tensor)]
 
         def gradient(size: int | None, seed: int) -> Gradient:
-            torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
-            self._reset_buffers(made)
+            seed_all(seed)
+            made.state.restore_buffers()
             _run(made, self.pieces(batch, size), "fp32", 1.0)
             return made.take_gradient()
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from autograd_lib.benchmark import Ratio
-from autograd_lib.checkpointing.probe import kept_random_states
 from autograd_lib.config.records import Settings
+from autograd_lib.core.snapshot import preserved_random_state
 from autograd_lib.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, add_legend, make_axes
 from autograd_lib.report.progress import progress
 from autograd_lib.report.tables import Row, Table, readable_bytes
@@ -202,7 +202,7 @@ def autotune(
     start = time.perf_counter()
     names = None if blocks is None else _names_of(model, blocks)
     budget = sys.maxsize if memory_budget is None else int(memory_budget)
-    with progress("autotune") as show, kept_random_states(), torch.enable_grad():
+    with progress("autotune") as show, preserved_random_state(), torch.enable_grad():
         bench = Workbench(model, batch, loss_fn, count)
         search = Search(bench, budget, tolerance, names, show)
         best = search.run(compile)

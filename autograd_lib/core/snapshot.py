@@ -1,0 +1,133 @@
+"""What a step changes besides parameters, taken and restored: random states, buffers, gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Generator(NamedTuple):
+    """A generator of random numbers: what messages call it, and how its state is read and set."""
+
+    name: str
+    get_state: Callable[[], Any]
+    set_state: Callable[[Any], Any]
+
+
+# PyTorch's own generators are not among them: `torch.utils.checkpoint` restores those.
+GLOBAL_GENERATORS = [
+    Generator("Python's random module", random.getstate, random.setstate),
+    Generator("NumPy's global generator", np.random.get_state, np.random.set_state),
+]
+
+
+def own_generators(module: nn.Module) -> list[Generator]:
+    """The generators that a module has as attributes."""
+    found: list[Generator] = []
+    for name, value in vars(module).items():
+        label = f"the generator `{name}` of a {type(module).__name__}"
+        if isinstance(value, torch.Generator | np.random.RandomState):
+            found.append(Generator(label, value.get_state, value.set_state))
+        elif isinstance(value, random.Random):
+            found.append(Generator(label, value.getstate, value.setstate))
+        elif isinstance(value, np.random.Generator):
+            bits, state = value.bit_generator, "state"
+            found.append(
+                Generator(label, partial(getattr, bits, state), partial(setattr, bits, state))
+            )
+    return found
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all global generators, as plain values that `torch.load` reads safely."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Set the states that `random_state` returned; CUDA's only for the same number of devices."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of PyTorch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@contextlib.contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Restore the states of all global generators at the end of the block."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+class ModuleState:
+    """The buffers and own generators of modules as they are now.
+
+    Args:
+        modules: Those that are meant themselves: ``model.modules()`` for all of a model.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
+        self._buffers = [
+            (module._buffers, name, buffer, buffer.detach().clone())
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        generators = [generator for module in modules for generator in own_generators(module)]
+        self._generators = [(g.set_state, g.get_state()) for g in generators]
+
+    @torch.no_grad()
+    def restore_buffers(self) -> None:
+        """Set the values of the buffers; a buffer that was replaced comes back itself."""
+        for table, name, buffer, value in self._buffers:
+            table[name] = buffer
+            buffer.copy_(value)
+
+    def restore(self) -> None:
+        """Set the values of the buffers and the states of the generators."""
+        self.restore_buffers()
+        for set_state, state in self._generators:
+            set_state(state)
+
+
+@contextlib.contextmanager
+def without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Run a block in which every `.grad` is None at first; set the present ones again after it."""
+    gradients = [parameter.grad for parameter in parameters]
+    try:
+        drop_gradients(parameters)
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+def drop_gradients(parameters: Iterable[Tensor]) -> None:
+    """Set every `.grad` to None."""
+    for parameter in parameters:
+        parameter.grad = None
