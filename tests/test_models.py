@@ -21,8 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autograd_lib.config import Settings
 from autograd_lib.gradients import missing_gradients
-from autograd_lib.higher_order.operators import derivative_tower
-from autograd_lib.higher_order.taylor import jet
+from autograd_lib.higher_order import derivative_tower, jet
 from autograd_lib.memory import saved_tensors
 from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransformerModel
 

@@ -1,19 +1,18 @@
 """Derivatives beyond the first: Taylor mode, towers, products with the Hessian, its spectrum."""
 
+import autograd_lib.higher_order.rules  # noqa: F401 - fills the table of rules
 from autograd_lib.higher_order.operators import (
-    DerivativeReport,
-    DerivativeTower,
     Estimate,
-    derivative_tower,
     hessian_diagonal,
     hessian_trace,
     hvp,
     laplacian,
     linearize_hvp,
-    top_eigenvalues,
-    verify_derivatives,
 )
+from autograd_lib.higher_order.spectra import top_eigenvalues
 from autograd_lib.higher_order.taylor import jet, jet_rule
+from autograd_lib.higher_order.tower import DerivativeTower, derivative_tower
+from autograd_lib.higher_order.verify import DerivativeReport, verify_derivatives
 
 __all__ = [
     "DerivativeReport",

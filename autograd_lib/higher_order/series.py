@@ -6,6 +6,7 @@ a product of series is again one, with the orders reversed.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -318,3 +319,17 @@ def oscillation(
         return room.stack()
 
     return series
+
+
+def derivative(coefficient: Tensor, k: int) -> Tensor:
+    """The derivative of order k, by which the k-th coefficient falls short by k!."""
+    if k < 2:
+        return coefficient
+    dtype = coefficient.dtype
+    whole = math.factorial(k)
+    wide = coefficient
+    if whole > torch.finfo(dtype).max:
+        wide = coefficient.to(torch.promote_types(dtype, torch.float64))
+    for j in range(171, k + 1):  # 170! is the last in float64
+        wide, whole = wide * j, whole // j
+    return (wide * float(whole)).to(dtype)

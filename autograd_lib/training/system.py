@@ -24,7 +24,7 @@ from autograd_lib.core.batches import Count, Piece, check_counted, nothing, pair
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.snapshot import drop_gradients
 from autograd_lib.gradients import _is_distributed
-from autograd_lib.higher_order.operators import DerivativeTower, derivative_tower
+from autograd_lib.higher_order import DerivativeTower, derivative_tower
 from autograd_lib.monitor.monitor import GradientMonitor
 from autograd_lib.nonfinite.guard import NonFinite, NonFiniteGuard
 from autograd_lib.report.progress import progress

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from autograd_lib import derivative_tower, jet, jet_rule, laplacian
-from autograd_lib.higher_order import taylor
+from autograd_lib.higher_order import dispatch
 
 # Dynamo itself instantiates a Function that it traces, and looks at `.grad` between two graphs.
 pytestmark = [
@@ -514,10 +514,10 @@ def test_hooks_see_the_gradient_and_may_not_change_it() -> None:
 
 @pytest.fixture
 def rules() -> Iterator[None]:
-    kept = dict(taylor.RULES)
+    kept = dict(dispatch.RULES)
     yield
-    taylor.RULES.clear()
-    taylor.RULES.update(kept)
+    dispatch.RULES.clear()
+    dispatch.RULES.update(kept)
 
 
 @pytest.mark.usefixtures("rules")

@@ -1,0 +1,161 @@
+"""The values that `jet` follows, and the table of rules in which each function looks them up."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+from torch.overrides import resolve_name
+
+if TYPE_CHECKING:
+    from autograd_lib.higher_order.algebra import Ring
+
+
+RULES: dict[Any, Callable[..., Any]] = {}
+
+
+def _no_rule(name: str, in_place: bool = False) -> NotImplementedError:
+    name = name.removesuffix(".__get__")
+    last = name.rpartition(".")[2]
+    if in_place or last == "__setitem__" or (last.endswith("_") and not last.endswith("__")):
+        return NotImplementedError(
+            f"jet: {name} modifies a value that jet follows in place, which has no rule; use the "
+            "function that returns a new tensor"
+        )
+    if last in ("grad", "backward"):
+        return NotImplementedError(
+            f"jet: {name} within f has no rule; take a higher order, or put the gradient around jet"
+        )
+    return NotImplementedError(
+        f"jet: {name} has no rule; register one with @jet_rule, or rewrite it by other functions"
+    )
+
+
+class Jet(Tensor):
+    """A tensor that depends on the direction: the stack of its coefficients, shown as their first.
+
+    `stack` has the shape `(n, *shape)`; coefficients beyond the n-th are zero. Those from `live` on
+    are zero too, and there because a gradient with respect to them is wanted.
+    """
+
+    stack: Tensor
+    ring: Ring
+    live: int
+
+    @staticmethod
+    def __new__(cls, stack: Tensor, ring: Ring, live: int | None = None) -> Jet:
+        self = Tensor._make_wrapper_subclass(
+            cls, stack.shape[1:], dtype=stack.dtype, device=stack.device
+        )
+        self.stack = stack
+        self.ring = ring
+        self.live = len(stack) if live is None else min(live, len(stack))
+        return self
+
+    # Asked for all the time, so not by way of __torch_function__.
+    shape = property(lambda self: self.stack.shape[1:])
+    ndim = property(lambda self: self.stack.ndim - 1)
+    dtype = property(lambda self: self.stack.dtype)
+    device = property(lambda self: self.stack.device)
+    # The graph is that of the stack, for who hooks it.
+    requires_grad = property(lambda self: self.stack.requires_grad)
+    grad_fn = property(lambda self: self.stack.grad_fn)
+
+    def dim(self) -> int:
+        return self.stack.ndim - 1
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Jet:
+        """Apply a linear function to the stack; it must keep the first dimension."""
+        return Jet(f(self.stack), self.ring, self.live)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        rule = RULES.get(func)
+        in_place = kwargs.get("out") is not None or kwargs.get("inplace")
+        if rule is None or in_place:
+            name = resolve_name(func) or getattr(func, "__name__", str(func))
+            raise _no_rule(name, bool(in_place))
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
+        ring = ring_of(args, kwargs)
+        if ring.level != torch._C._functorch.maybe_current_level():
+            raise NotImplementedError(
+                f"jet: {resolve_name(func)} met a value that jet follows inside a transform of "
+                "torch.func, which would take it for a constant; put the transform around jet"
+            )
+        if ring.forward_mode and not torch._C._is_fwd_grad_enabled():
+            raise NotImplementedError(
+                f"jet: the forward of the torch.autograd.Function {_running_function()} met a "
+                "value that jet follows; give it a rule with @jet_rule, or remove the hook it is of"
+            )
+        if ring.recording and not torch.is_grad_enabled():
+            args, kwargs = primal(args), primal(kwargs)  # what no_grad computes is constant
+            return func(*args, **kwargs)
+        return rule(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        # Reached past the rules only: inside torch.func, a compiled or a scripted function.
+        raise _no_rule(f"{func}, reached inside a transform or a compiled function,")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Jet({self.stack!r})"
+
+
+def _running_function() -> str:
+    """The Function whose forward called."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        cls = frame.f_locals.get("cls")
+        if isinstance(cls, type) and issubclass(cls, Function):
+            return cls.__name__
+    return "at work"
+
+
+def jets(values: Any) -> list[Jet]:
+    """The followed values among arguments."""
+    found: list[Jet] = []
+    for value in values.values() if isinstance(values, dict) else values:
+        if type(value) is Jet:
+            found.append(value)
+        elif isinstance(value, tuple | list | dict):
+            found += jets(value)
+    return found
+
+
+def primal(values: Any) -> Any:
+    """The arguments with every followed value replaced by its value at t = 0."""
+    if isinstance(values, Jet):
+        return values.stack[0]
+    if isinstance(values, dict):
+        return {key: primal(value) for key, value in values.items()}
+    if isinstance(values, tuple | list):
+        return [primal(value) for value in values] if jets(values) else values
+    return values
+
+
+def ring_of(*values: Any) -> Ring:
+    """The ring of the followed values among arguments, which all must share."""
+    first, *others = jets(values)
+    if any(other.ring is not first.ring for other in others):
+        raise NotImplementedError(
+            "jet: values of two calls of jet or laplacian met; they cannot be nested: take a "
+            "higher order, or torch.func.grad around jet"
+        )
+    return first.ring
+
+
+def lift(x: Tensor, ndim: int | None = None) -> tuple[Tensor, int]:
+    """The stack of a value, constants too, with as many dimensions as asked for; what is live."""
+    stack, live = (x.stack, x.live) if isinstance(x, Jet) else (x[None], 1)
+    if ndim is not None and ndim > x.ndim:
+        stack = stack.reshape(len(stack), *[1] * (ndim - x.ndim), *x.shape)
+    return stack, live

@@ -1,0 +1,158 @@
+"""Sums, products, quotients and powers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from autograd_lib.higher_order.dispatch import Jet, lift, primal, ring_of
+from autograd_lib.higher_order.rules.elementary import elementary
+from autograd_lib.higher_order.rules.registration import only_first
+from autograd_lib.higher_order.series import power
+from autograd_lib.higher_order.taylor import jet_rule
+
+
+def _add_stacks(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of two values, constants among them; the shorter stack ends first."""
+    ring = ring_of(x, y)
+    ndim, dtype = max(x.ndim, y.ndim), torch.result_type(primal(x), primal(y))
+    (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
+    a, b = a.to(dtype), b.to(dtype)
+    if len(a) < len(b):
+        a, b = b, a
+    n = len(b)
+    total = a[:n] + b
+    if n < len(a):
+        total = torch.cat([total, a[n:].expand(-1, *total.shape[1:])])
+    return Jet(total, ring, max(live_a, live_b))
+
+
+@jet_rule(torch.add)
+def _add(x: Any, other: Any, *, alpha: float = 1) -> Tensor:
+    other = other if alpha == 1 else alpha * other
+    if isinstance(x, Tensor) and isinstance(other, Tensor):
+        return _add_stacks(x, other)
+    x, other = (x, other) if isinstance(x, Tensor) else (other, x)
+    return Jet(
+        torch.cat([x.stack[:1] + other, x.stack[1:].to(torch.result_type(x, other))]),
+        x.ring,
+        x.live,
+    )
+
+
+@jet_rule(torch.sub, torch.subtract)
+def _sub(x: Any, other: Any, *, alpha: float = 1) -> Tensor:
+    return torch.add(x, -alpha * other if alpha != 1 else -other)
+
+
+@jet_rule(torch.rsub, Tensor.__rsub__)
+def _rsub(x: Any, other: Any, alpha: float = 1) -> Tensor:
+    return torch.add(-x if alpha == 1 else -alpha * x, other)
+
+
+@jet_rule(torch.mul, torch.multiply)
+def _mul(x: Any, other: Any) -> Tensor:
+    if isinstance(x, Tensor) and isinstance(other, Tensor):
+        # A constant without dimensions is a factor of the stack, and keeps its weak dtype.
+        return cast(Tensor, ring_of(x, other).product(x, other))
+    x, other = (x, other) if isinstance(x, Tensor) else (other, x)
+    return cast(Tensor, x.map(lambda c: c * other))
+
+
+@jet_rule(torch.div, torch.divide, torch.true_divide, Tensor.__truediv__)
+def _div(x: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
+    if rounding_mode is not None:
+        return torch.div(primal(x), primal(other), rounding_mode=rounding_mode)
+    if not isinstance(other, Jet):
+        stack, _ = lift(x, getattr(other, "ndim", 0))
+        # A stack has a dimension more than its value, and so another say in the dtype.
+        dtype = torch.result_type(primal(x), other)
+        divisor = other.to(dtype) if isinstance(other, Tensor) else other
+        return Jet(stack.to(dtype) / divisor, x.ring, x.live)
+    return x * torch.reciprocal(other)
+
+
+@jet_rule(Tensor.__rdiv__, Tensor.__rtruediv__)
+def _rdiv(x: Jet, y: Any) -> Tensor:
+    return torch.reciprocal(x) * y
+
+
+def _modulus(function: Any, *others: Any) -> None:
+    @jet_rule(function, *others)
+    def rule(x: Jet, other: Any) -> Tensor:
+        only_first(function, x, (other,))
+        return x + (function(primal(x), other) - primal(x))
+
+
+_modulus(torch.remainder, Tensor.__mod__)
+_modulus(torch.fmod)
+
+
+@jet_rule(torch.addcmul)
+def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    return x + value * (a * b)
+
+
+@jet_rule(torch.addcdiv)
+def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    return x + value * (a / b)
+
+
+@jet_rule(torch.lerp)
+def _lerp(x: Tensor, end: Tensor, weight: Any) -> Tensor:
+    return x + weight * (end - x)
+
+
+@jet_rule(torch.square)
+def _square(x: Jet) -> Tensor:
+    return x * x
+
+
+@jet_rule(torch.float_power)
+def _float_power(x: Any, exponent: Any) -> Tensor:
+    return _pow(x.double() if isinstance(x, Tensor) else x, exponent)
+
+
+@jet_rule(torch.pow, Tensor.__pow__)
+def _pow(x: Any, exponent: Any) -> Tensor:
+    dtype = torch.result_type(primal(x), primal(exponent))
+    if isinstance(exponent, Jet):
+        log = x.to(dtype).log() if isinstance(x, Tensor) else math.log(x)
+        return torch.exp(exponent.to(dtype) * log)
+    x = x.to(dtype)
+    if isinstance(exponent, Tensor):
+        if not (exponent.is_floating_point() or exponent.is_complex()):
+            exponents = exponent.unique().tolist()
+            result: Tensor = x ** exponents[0]
+            for n in exponents[1:]:
+                result = torch.where(exponent == n, x**n, result)
+            return result
+        if torch.is_grad_enabled() and (
+            exponent.requires_grad or torch._C._are_functorch_transforms_active()
+        ):
+            return torch.exp(exponent * torch.log(x))
+        x = x.expand(torch.broadcast_shapes(x.shape, exponent.shape))
+        exponent = exponent.to(dtype)
+    elif not isinstance(exponent, complex) and exponent == int(exponent):
+        return _integer_power(x, int(exponent))
+    return elementary(
+        x, lambda t: t**exponent, lambda t: exponent * t ** (exponent - 1), power(exponent)
+    )
+
+
+def _integer_power(x: Tensor, n: int) -> Tensor:
+    """By squaring, which is right at 0 too."""
+    if n < 0:
+        return torch.reciprocal(_integer_power(x, -n))
+    if n < 2:
+        return x if n else torch.ones_like(x)
+    half = _integer_power(x, n // 2)
+    return half * half * x if n % 2 else half * half
+
+
+@jet_rule(Tensor.__rpow__)
+def _rpow(x: Jet, base: Any) -> Tensor:
+    return torch.exp(x * (base.log() if isinstance(base, Tensor) else math.log(base)))

@@ -1,0 +1,117 @@
+"""Convolutions and max pooling."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autograd_lib.higher_order.dispatch import Jet, jets, primal, ring_of
+from autograd_lib.higher_order.series import Operation
+from autograd_lib.higher_order.taylor import jet_rule
+
+
+def _max_pooling(n: int) -> None:
+    with_indices = getattr(F, f"max_pool{n}d_with_indices")
+
+    @jet_rule(with_indices)
+    def both(input: Jet, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        _, places = with_indices(primal(input), *args, **kwargs)
+        values = input.flatten(-n).gather(-1, places.flatten(-n)).reshape(places.shape)
+        return values, places
+
+    @jet_rule(getattr(F, f"max_pool{n}d"), getattr(torch, f"max_pool{n}d"))
+    def rule(input: Jet, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.pop("return_indices", None)
+        return both(input, *args[:5], **kwargs)[0]
+
+
+for _n in (1, 2, 3):
+    _max_pooling(_n)
+
+
+class _Convolution(Operation):
+    """`torch.convolution` with its options; the coefficients join the batch."""
+
+    def __init__(self, *options: Any) -> None:
+        self.options = options  # stride, padding, dilation, transposed, output_padding, groups
+
+    def apply(self, a: Tensor, b: Tensor) -> Tensor:
+        z = torch.convolution(a.flatten(0, 1), b, None, *self.options)
+        return z.unflatten(0, a.shape[:2])
+
+    def _backward(self, grad: Tensor, a: Tensor, b: Tensor, *mask: bool) -> Any:
+        return torch.ops.aten.convolution_backward(grad, a, b, None, *self.options, [*mask, False])
+
+    def apply_left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        like = a[:1].expand(len(grad), *a.shape[1:]).flatten(0, 1)  # of which the shape counts
+        result = self._backward(grad.flatten(0, 1), like, b, True, False)[0]
+        return cast(Tensor, result.unflatten(0, grad.shape[:2]))
+
+    def apply_right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return cast(Tensor, self._backward(grad.flatten(0, 1), a.flatten(0, 1), b, False, True)[1])
+
+
+def _convolution(n: int, transposed: bool) -> None:
+    def several(value: Any) -> list[int]:
+        return [value] * n if isinstance(value, int) else list(value)
+
+    def convolve(
+        input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, *options: Any
+    ) -> Tensor:
+        stride, dilation, output_padding, groups = options
+        if input.ndim == n + 1:
+            batch = input.unsqueeze(0)
+            return convolve(batch, weight, bias, padding, *options).squeeze(0)
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(several(dilation), weight.shape[2:], strict=True)]
+            ends = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+            input, padding = F.pad(input, ends), 0
+        whole = (
+            several(stride),
+            several(0 if padding == "valid" else padding),
+            several(dilation),
+            transposed,
+            several(output_padding),
+            groups,
+        )
+        if jets((input, weight)):
+            product: Tensor = ring_of(input, weight).contract(_Convolution(*whole), input, weight)
+        else:
+            product = torch.convolution(input, weight, None, *whole)
+        return product if bias is None else product + bias.reshape(-1, *[1] * n)
+
+    if transposed:
+
+        @jet_rule(getattr(torch, f"conv_transpose{n}d"))
+        def upward(
+            input: Tensor,
+            weight: Tensor,
+            bias: Tensor | None = None,
+            stride: Any = 1,
+            padding: Any = 0,
+            output_padding: Any = 0,
+            groups: int = 1,
+            dilation: Any = 1,
+        ) -> Tensor:
+            return convolve(input, weight, bias, padding, stride, dilation, output_padding, groups)
+    else:
+
+        @jet_rule(getattr(torch, f"conv{n}d"))
+        def onward(
+            input: Tensor,
+            weight: Tensor,
+            bias: Tensor | None = None,
+            stride: Any = 1,
+            padding: Any = 0,
+            dilation: Any = 1,
+            groups: int = 1,
+        ) -> Tensor:
+            return convolve(input, weight, bias, padding, stride, dilation, 0, groups)
+
+
+for _n in (1, 2, 3):
+    _convolution(_n, transposed=False)
+    _convolution(_n, transposed=True)

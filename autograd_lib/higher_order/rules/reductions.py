@@ -1,0 +1,178 @@
+"""Reductions over dimensions: sums, products, moments, norms, log-sum-exp and softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autograd_lib.higher_order.dispatch import Jet, primal
+from autograd_lib.higher_order.rules.registration import from_right, widened, wrap
+from autograd_lib.higher_order.taylor import jet_rule
+
+
+@jet_rule(torch.sum)
+def _sum(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if not x.ndim:
+        return x if dtype is None else x.to(dtype)
+    return wrap(x.stack.sum(from_right(x, dim), keepdim, dtype=dtype), x)
+
+
+@jet_rule(torch.mean)
+def _mean(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if not x.ndim:
+        return x if dtype is None else x.to(dtype)
+    return wrap(x.stack.mean(from_right(x, dim), keepdim, dtype=dtype), x)
+
+
+@jet_rule(torch.logsumexp, torch.special.logsumexp)
+def _logsumexp(x: Jet, dim: Any, keepdim: bool = False) -> Tensor:
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    if len(dims) > 1:
+        kept = [d for d in range(x.ndim) if d not in [d % x.ndim for d in dims]]
+        rows = x.permute(*kept, *dims).flatten(len(kept))
+        total = torch.logsumexp(rows, -1)
+        shape = [1 if d not in kept else n for d, n in enumerate(x.shape)]
+        return total.reshape(shape) if keepdim else total
+    total = x.ring.logsumexp(x, from_right(x, dims[0]))[0]
+    return total if keepdim else total.squeeze(dims[0])
+
+
+def _implied(x: Tensor, dim: int | None) -> int:
+    """The dimension that PyTorch takes, with a warning of its deprecation, where none is given."""
+    if dim is not None:
+        return dim
+    return 0 if x.ndim in (0, 1, 3) else 1
+
+
+@jet_rule(F.softmax)
+def _softmax(input: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+    return torch.softmax(input, _implied(input, dim), dtype)
+
+
+@jet_rule(F.log_softmax)
+def _log_softmax(
+    input: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
+) -> Tensor:
+    return torch.log_softmax(input, _implied(input, dim), dtype)
+
+
+@jet_rule(torch.softmax, torch.special.softmax)
+def _softmax_of(x: Jet, dim: int, dtype: Any = None) -> Tensor:
+    x = cast(Jet, widened(x, dtype))
+    return cast(Tensor, x.ring.logsumexp(x, from_right(x, dim))[1])
+
+
+@jet_rule(torch.log_softmax, torch.special.log_softmax)
+def _log_softmax_of(x: Jet, dim: int, dtype: Any = None) -> Tensor:
+    x = cast(Jet, widened(x, dtype))
+    return x - x.ring.logsumexp(x, from_right(x, dim))[0]
+
+
+@jet_rule(F.softmin)
+def _softmin(input: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+    return F.softmax(-input, dim, dtype=dtype)
+
+
+@jet_rule(torch.var)
+def _var(
+    x: Jet, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> Tensor:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    dims = from_right(x, [dim] if isinstance(dim, int) else dim)
+    if correction is None:
+        correction = 0 if unbiased is False else 1
+    n = math.prod(x.shape[d] for d in dims)
+    centered = x - x.mean(dims, keepdim=True)
+    return centered.square().sum(dims, keepdim) / (n - correction)
+
+
+@jet_rule(torch.std)
+def _std(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.var(*args, **kwargs).sqrt()
+
+
+@jet_rule(torch.var_mean)
+def _var_mean(x: Jet, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    dims = None if isinstance(dim, bool) else dim
+    return torch.var(x, dim, *args, **kwargs), x.mean(dims, keepdim=kwargs.get("keepdim", False))
+
+
+@jet_rule(torch.prod)
+def _prod(x: Jet, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    x = cast(Jet, widened(x, dtype))
+    if dim is None:
+        return torch.prod(x.flatten(), 0)
+    rows = x.movedim(dim, 0)
+    if not len(rows):
+        return torch.prod(primal(x), dim, keepdim)
+    while len(rows) > 1:  # halves of it, so that the depth is logarithmic
+        half = len(rows) // 2
+        rows = torch.cat([rows[:half] * rows[half : 2 * half], rows[2 * half :]])
+    return rows[0].unsqueeze(dim) if keepdim else rows[0]
+
+
+@jet_rule(torch.linalg.vector_norm)
+def _vector_norm(
+    x: Jet, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    x = cast(Jet, widened(x, dtype))
+    dims = from_right(x, [dim] if isinstance(dim, int) else dim)
+    if ord == 2:
+        return x.square().sum(dims, keepdim).sqrt()
+    if ord == 1:
+        return x.abs().sum(dims, keepdim)
+    if ord == math.inf:
+        return x.abs().amax(dims, keepdim)
+    if ord == -math.inf:
+        return x.abs().amin(dims, keepdim)
+    if ord == 0:
+        return torch.linalg.vector_norm(primal(x), 0, dims, keepdim)
+    return (x.abs() ** ord).sum(dims, keepdim) ** (1 / ord)
+
+
+@jet_rule(torch.norm, Tensor.norm)
+def _norm(
+    input: Jet,
+    p: Any = "fro",
+    dim: Any = None,
+    keepdim: bool = False,
+    out: None = None,
+    dtype: Any = None,
+) -> Tensor:
+    if p not in (None, "fro") and not isinstance(p, int | float):
+        raise NotImplementedError(f"jet: torch.norm has no rule for p={p!r}")
+    return torch.linalg.vector_norm(
+        input, 2 if p in (None, "fro") else p, dim, keepdim, dtype=dtype
+    )
+
+
+@jet_rule(torch.linalg.norm)
+def _linalg_norm(
+    x: Jet, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    matrix = x.ndim == 2 if dim is None else not isinstance(dim, int) and len(dim) == 2
+    if ord == "fro" or ord is None:
+        ord, matrix = 2, False
+    if (matrix and ord is not None) or isinstance(ord, str):
+        raise NotImplementedError(f"jet: torch.linalg.norm has no rule for matrices, ord={ord!r}")
+    return torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
+
+
+@jet_rule(F.normalize)
+def _normalize(
+    input: Jet, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
+) -> Tensor:
+    return input / torch.linalg.vector_norm(input, p, dim, True).clamp_min(eps)
+
+
+@jet_rule(F.cosine_similarity)
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    def unit(x: Tensor) -> Tensor:
+        return x / torch.linalg.vector_norm(x, 2, dim, True).clamp_min(eps)
+
+    return (unit(x1) * unit(x2)).sum(dim)

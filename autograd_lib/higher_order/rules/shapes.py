@@ -1,0 +1,122 @@
+"""Functions that rearrange or repeat the elements of a tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autograd_lib.higher_order.dispatch import Jet, lift, primal
+from autograd_lib.higher_order.rules.registration import from_right, getter, sizes_of, wrap
+from autograd_lib.higher_order.taylor import jet_rule
+
+
+@jet_rule(torch.t, getter("T"))
+def _t(x: Jet) -> Jet:
+    return x if x.ndim < 2 else x.map(lambda c: c.mT)
+
+
+@jet_rule(getter("H"))
+def _h(x: Jet) -> Jet:
+    return x.map(lambda c: c.mH)
+
+
+@jet_rule(Tensor.view, torch.reshape)
+def _reshape(x: Jet, *shape: Any, **kwargs: Any) -> Jet:
+    if shape and isinstance(shape[0], torch.dtype):
+        raise NotImplementedError("jet: Tensor.view(dtype) has no rule; convert by Tensor.to")
+    sizes = sizes_of(shape or tuple(kwargs.values()))
+    if -1 in sizes and 0 not in x.shape:
+        sizes = tuple(x.numel() // -math.prod(sizes) if n == -1 else n for n in sizes)
+    return x.map(lambda c: c.reshape(len(c), *sizes))
+
+
+@jet_rule(Tensor.view_as, Tensor.reshape_as)
+def _reshape_as(x: Tensor, other: Tensor) -> Tensor:
+    return x.reshape(other.shape)
+
+
+@jet_rule(torch.permute)
+def _permute(x: Jet, *dims: Any, **kwargs: Any) -> Jet:
+    order = [d % x.ndim for d in sizes_of(dims or tuple(kwargs.values()))]
+    return x.map(lambda c: c.permute(0, *[d + 1 for d in order]))
+
+
+@jet_rule(torch.moveaxis)
+def _moveaxis(x: Jet, source: Any, destination: Any) -> Tensor:
+    return torch.movedim(x, source, destination)
+
+
+@jet_rule(torch.flip)
+def _flip(x: Jet, *dims: Any, **kwargs: Any) -> Jet:
+    return x.map(lambda c: c.flip(from_right(x, sizes_of(dims or tuple(kwargs.values())))))
+
+
+@jet_rule(torch.tile)
+def _tile(x: Jet, *dims: Any, **kwargs: Any) -> Tensor:
+    repeats = sizes_of(dims or tuple(kwargs.values()))
+    return x.repeat(*[1] * (x.ndim - len(repeats)), *repeats)
+
+
+@jet_rule(torch.diagflat)
+def _diagflat(x: Jet, offset: int = 0) -> Tensor:
+    return x.flatten().diag(offset)
+
+
+@jet_rule(torch.broadcast_to)
+def _broadcast_to(x: Jet, *size: Any, **kwargs: Any) -> Jet:
+    return _expand(x, *(size or tuple(kwargs.values())))
+
+
+@jet_rule(Tensor.expand)
+def _expand(x: Jet, *sizes: Any, implicit: bool = False) -> Jet:
+    shape = sizes_of(sizes)
+    stack, _ = lift(x, len(shape))
+    return Jet(stack.expand(len(stack), *shape), x.ring, x.live)
+
+
+@jet_rule(Tensor.expand_as)
+def _expand_as(x: Tensor, other: Tensor) -> Tensor:
+    return x.expand(other.shape)
+
+
+@jet_rule(torch.flatten)
+def _flatten(x: Jet, start_dim: int = 0, end_dim: int = -1) -> Jet:
+    if not x.ndim:
+        return _reshape(x, 1)
+    start, end = start_dim % x.ndim, end_dim % x.ndim
+    return _reshape(x, (*x.shape[:start], x.shape[start : end + 1].numel(), *x.shape[end + 1 :]))
+
+
+@jet_rule(torch.unsqueeze)
+def _unsqueeze(x: Jet, dim: int) -> Jet:
+    return x.map(lambda c: c.unsqueeze(dim % (x.ndim + 1) + 1))
+
+
+@jet_rule(torch.squeeze)
+def _squeeze(x: Jet, dim: Any = None) -> Jet:
+    dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    gone = {d % max(x.ndim, 1) for d in dims}
+    return _reshape(x, tuple(n for d, n in enumerate(x.shape) if n != 1 or d not in gone))
+
+
+@jet_rule(torch.atleast_1d)
+def _atleast_1d(x: Tensor) -> Tensor:
+    return x if x.ndim else x.reshape(1)
+
+
+@jet_rule(torch.broadcast_tensors)
+def _broadcast_tensors(*tensors: Tensor) -> Any:
+    shape = torch.broadcast_shapes(*[x.shape for x in tensors])
+    return tuple(x.expand(shape) for x in tensors)
+
+
+@jet_rule(F.pad)
+def _pad(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -> Jet:
+    if mode != "constant" or not value:
+        return cast(Jet, wrap(torch.vmap(lambda c: F.pad(c, pad, mode))(x.stack), x))
+    edge = F.pad(torch.zeros_like(primal(x)), pad, mode, value)
+    return x.map(lambda c: F.pad(c, pad)) + edge  # type: ignore[return-value]

@@ -1,0 +1,264 @@
+"""A check of derivatives along a direction against a fit that uses values alone."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.polynomial import Chebyshev
+from torch import Tensor
+
+from autograd_lib.higher_order.inputs import (
+    Inputs,
+    Scalar,
+    check_point,
+    check_tensor,
+    follow,
+    map_tensors,
+    ordered_like,
+    tensors_of,
+)
+from autograd_lib.higher_order.taylor import jet
+from autograd_lib.report.tables import Row, Table
+
+__all__ = ["DerivativeReport", "verify_derivatives"]
+
+
+class DerivativeReport(Table):
+    """Derivatives along a direction, computed in several ways, beside an independent fit.
+
+    Attributes:
+        fit: the derivatives of a Chebyshev fit, by order from 0.
+        uncertainty: how far two fits differ, by order.
+        values: for each way, the derivatives as far as it came.
+        errors: for each way that raised, what.
+        first_wrong: for each way, the first order at which it disagrees with the fit, or which it
+            does not reach; None where all orders agree.
+    """
+
+    def __init__(
+        self,
+        fit: list[float],
+        uncertainty: list[float],
+        values: dict[str, list[float]],
+        errors: dict[str, str],
+        rtol: float,
+    ) -> None:
+        self.fit = fit
+        self.uncertainty = uncertainty
+        self.values = values
+        self.errors = errors
+        self._rtol = rtol
+        self.first_wrong = {name: self._first_wrong(name) for name in values}
+
+    def _first_wrong(self, name: str) -> int | None:
+        found = self.values[name]
+        wrong = (k for k in range(len(found)) if self._verdict(found, k) == "wrong")
+        return next(wrong, len(found) if len(found) < len(self.fit) else None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every way got through and agrees with a fit that resolves f."""
+        return self._resolved(1) and all(wrong is None for wrong in self.first_wrong.values())
+
+    def _resolved(self, k: int, found: float = 0.0) -> bool:
+        """Whether the fit knows the order well enough to vouch for a number."""
+        scale, largest = max(abs(self.fit[k]), abs(found)), np.nanmax(np.abs(self.fit))
+        return 10 * self.uncertainty[k] <= max(1e-2 * scale, 1e-6 * largest)
+
+    def _verdict(self, found: list[float], k: int) -> str:
+        if math.isinf(self.uncertainty[k]):
+            return "?"
+        allowed = self._rtol * max(abs(self.fit[k]), abs(found[k])) + 10 * self.uncertainty[k]
+        if not abs(found[k] - self.fit[k]) <= allowed:
+            return "wrong"
+        return "" if self._resolved(k, found[k]) else "?"
+
+    def _table(self) -> tuple[str, Row, list[Row]]:
+        wrong = [
+            f"{name} from order {k} on"
+            for name, k in self.first_wrong.items()
+            if k is not None and k < len(self.values[name])
+        ]
+        agreement = "what came agrees with the fit" if self.errors else "all agree with the fit"
+        title = f"wrong: {', '.join(wrong)}" if wrong else agreement
+        unknown = [k for k in range(len(self.fit)) if not self._resolved(k)]
+        if unknown:
+            title += f"; the fit does not resolve f from order {unknown[0]} on, scale v"
+        rows: list[Row] = []
+        for k, value in enumerate(self.fit):
+            row = [str(k), f"{value:.6g} ± {self.uncertainty[k]:.0e}"]
+            for name, found in self.values.items():
+                absent = "raises" if name in self.errors else "missing"
+                cell = f"{found[k]:.6g} {self._verdict(found, k)}" if k < len(found) else absent
+                row.append(cell.strip())
+            rows.append(row)
+        return title, ["order", "fit", *self.values], rows
+
+    def _notes(self) -> list[str]:
+        return [f"{name} raises {error}" for name, error in self.errors.items()]
+
+
+def verify_derivatives(
+    f: Callable[..., Tensor],
+    x: Inputs,
+    v: Inputs,
+    order: int,
+    *,
+    rtol: float = 1e-6,
+    ways: Mapping[str, Callable[..., Any]] | None = None,
+) -> DerivativeReport:
+    r"""Check derivatives along a direction against a fit that uses values of `f` alone.
+
+    $f(x + tv)$ is sampled in float64 at Chebyshev points and interpolated (Trefethen 2019,
+    "Approximation Theory and Approximation Practice"); the fit's own derivatives at 0 are compared
+    with those that automatic differentiation returns. By default: `jet`; `reverse`, nested
+    `torch.autograd.grad`; `forward`, nested `torch.func.jvp`. Of several widths the one whose fits
+    of two degrees agree best is taken, and their difference stated.
+
+    Args:
+        f: a function as for `jet`. It must take float64: convert a copy of a model by
+            `copy.deepcopy(model).double()`, and its data.
+            Where it returns several numbers, a fixed random combination of them is checked.
+        x: where to differentiate; converted to float64.
+        v: the direction, like `x`; f must be smooth along it.
+        order: the highest derivative, at least 1.
+        rtol: the relative error that passes.
+        ways: other ways to check, by name: each is called with `(f, x, v, order)` and returns the
+            derivatives from order 0 on.
+
+    Returns:
+        A `DerivativeReport` that prints as a table. `first_wrong` names, for each way, the first
+        order that disagrees.
+
+    Raises:
+        TypeError: as `jet`.
+        ValueError: as `jet`, or if `f` is not finite near `x`.
+
+    Example:
+        >>> x, v = torch.tensor([1.0, 2.0]), torch.tensor([1.0, -1.0])
+        >>> verify_derivatives(lambda x: x.prod().exp(), x, v, 4).first_wrong
+        {'jet': None, 'reverse': None, 'forward': None}
+    """
+    if not isinstance(order, int) or order < 1:
+        raise ValueError(f"verify_derivatives: expected an order of 1 or more, got {order!r}")
+    check_point("verify_derivatives", x)
+    follow("verify_derivatives", x, v, lambda x, v: x)
+
+    def wide(t: Tensor) -> Tensor:
+        return t.detach().to(torch.complex128 if t.is_complex() else torch.float64)
+
+    x, v = map_tensors(wide, x), map_tensors(wide, ordered_like(x, v))
+    weights: list[Tensor] = []
+
+    def one(x: Inputs) -> Tensor:
+        y = check_tensor("verify_derivatives", f(x))
+        y = torch.view_as_real(y) if y.is_complex() else y
+        if not y.ndim:
+            return y
+        if not weights:
+            generator = torch.Generator().manual_seed(0)
+            weights.append(
+                torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device)
+            )
+        return (y * weights[0]).sum()
+
+    fit, uncertainty = _fit(lambda t: one(_step(x, v, t)).item(), order)
+    values: dict[str, list[float]] = {}
+    errors: dict[str, str] = {}
+    for name, way in (_WAYS if ways is None else ways).items():
+        values[name] = []
+        try:
+            for found in itertools.islice(way(one, x, v, order), order + 1):
+                values[name].append(found.item())
+        except (RuntimeError, NotImplementedError) as error:
+            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return DerivativeReport(fit, uncertainty, values, errors, rtol)
+
+
+def _step(x: Inputs, v: Inputs, t: Any) -> Inputs:
+    if isinstance(x, Mapping) and isinstance(v, Mapping):
+        return {k: x[k] + t * v[k] for k in x}
+    return cast(Tensor, x) + t * cast(Tensor, v)
+
+
+def _reverse(f: Scalar, x: Inputs, v: Inputs, order: int) -> Iterator[Tensor]:
+    with torch.enable_grad():
+        t = torch.zeros((), dtype=torch.float64, device=tensors_of(x)[0].device, requires_grad=True)
+        y = f(_step(x, v, t))
+        yield y.detach()
+        for _ in range(order):
+            if y.requires_grad:
+                (y,) = torch.autograd.grad(y, t, create_graph=True, materialize_grads=True)
+            else:
+                y = torch.zeros_like(y)
+            yield y.detach()
+
+
+def _forward(f: Scalar, x: Inputs, v: Inputs, order: int) -> Iterator[Tensor]:
+    t = torch.zeros((), dtype=torch.float64, device=tensors_of(x)[0].device)
+
+    def along(t: Tensor) -> Tensor:
+        return f(_step(x, v, t))
+
+    g: Callable[[Tensor], Tensor] = along
+    for _ in range(order + 1):
+        yield g(t).detach()
+        g = _slope(g)
+
+
+def _slope(g: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda t: torch.func.jvp(g, (t,), (torch.ones_like(t),))[1]
+
+
+_WAYS: dict[str, Callable[..., Any]] = {"jet": jet, "reverse": _reverse, "forward": _forward}
+_WIDTHS = (2.0, 1.0, 0.5, 0.25, 0.12, 0.06)
+
+
+def _fit(g: Callable[[float], float], order: int) -> tuple[list[float], list[float]]:
+    """Derivatives at 0 by Chebyshev interpolation, and by how much two degrees differ."""
+    at_zero, finite = g(0.0), False
+    # The last coefficients over a short interval are noise: of float64, or of what f computes in.
+    noise = np.abs(_interpolate(g, _WIDTHS[-1], order + 16).coef[-3:]).max()
+    best: list[tuple[float, float]] = []
+    for width, (low, high) in itertools.product(_WIDTHS, ((4, 6), (12, 16))):
+        fits = [_interpolate(g, width, degree) for degree in (order + low, order + high)]
+        largest = np.abs(fits[1].coef).sum()
+        if not all(np.isfinite(series.coef).all() for series in fits):
+            continue
+        finite = True
+        between = 0.37 * width  # no point of the fit
+        if abs(float(fits[1](between)) - g(between)) > 1e-5 * largest:
+            continue  # too wide to resolve f
+        error = np.finfo(np.float64).eps * largest + (noise if math.isfinite(noise) else 0.0)
+        for k in range(order + 1):
+            rough, fine = (float((series.deriv(k) if k else series)(0.0)) for series in fits)
+            doubt = abs(fine - rough) + error * _amplification(order + high, k) / width**k
+            if k == len(best):
+                best.append((doubt, fine))
+            best[k] = min(best[k], (doubt, fine))
+    if not finite:
+        raise ValueError(
+            "verify_derivatives: expected f to be finite along v, got none of the widths from "
+            f"{_WIDTHS[0]} to {_WIDTHS[-1]}; scale v down"
+        )
+    if not best:  # nothing is known beyond the value
+        return [at_zero] + [math.nan] * order, [0.0] + [math.inf] * order
+    return [value for _, value in best], [doubt for doubt, _ in best]
+
+
+def _interpolate(g: Callable[[float], float], width: float, degree: int) -> Chebyshev:
+    points = width * np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
+    return Chebyshev.fit(points, [g(t) for t in points], degree, domain=[-width, width])
+
+
+@functools.cache
+def _amplification(degree: int, k: int) -> float:
+    """By how much a k-th derivative at 0 enlarges an error of the samples: sum |T_n^(k)(0)|."""
+    basis = (Chebyshev.basis(n).deriv(k) if k else Chebyshev.basis(n) for n in range(degree + 1))
+    return sum(abs(float(series(0.0))) for series in basis)
