@@ -1,0 +1,114 @@
+"""Random states, buffers and gradients, taken and restored; files that appear complete or not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autograd_lib.core.files import replaced_atomically
+from autograd_lib.core.snapshot import (
+    ModuleState,
+    own_generators,
+    preserved_random_state,
+    random_state,
+    seed_all,
+    set_random_state,
+    without_gradients,
+)
+
+
+def draws() -> list[float]:
+    """A normal number too, of which generators keep the second one of a pair."""
+    drawn = [torch.randn(3).tolist(), [random.gauss(0, 1)], [float(np.random.randn())]]
+    return [value for values in drawn for value in values]
+
+
+def test_random_state_survives_a_file_that_is_read_safely() -> None:
+    draws()
+    file = io.BytesIO()
+    torch.save(random_state(), file)
+    expected = draws()
+    file.seek(0)
+    set_random_state(torch.load(file, weights_only=True))
+    assert draws() == expected != draws()
+
+
+def test_random_state_is_preserved_through_an_error() -> None:
+    state = random_state()
+    expected = draws()
+    set_random_state(state)
+    with contextlib.suppress(ArithmeticError), preserved_random_state():
+        seed_all(1)
+        draws()
+        raise ArithmeticError
+    assert draws() == expected
+
+
+def test_a_seed_is_that_of_every_generator() -> None:
+    seed_all(2**40)  # NumPy takes 32 bits
+    expected = draws()
+    seed_all(2**40)
+    assert draws() == expected
+
+
+class Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch, self.python = torch.Generator(), random.Random(0)
+        self.legacy, self.numpy = np.random.RandomState(0), np.random.default_rng(0)
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self) -> list[Any]:
+        self.mean += 1
+        self.calls = self.calls + 1  # replaces the buffer
+        drawn = torch.rand(1, generator=self.torch).item(), self.python.random()
+        return [*drawn, self.legacy.rand(), self.numpy.random()]
+
+
+def test_buffers_and_own_generators_are_restored() -> None:
+    module = Draws()
+    assert len(own_generators(module)) == 4
+    state, mean, calls = ModuleState(module.modules()), module.mean, module.calls
+    expected = module()
+    second = module()
+    state.restore_buffers()
+    assert module.mean is mean
+    assert module.calls is calls
+    assert [*mean.tolist(), calls.item()] == [0, 0, 0]
+    assert module() != second  # the generators went on
+    state.restore()
+    assert module() == expected
+
+
+def test_gradients_are_set_aside() -> None:
+    with_one, without = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    with_one.grad = kept = torch.full((2,), 3.0)
+    with contextlib.suppress(ArithmeticError), without_gradients([with_one, without]):
+        assert with_one.grad is None
+        (with_one * without).sum().backward()
+        raise ArithmeticError
+    assert with_one.grad is kept
+    assert kept.tolist() == [3, 3]
+    assert without.grad is None
+
+
+def test_a_file_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with contextlib.suppress(OSError), replaced_atomically(path) as unfinished:
+        unfinished.write_text("half")
+        raise OSError("disk full")
+    assert path.read_text() == "before"
+    with replaced_atomically(path) as unfinished:
+        unfinished.write_text("after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after"
+    assert [*tmp_path.iterdir()] == [path]
