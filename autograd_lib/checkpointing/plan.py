@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from autograd_lib.checkpointing.measure import measure
 from autograd_lib.checkpointing.recompute import apply_checkpoints, runs_its_children
-from autograd_lib.checkpointing.solver import Chain, Step, Steps, frontier, length, replay
+from autograd_lib.checkpointing.solver import (
+    Chain,
+    Step,
+    Steps,
+    evaluate,
+    frontier,
+    length,
+    recomputable,
+)
 from autograd_lib.report.plots import sized_axes
 from autograd_lib.report.progress import progress
 from autograd_lib.report.tables import Row, Table, readable_bytes
@@ -286,8 +294,8 @@ def plan_checkpoints(
         budget,
         nbytes,
         seconds,
-        *replay(chain, ("save",) * len(blocks)),
-        {rule: replay(chain, by) for rule, by in _rules(chain).items()},
+        *evaluate(chain, ("save",) * len(blocks)),
+        {rule: evaluate(chain, by) for rule, by in _rules(chain).items()},
         [point[:2] for point in found],
         measured.refused,
         chain,
@@ -351,16 +359,16 @@ def _step(
 
 
 def _rules(chain: Chain) -> dict[str, Steps]:
-    """What one would do without measuring, with blocks that cannot be recomputed saved."""
-    able = [block.recompute is not None for block in chain.blocks]
-    single = tuple("recompute" if can else "save" for can in able)
-    count = len(able)
+    """Schedules made without measuring; blocks that cannot be recomputed are saved."""
+    blocks = chain.blocks
+    single = tuple("recompute" if recomputable([block]) else "save" for block in blocks)
+    count = len(blocks)
     size = count // max(1, round(math.sqrt(count)))
     roots: list[Step] = []
     for start in range(0, count, size):
         end = min(start + size, count)
         last = end + size > count  # `checkpoint_sequential` gives it the remainder, and saves it
-        if last or not all(able[start:end]):
+        if last or not recomputable(blocks[start:end]):
             roots += ["save"] * ((count if last else end) - start)
         else:
             roots.append("recompute" if size == 1 else ("save",) * size)

@@ -18,7 +18,7 @@ additive, so one program finds the whole trade-off: to each interval of the chai
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
@@ -147,6 +147,20 @@ class Chain:
         return self.blocks[index - 1].output if index else self.input
 
 
+def recomputable(blocks: Sequence[Block]) -> bool:
+    """Whether these blocks can stand under one checkpoint.
+
+    A block that overwrites the input that the checkpoint keeps would compute on another input the
+    second time.
+    """
+    aliased = True  # the output so far is the kept input
+    for block in blocks:
+        if block.recompute is None or (aliased and block.overwrites):
+            return False
+        aliased = aliased and block.aliases
+    return True
+
+
 # Frontiers
 
 _Linked = Any  # (step, the steps after it) or None: schedules share their ends
@@ -162,11 +176,31 @@ def frontier(chain: Chain, runs: bool) -> list[tuple[int, float, Steps]]:
         runs: Whether several blocks may stand under one checkpoint.
     """
     found = _Solver(chain, runs).solve()
-    points = _prune([(*_whole(chain, need, t), steps) for need, t, steps in found])
+    points = _prune([(*_with_head(chain, need, t), steps) for need, t, steps in found])
     return [(need, t, _steps(linked)) for need, t, linked in points]
 
 
-def _whole(chain: Chain, need: int, seconds: float) -> tuple[int, float]:
+def evaluate(chain: Chain, steps: Steps) -> tuple[int, float]:
+    """Peak bytes and seconds of one schedule: the program, with no other step to choose from.
+
+    Its runs must be `recomputable`.
+    """
+    given = dict(_choices(steps, 0, len(chain.blocks)))
+    ((need, seconds, _),) = _Solver(chain, True, given).solve()
+    return _with_head(chain, need, seconds)
+
+
+def _choices(steps: Steps, start: int, end: int) -> Iterator[tuple[tuple[int, int], Step]]:
+    """Each step by the block it starts at and the end of the run around it (or of the chain)."""
+    for step in steps:
+        yield (start, end), step
+        after = start + length(step)
+        if not isinstance(step, str):
+            yield from _choices(step, start, after - 1)
+        start = after
+
+
+def _with_head(chain: Chain, need: int, seconds: float) -> tuple[int, float]:
     """Add the head to what tail and blocks need."""
     last = chain.head_kept + chain.input_gradient + chain.gradients[0] + chain.head_backward_peak
     peak = max(chain.head_forward_peak, chain.head_kept + need, last)
@@ -222,21 +256,40 @@ def _run_before(
 class _Solver:
     """The dynamic program. All bytes are counted from what stands before an interval begins.
 
-    `held` says whether the input of the interval stands until backward on somebody else's account.
+    `held` says whether something else holds the input of the interval until backward.
+
+    Args:
+        chain: The costs.
+        runs: Whether several blocks may stand under one checkpoint.
+        given: The steps to take, as `_choices` lists them; None to choose.
     """
 
-    def __init__(self, chain: Chain, runs: bool) -> None:
-        self.chain, self.blocks, self.grouped = chain, chain.blocks, runs
+    def __init__(
+        self, chain: Chain, runs: bool, given: dict[tuple[int, int], Step] | None = None
+    ) -> None:
+        self.chain, self.blocks, self.grouped, self.given = chain, chain.blocks, runs, given
         self.first = cache(self.first)  # type: ignore[method-assign]
         self.again = cache(self.again)  # type: ignore[method-assign]
 
     def solve(self) -> _Frontier:
-        for k in range(len(self.blocks)):  # from the small to the large, for a shallow recursion
-            for j in range(k, -1, -1) if self.grouped else ():
+        # Small intervals before large ones, so that the recursion stays shallow.
+        count = len(self.blocks)
+        for k in range(count if self.grouped and self.given is None else 0):
+            for j in range(k, -1, -1):
                 self.again(j, k, True)
-        for s in range(len(self.blocks), -1, -1):
-            self.first(s, True)
+        for s in range(count, -1, -1):
+            if self.given is None or s == count or (s, count) in self.given:
+                self.first(s, True)
         return self.first(0, self.chain.input_held)
+
+    def open(self, start: int, end: int, step: Step, blocks: int = 1) -> bool:
+        """Whether this step may be chosen; of a run only the number of its blocks matters."""
+        if self.given is None:
+            return True
+        given = self.given[start, end]
+        if step in ("save", "selective") or given in ("save", "selective"):
+            return bool(step == given)
+        return length(given) == blocks
 
     def first(self, s: int, held: bool) -> _Frontier:
         """Blocks from `s` to the tail: forward and backward."""
@@ -247,12 +300,14 @@ class _Solver:
             return [(need, 0.0, None)]
         block, points = self.blocks[s], []
         for step, mode in (("save", block.save), ("selective", block.selective)):
-            if mode is not None:
+            if mode is not None and self.open(s, len(self.blocks), step):
                 back = block.output_gradient + chain.gradients[s + 1]
                 need, kept, own = self.cost(mode, chain.head_frames, back, waiting)
                 stays = held or mode.keeps_input if block.aliases else own
                 points += _before(need, kept, mode.seconds, step, self.first(s + 1, stays))
         for k, need, kept, seconds, aliased in self.runs(s, len(self.blocks) - 1, waiting):
+            if not self.open(s, len(self.blocks), "recompute", k - s + 1):
+                continue
             rest = self.first(k + 1, aliased)
             head = chain.head_frames + need
             points += _run_before(head, kept, seconds, self.repeat(s, k), rest)
@@ -280,10 +335,14 @@ class _Solver:
                 base + waiting + block.recompute.again_peak, self.back(block.save, back, waiting)
             )
             return [(peak, block.recompute.seconds, ("save", None))]
-        need, kept, own = self.cost(block.save, base, back, waiting)
-        stays = held or block.save.keeps_input if block.aliases else own
-        points = _before(need, kept, block.save.seconds, "save", self.again(j + 1, k, stays))
+        points: _Frontier = []
+        if self.open(j, k, "save"):
+            need, kept, own = self.cost(block.save, base, back, waiting)
+            stays = held or block.save.keeps_input if block.aliases else own
+            points += _before(need, kept, block.save.seconds, "save", self.again(j + 1, k, stays))
         for m, need, kept, seconds, aliased in self.runs(j, k - 1, waiting):
+            if not self.open(j, k, "recompute", m - j + 1):
+                continue
             rest = self.again(m + 1, k, aliased)
             points += _run_before(base + need, kept, seconds, self.repeat(j, m), rest)
         return _prune(points)
@@ -304,123 +363,13 @@ class _Solver:
         for k in range(s, last + 1 if self.grouped else min(s, last) + 1):
             block = self.blocks[k]
             if block.recompute is None or (aliased and block.overwrites):
-                return  # what overwrites the kept input would be given another one the second time
+                return  # as `recomputable` says
             need = max(need, waiting + current + left + block.recompute.forward_peak)
             left += block.recompute.left
             seconds += block.recompute.forward_seconds
             aliased = aliased and block.aliases
             current = 0 if aliased else block.output
             yield k, need, waiting + left + self.chain.checkpoint_bytes, seconds, aliased
-
-
-# Replay
-
-
-def replay(chain: Chain, steps: Steps) -> tuple[int, float]:
-    """Peak bytes and seconds of one schedule, by following what is allocated and freed."""
-    walk = _Replay(chain)
-    return walk.whole(steps)
-
-
-class _Replay:
-    def __init__(self, chain: Chain) -> None:
-        self.chain = chain
-        self.standing = self.peak = 0
-        self.seconds = chain.seconds
-        self.gradients = chain.gradients_before
-
-    def spike(self, nbytes: int) -> None:
-        self.peak = max(self.peak, self.standing + self.gradients + nbytes)
-
-    def whole(self, steps: Steps) -> tuple[int, float]:
-        chain = self.chain
-        self.spike(chain.head_forward_peak)
-        self.standing = chain.head_kept + chain.head_frames
-        held, undo = self.forward(steps, 0, chain.input_held)
-        waiting = 0 if held else chain.size(len(chain.blocks))
-        self.run(chain.tail, waiting)
-        self.standing -= chain.head_frames
-        self.back(chain.tail, 0, waiting)
-        self.gradients += chain.tail_parameters
-        self.backward(undo)
-        self.spike(chain.input_gradient + chain.head_backward_peak)
-        return self.peak, self.seconds
-
-    def run(self, mode: Mode, waiting: int) -> None:
-        """Run a block forward; `waiting` is an input on nobody's account yet."""
-        self.spike(waiting + mode.forward_peak)
-        self.standing += mode.kept + (waiting if mode.keeps_input else 0)
-
-    def back(self, mode: Mode, gradient: int, waiting: int) -> None:
-        freed = waiting and mode.keeps_input
-        self.spike(gradient + (mode.backward_peak_freed if freed else mode.backward_peak))
-        self.standing -= mode.kept + (waiting if mode.keeps_input else 0)
-
-    def forward(self, steps: Steps, start: int, held: bool) -> tuple[bool, list[Any]]:
-        """Run blocks from `start`; return whether the output is held, and how to go back."""
-        undo: list[Any] = []
-        for step in steps:
-            waiting = 0 if held else self.chain.size(start)
-            if step in ("save", "selective"):
-                block = self.chain.blocks[start]
-                mode = block.save if step == "save" else block.selective
-                assert mode is not None
-                self.run(mode, waiting)
-                self.seconds += mode.seconds
-                undo.append((start, mode, waiting))
-                held = held or mode.keeps_input if block.aliases else mode.keeps_output
-                start += 1
-            else:
-                inner = ("save",) if step == "recompute" else step
-                end = start + length(inner)
-                held, kept = self.drop(start, end, waiting)
-                undo.append((start, inner, kept))
-                start = end
-        return held, undo
-
-    def drop(self, start: int, end: int, waiting: int) -> tuple[bool, int]:
-        """Run blocks forward under one checkpoint."""
-        left, current, aliased = 0, 0, True
-        for block in self.chain.blocks[start:end]:
-            assert block.recompute is not None
-            self.spike(waiting + current + left + block.recompute.forward_peak)
-            self.seconds += block.recompute.forward_seconds
-            left += block.recompute.left
-            aliased = aliased and block.aliases
-            current = 0 if aliased else block.output
-        kept = waiting + left + self.chain.checkpoint_bytes
-        self.standing += kept
-        return aliased, kept
-
-    def backward(self, undo: list[Any]) -> None:
-        for start, how, size in reversed(undo):
-            if isinstance(how, Mode):
-                block = self.chain.blocks[start]
-                self.back(how, block.output_gradient, size)
-                self.gradients += block.parameters
-            else:
-                self.repeat(start, how)
-                self.standing -= size
-
-    def repeat(self, start: int, steps: Steps) -> None:
-        """Do a run again, and its backward."""
-        end = start + length(steps) - 1
-        block = self.chain.blocks[end]
-        again, gradient = block.recompute, block.output_gradient
-        assert again is not None
-        if start == end:
-            self.spike(gradient + again.alone_peak)
-        else:
-            self.standing += gradient
-            held, undo = self.forward(steps[:-1], start, True)
-            waiting = 0 if held else self.chain.size(end)
-            self.spike(waiting + again.again_peak)
-            self.standing += block.save.kept + (waiting if block.save.keeps_input else 0) - gradient
-            self.back(block.save, gradient, waiting)
-        self.seconds += again.seconds
-        self.gradients += block.parameters
-        if start < end:
-            self.backward(undo)
 
 
 def length(step: Step) -> int:

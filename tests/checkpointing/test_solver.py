@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from autograd_lib.checkpointing import solver as _schedule
+from autograd_lib.checkpointing import solver
 from autograd_lib.checkpointing.solver import (
     Block,
     Chain,
     Mode,
     Recomputation,
+    evaluate,
     frontier,
     length,
-    replay,
 )
 
 # Every schedule
@@ -323,21 +323,21 @@ def test_against_all_schedules_without_runs(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_replay_follows_every_schedule(count: int) -> None:
+def test_evaluation_follows_every_schedule(count: int) -> None:
     """Also the schedules that are not optimal: rules are predicted by it."""
     for seed in range(20 if count < 5 else 3):
         chain = random_chain(random.Random(seed), count)
         for steps in sequences(count, ("save", "selective")):
             if allowed(chain, steps):
-                assert replay(chain, steps) == simulate(chain, steps)
+                assert evaluate(chain, steps) == simulate(chain, steps)
 
 
-def test_replay_agrees_with_the_frontier() -> None:
+def test_evaluation_agrees_with_the_frontier() -> None:
     """For chains that are too long to list their schedules."""
     for seed in range(5):
         chain = random_chain(random.Random(seed), 20)
         for nbytes, seconds, steps in frontier(chain, True)[::10]:
-            assert replay(chain, steps) == simulate(chain, steps) == (nbytes, seconds)
+            assert evaluate(chain, steps) == simulate(chain, steps) == (nbytes, seconds)
 
 
 # The homogeneous case
@@ -410,12 +410,12 @@ def test_thinning_keeps_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     chain = random_chain(random.Random(3), 14)
     whole = frontier(chain, True)
     assert len(whole) > 20
-    monkeypatch.setattr(_schedule, "_POINTS", 6)
+    monkeypatch.setattr(solver, "_POINTS", 6)
     few = frontier(chain, True)
     assert 2 < len(few) <= 6
     assert few[0][:2] == whole[0][:2]
     assert few[-1][:2] == whole[-1][:2]
-    assert all(replay(chain, steps) == (nbytes, seconds) for nbytes, seconds, steps in few)
+    assert all(evaluate(chain, steps) == (nbytes, seconds) for nbytes, seconds, steps in few)
 
 
 def test_no_more_points_than_are_useful() -> None:
@@ -445,9 +445,12 @@ def test_refused_blocks_are_in_no_run() -> None:
 
 
 def test_long_chains() -> None:
-    """Longer than the recursion of the program, taken literally, would have room for."""
+    """Longer than a plain recursion over the blocks could be."""
     points = frontier(homogeneous(600, 10_000), False)
     assert length(points[0][2]) == 600
+    for step in ("save", "recompute"):
+        chain, steps = homogeneous(1200, 10_000), (step,) * 1200
+        assert evaluate(chain, steps) == simulate(chain, steps)
 
 
 def test_length() -> None:
