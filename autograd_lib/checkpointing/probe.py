@@ -26,7 +26,7 @@ from autograd_lib.core.snapshot import (
     drop_gradients,
     own_generators,
 )
-from autograd_lib.memory import _parts
+from autograd_lib.memory.saved import storage_parts
 
 ROUNDS = 3  # timings of each way to run a block, interleaved
 _ROUNDING = 1e-3  # a gradient that is off by more was not computed from the same numbers
@@ -287,7 +287,7 @@ def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def nbytes(tensors: Sequence[Tensor | None]) -> int:
-    parts = (part for tensor in tensors if tensor is not None for part in _parts(tensor))
+    parts = (part for tensor in tensors if tensor is not None for part in storage_parts(tensor))
     return sum(part.untyped_storage().nbytes() for part in parts)
 
 

@@ -7,8 +7,6 @@ allocations themselves, so it also sees gradients, temporaries and what checkpoi
 """
 
 from autograd_lib.memory.peak import peak_bytes
-from autograd_lib.memory.saved import SavedTensors, saved_tensors, storage_parts
+from autograd_lib.memory.saved import SavedTensors, saved_tensors
 
 __all__ = ["SavedTensors", "peak_bytes", "saved_tensors"]
-
-_parts = storage_parts  # until its last user imports the new name
