@@ -62,7 +62,8 @@ from autograd_lib.monitor import (
     plot_update_ratios,
 )
 from autograd_lib.nonfinite import NonFinite, NonFiniteGuard, find_nonfinite
-from autograd_lib.report.explorer import Explorer, GradientDashboard, explore
+from autograd_lib.report.dashboard import GradientDashboard
+from autograd_lib.report.explorer import Explorer, explore
 from autograd_lib.training import AutogradTrainingSystem
 from autograd_lib.tuning import Trial, TuningReport, autotune
 

@@ -1,0 +1,242 @@
+"""A dashboard of a gradient monitor, in a notebook and on a static page.
+
+It has more states than could be drawn in advance, so it carries the numbers, and one script
+(`dashboard.html`) draws them.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from autograd_lib.report.explorer import Interactive, import_ipywidgets, script_json
+from autograd_lib.report.plots import classify, common_prefix
+
+__all__ = ["GradientDashboard"]
+
+Array = npt.NDArray[Any]
+
+# Statistics that a dashboard shows, in the order of its menu, with the scale of each.
+_SCALES = {
+    "norm": "log",
+    "std": "log",
+    "abs_max": "log",
+    "update_ratio": "log",
+    "mean": "signed",
+    "min": "signed",
+    "max": "signed",
+    "zero_fraction": "linear",
+    "cosine": "linear",
+    "nan_count": "linear",
+    "inf_count": "linear",
+}
+_RANGES = {"zero_fraction": (0.0, 1.0), "cosine": (-1.0, 1.0)}
+_MOST_NUMBERS = 45_000  # of one dashboard: 240 KB of a page
+_MOST_STEPS = 60
+_MOST_PARAMETERS = 200
+_MOST_DECADES = 14
+_SHORTEST_WAIT = 0.5  # seconds between two redraws
+_LARGEST_SHARE = 0.05  # of the time that redraws may take
+_keys = itertools.count(1)
+
+
+class Monitor(Protocol):
+    """What a dashboard reads of a `GradientMonitor`."""
+
+    @property
+    def history(self) -> Mapping[str, Any]:
+        """The statistics of the steps so far."""
+
+    @property
+    def issues(self) -> Sequence[tuple[str, str, int, float | None]]:
+        """Kind, parameter, first step and value of every issue."""
+
+
+class GradientDashboard(Interactive):
+    """A view of a monitor's history: live during training, and the same on a page without a kernel.
+
+    At the top is the total norm over the steps. Below it is a heat map of parameters by steps for
+    the chosen statistic; beside that the values at the chosen step, as bars over the range that
+    each parameter had. Hovering names the parameter and gives the value, a click chooses it; menus
+    and a slider do the same from the keyboard. Issues are marked where they began. Steps that the
+    `GradScaler` skipped are marked above the heat map.
+
+    Display it in a cell of its own and call `update` in the training loop. It redraws at most twice
+    a second and spends at most a twentieth of the time on it; each redraw reads the history, which
+    synchronizes with the device. The controls are part of the page and answer while the kernel is
+    busy. Nothing runs in the background. A saved notebook or a built page shows the view at the
+    moment of display: display it once more after training.
+
+    Of a long history 60 steps are shown: those where an issue began, the others evenly spaced. Of
+    more than 200 parameters those with issues are shown, and others evenly spaced. Fewer steps are
+    shown where the page would become heavy otherwise, and the view says what it leaves out. A
+    statistic that is recorded every few steps shows its latest value.
+
+    Args:
+        monitor: A `GradientMonitor`, or any object with its `history` and `issues`.
+
+    Raises:
+        TypeError: If `monitor` has no history or no issues.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> norms = np.array([[1.0, 0.1], [3.0, np.nan], [2.0, 0.3]])
+        >>> history = {"step": np.array([1, 2, 3]), "names": ["0.weight", "2.weight"],
+        ...            "norm": norms, "missing": np.isnan(norms), "skipped": np.zeros(3, bool),
+        ...            "total_norm": np.array([1.0, 3.0, 2.0])}
+        >>> monitor = SimpleNamespace(history=history, issues=[("missing", "2.weight", 2, None)])
+        >>> GradientDashboard(monitor)
+        GradientDashboard(2 parameters, steps 1 to 3)
+    """
+
+    def __init__(self, monitor: Monitor) -> None:
+        missing = [name for name in ("history", "issues") if not hasattr(monitor, name)]
+        if missing:
+            raise TypeError(
+                f"GradientDashboard: expected a GradientMonitor, got {type(monitor).__name__} "
+                f"without {' and '.join(missing)}; pass the monitor itself, not its history"
+            )
+        self._monitor = monitor
+        self._output: Any = None
+        self._key = ""
+        self._due = 0.0
+
+    def __repr__(self) -> str:
+        history = self._monitor.history
+        if not len(history["step"]):
+            return "GradientDashboard(no step yet)"
+        first, last = (int(history["step"][at]) for at in (0, -1))
+        return f"GradientDashboard({len(history['names'])} parameters, steps {first} to {last})"
+
+    def update(self) -> None:
+        """Redraw the live form, if there is one on display and a redraw is due."""
+        start = time.monotonic()
+        if self._output is None or start < self._due:
+            return
+        self._redraw()
+        end = time.monotonic()
+        self._due = end + max(_SHORTEST_WAIT, (end - start) / _LARGEST_SHARE)
+
+    def to_html(self) -> str:
+        """Return the view of the history so far as HTML that stands alone."""
+        return self._html("")
+
+    def to_widget(self) -> Any:
+        """Return the live form, an ipywidgets output that `update` redraws.
+
+        Raises:
+            ImportError: If ipywidgets is not installed.
+        """
+        ipywidgets = import_ipywidgets("GradientDashboard")
+        if self._output is None:
+            self._output = ipywidgets.Output()
+            self._key = f"dashboard-{next(_keys)}"  # the page stores the choices under this key
+        self._redraw()
+        return self._output
+
+    def _redraw(self) -> None:
+        data = {"text/html": self._html(self._key), "text/plain": repr(self)}
+        self._output.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
+
+    def _html(self, key: str) -> str:
+        history = self._monitor.history
+        body = "<p>No step was recorded yet.</p>"
+        if len(history["step"]):
+            state = _state(history, self._monitor.issues) | {"key": key}
+            template = importlib.resources.files("autograd_lib.report").joinpath("dashboard.html")
+            body = template.read_text(encoding="utf-8").replace("DATA", script_json(state), 1)
+        return f'<figure class="dashboard"><!-- frames -->{body}<!-- /frames --></figure>'
+
+
+def _state(history: Mapping[str, Any], issues: Sequence[Any]) -> dict[str, Any]:
+    """Return everything that the script of a dashboard draws, ready for JSON."""
+    statistics = [name for name in _SCALES if name in history]
+    steps, names = np.asarray(history["step"]), list(history["names"])
+    row_of = {int(step): row for row, step in enumerate(steps)}
+    column_of = {name: column for column, name in enumerate(names)}
+    begun = [(i[0], column_of[i[1]], row_of[i[2]]) for i in issues if i[2] in row_of]
+    columns = _choose(len(names), _MOST_PARAMETERS, {column for _, column, _ in begun})
+    most = max(1, min(_MOST_STEPS, _MOST_NUMBERS // (len(statistics) * len(columns))))
+    rows = _choose(len(steps), most, {row for *_, row in begun})
+    norm, missing = (np.asarray(history[key])[rows][:, columns] for key in ("norm", "missing"))
+    nonfinite, absent = classify(norm, missing, np.asarray(history["total_norm"])[rows])
+    shown = {column: at for at, column in enumerate(columns.tolist())}
+    return {
+        "names": [names[column] for column in columns],
+        "common": common_prefix(names),
+        "steps": steps[rows].tolist(),
+        "skipped": np.asarray(history["skipped"])[rows].astype(int).tolist(),
+        "cells": _base64(np.where(absent, 1, np.where(nonfinite, 2, 0)), "u1"),
+        "total": _base64(np.asarray(history["total_norm"])[rows], "<f4"),
+        "statistics": [
+            _scaled(name, np.asarray(history[name]), rows, columns) for name in statistics
+        ],
+        "issues": [
+            (kind, shown[column], int(np.abs(rows - row).argmin()))
+            for kind, column, row in begun
+            if column in shown
+        ],
+        "note": _left_out(
+            ("steps", len(rows), len(steps)), ("parameters", len(columns), len(names))
+        ),
+    }
+
+
+def _choose(count: int, most: int, wanted: set[int]) -> Array:
+    """Choose `most` of `count` places, evenly spaced, some moved to the nearest wanted places."""
+    if count <= most:
+        return np.arange(count)
+    chosen = np.unique(np.linspace(0, count - 1, most).round().astype(int))
+    free = set(range(len(chosen) - 1)) - set(np.flatnonzero(np.isin(chosen, list(wanted))).tolist())
+    for place in sorted(wanted - set(chosen.tolist())):
+        if free:
+            nearest = min(free, key=lambda at: abs(int(chosen[at]) - place))
+            chosen[nearest] = place
+            free.remove(nearest)
+    return np.sort(chosen)
+
+
+def _scaled(name: str, values: Array, rows: Array, columns: Array) -> dict[str, Any]:
+    """Return one statistic at the shown steps and parameters, with the ends of its scale."""
+    values = np.real(values[:, columns]).astype(np.float64)  # a complex gradient's mean is complex
+    # A value that is recorded at some steps only holds until the next one is recorded.
+    known = ~np.isnan(values).all(axis=1)
+    latest = np.maximum.accumulate(np.where(known, np.arange(len(values)), 0))
+    values = values[latest[rows]]
+    size = np.abs(values[np.isfinite(values) & (values != 0)])
+    least, most = (size.min(), size.max()) if size.size else (0.1, 1.0)
+    scale, threshold = _SCALES[name], 0.0
+    if scale == "log":
+        high = float(np.ceil(np.log10(most)))
+        low = min(max(float(np.floor(np.log10(least))), high - _MOST_DECADES), high - 1)
+    elif scale == "linear":
+        low, high = _RANGES.get(name, (0.0, float(most)))
+    else:
+        low, high = -float(most), float(most)
+        threshold = float(np.quantile(size, 0.1)) if size.size else high
+    return {
+        "key": name,
+        "label": name.replace("_", " "),
+        "scale": scale,
+        "low": low,
+        "high": high,
+        "threshold": threshold,
+        "values": _base64(values, "<f4"),
+    }
+
+
+def _base64(numbers: Array, dtype: str) -> str:
+    with np.errstate(over="ignore"):  # beyond float32 a number is drawn as infinite
+        return base64.b64encode(numbers.astype(dtype).tobytes()).decode()
+
+
+def _left_out(*counts: tuple[str, int, int]) -> str:
+    parts = [f"{shown} of {count} {what}" for what, shown, count in counts if shown < count]
+    return f"{' and '.join(parts)} shown" if parts else ""
