@@ -28,7 +28,7 @@ _CELLS: dict[str, type[nn.LSTM | nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
 class CustomTransformerModel(nn.Module):
-    r"""A Transformer over tokens, causal as it comes: logits of the next token at each position.
+    r"""A causal Transformer over tokens: logits of the next token at each position.
 
     Token and position are embedded, then pass `num_layers` blocks of attention and a feed-forward
     network, $x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x))$, then
@@ -47,11 +47,8 @@ class CustomTransformerModel(nn.Module):
         num_layers: Number of blocks.
         num_heads: Heads of attention, a divisor of `d_model`; None for the largest of 8, 4, 2 and
             1 that is one.
-        dim_feedforward: Width within the feed-forward networks; None for ``4 * d_model``.
         max_length: Largest number of positions.
         dropout: Probability of dropout for embeddings, attention weights and branches, in [0, 1).
-        causal: Whether a position attends to itself and those before it only, as the prediction
-            of the next token requires; False to attend to all, as for filling in masked tokens.
         custom_gradients: Whether GELU is `low_memory_gelu`, which saves a byte per element where
             GELU saves four; in float64 the gradient is the same.
 
@@ -71,30 +68,26 @@ class CustomTransformerModel(nn.Module):
         *,
         num_layers: int = 4,
         num_heads: int | None = None,
-        dim_feedforward: int | None = None,
         max_length: int = 512,
         dropout: float = 0.0,
-        causal: bool = True,
         custom_gradients: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(self, vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
         if num_heads is None:
             num_heads = next(heads for heads in (8, 4, 2, 1) if d_model % heads == 0)
-        inner = 4 * d_model if dim_feedforward is None else dim_feedforward
-        _check_sizes(self, num_heads=num_heads, dim_feedforward=inner, max_length=max_length)
+        _check_sizes(self, num_heads=num_heads, max_length=max_length)
         _check_dropout(self, dropout)
         if d_model % num_heads:
             raise ValueError(
                 f"CustomTransformerModel: expected num_heads to divide d_model={d_model}, got "
                 f"{num_heads}; None takes the largest of 8, 4, 2 and 1 that does"
             )
-        self.causal = causal
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.positions = nn.Embedding(max_length, d_model)
         self.dropout = nn.Dropout(dropout)
-        block = partial(_TransformerBlock, dropout=dropout, causal=causal, custom=custom_gradients)
-        blocks = [block(d_model, num_heads, inner) for _ in range(num_layers)]
+        block = partial(_TransformerBlock, dropout=dropout, custom=custom_gradients)
+        blocks = [block(d_model, num_heads) for _ in range(num_layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
@@ -102,47 +95,40 @@ class CustomTransformerModel(nn.Module):
         for joined in (layer for b in blocks for layer in (b.out_proj, b.linear2)):
             nn.init.normal_(joined.weight, std=_STD / math.sqrt(2 * num_layers))
 
-    def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """Compute the logits.
 
         Args:
-            tokens: Shape (batch, seq), int64 (or int32), in [0, vocab_size), padding included.
-            padding_mask: Shape (batch, seq), bool, True where a token is padding, at either end or
-                in between. Padding has no position and is not attended to, so that the other
-                tokens have the logits that they have without it; those at the padding mean
-                nothing.
+            tokens: Shape (batch, seq), int64 (or int32), in [0, vocab_size). Padding at the end
+                needs no mask: no position attends to a later one.
 
         Returns:
             Shape (batch, seq, vocab_size).
 
         Raises:
-            TypeError: `tokens` are not integers, or `padding_mask` is not bool.
-            ValueError: A shape is wrong, or the sequence is too long.
-            IndexError: A token is out of range. CUDA tells of that by a device-side assertion.
+            TypeError: `tokens` are not integers.
+            ValueError: The shape is wrong, or the sequence is too long.
+            IndexError: A token is out of range. CUDA reports this by a device-side assertion.
         """
-        self._check(tokens, padding_mask)
-        attend: Tensor | None = None
+        self._check(tokens)
         position = torch.arange(tokens.shape[1], device=tokens.device)
-        if padding_mask is not None:
-            attend = _attended(padding_mask, self.causal)
-            position = ((~padding_mask).cumsum(1) - 1).clamp(min=0)
         x = self.dropout(self._embed(tokens) + self.positions(position))
         for block in self.blocks:
-            x = block(x, attend)
+            x = block(x)
         return self.head(self.norm(x))
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        # Asked for only after it failed: elsewhere than on the CPU, looking would be waiting.
+        # Look for the range only after a failure: reading it would synchronize with a GPU.
         try:
             return self.embedding(tokens)
         except IndexError as err:
             raise IndexError(
                 f"CustomTransformerModel: expected tokens in [0, {self.embedding.num_embeddings}), "
                 f"got {tokens.min()} to {tokens.max()}; make the model with a larger vocab_size, "
-                "or give padding any token in range and pass padding_mask"
+                "or give padding any token in range"
             ) from err
 
-    def _check(self, tokens: Tensor, padding_mask: Tensor | None) -> None:
+    def _check(self, tokens: Tensor) -> None:
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(
                 f"CustomTransformerModel: expected tokens of torch.int64, got {tokens.dtype}; "
@@ -159,56 +145,36 @@ class CustomTransformerModel(nn.Module):
                 f"max_length={self.positions.num_embeddings} positions, got {tokens.shape[1]}; cut "
                 "the sequence, or make the model with a larger max_length"
             )
-        if padding_mask is None:
-            return
-        if padding_mask.dtype != torch.bool:
-            raise TypeError(
-                f"CustomTransformerModel: expected padding_mask of torch.bool, got "
-                f"{padding_mask.dtype}; True is padding, as in tokens == padding_token"
-            )
-        if padding_mask.shape != tokens.shape:
-            raise ValueError(
-                f"CustomTransformerModel: expected padding_mask of shape {tuple(tokens.shape)}, "
-                f"one flag for each token, got {tuple(padding_mask.shape)}"
-            )
 
 
 class _TransformerBlock(nn.Module):
     """Attention and a feed-forward network, each normalized first and added to its input."""
 
-    def __init__(
-        self, width: int, heads: int, inner: int, *, dropout: float, causal: bool, custom: bool
-    ) -> None:
+    def __init__(self, width: int, heads: int, *, dropout: float, custom: bool) -> None:
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads = heads
         self.norm1 = nn.LayerNorm(width)
         # Without biases: softmax ignores that of the keys, whose gradient would be rounding.
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
         self.norm2 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, inner)
+        self.linear1 = nn.Linear(width, 4 * width)
         self.activation = _LowMemoryGELU() if custom else nn.GELU()
-        self.linear2 = nn.Linear(inner, width)
+        self.linear2 = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         batch, seq, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, seq, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=attend,
-            dropout_p=self.dropout.p if self.training else 0.0,
-            is_causal=self.causal and attend is None,
-        )
+        dropout = self.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         x = x + self.dropout(self.out_proj(mixed.transpose(1, 2).flatten(2)))
         inner = self.activation(self.linear1(self.norm2(x)))
         return x + self.dropout(self.linear2(inner))
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, causal={self.causal}"
+        return f"heads={self.heads}"
 
 
 def _initialize(module: nn.Module) -> None:
@@ -216,15 +182,6 @@ def _initialize(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def _attended(padding_mask: Tensor, causal: bool) -> Tensor:
-    """Which keys each query attends to, by (batch, 1, query, key)."""
-    seq = padding_mask.shape[1]
-    square = torch.ones(seq, seq, dtype=torch.bool, device=padding_mask.device)
-    attend = ~padding_mask[:, None, None, :]
-    # Padding attends to itself: a softmax over nothing is NaN for `jet`, and was so in PyTorch.
-    return (attend & square.tril() if causal else attend) | square.triu().tril()
 
 
 class CustomCNNModel(nn.Module):
@@ -240,9 +197,9 @@ class CustomCNNModel(nn.Module):
     The second convolution of each of the n blocks starts at $1 / \sqrt n$ of He's scale, so that
     the sum does not grow with depth.
 
-    GroupNorm is the default, for it knows of no other sample: gradients of micro-batches add up,
-    each sample has its own gradient under `torch.func.vmap`, and derivatives of higher order
-    exist. BatchNorm couples the samples. Both work in channels-last on the CPU.
+    GroupNorm is the default because it treats each sample by itself: gradients of micro-batches
+    add up, each sample has its own gradient under `torch.func.vmap`, and derivatives of higher
+    order exist. BatchNorm couples the samples. Both work in channels-last on the CPU.
 
     Args:
         input_channels: Channels of an image.
@@ -362,7 +319,7 @@ class CustomRNNModel(nn.Module):
     and an LSTM remembers from the start: the bias of its forget gates is 1 (Jozefowicz et al.,
     2015).
 
-    There is no `custom_gradients`: what a layer saves is the business of its fused kernel. In
+    There is no `custom_gradients`: a fused kernel decides what a layer saves. In
     PyTorch 2.13 `nn.LSTM` and `nn.GRU` stay uncompiled within `torch.compile`, with a graph break,
     and `jet` has no rule for them.
 
@@ -422,9 +379,9 @@ class CustomRNNModel(nn.Module):
 
         Args:
             x: Shape (batch, seq, input_size), floating point.
-            lengths: The steps of each sequence that are no padding, integers in [1, seq] of shape
+            lengths: How many steps of each sequence are not padding, integers in [1, seq] of shape
                 (batch,), in any order; best on the CPU, where they are needed. Nothing is computed
-                beyond them.
+                for the padding.
 
         Returns:
             Shape (batch, seq, output_size or hidden_size); zero beyond the lengths.
@@ -495,8 +452,8 @@ def _on_data(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 def _check_lengths(lengths: Tensor, batch: int, seq: int) -> None:
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise TypeError(
-            f"CustomRNNModel: expected lengths to be integers, got {lengths.dtype}; from a padding "
-            "mask they are (~padding_mask).sum(1)"
+            f"CustomRNNModel: expected lengths to be integers, got {lengths.dtype}; from a mask "
+            "of padding they are (~mask).sum(1)"
         )
     if lengths.shape != (batch,):
         raise ValueError(

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autograd_lib.config import Settings
 from autograd_lib.gradients import missing_gradients
-from autograd_lib.higher_order import derivative_tower, jet
+from autograd_lib.higher_order import derivative_tower
 from autograd_lib.memory import saved_tensors
 from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransformerModel
 
@@ -46,7 +46,6 @@ Case = tuple[Callable[..., nn.Module], Callable[[], Tensor]]
 # name -> (make the model, make an input for it)
 CASES: dict[str, Case] = {
     "transformer": (transformer, lambda: tokens(3, 7)),
-    "bidirectional transformer": (partial(transformer, causal=False), lambda: tokens(3, 7)),
     "group cnn": (cnn, lambda: torch.randn(3, 2, 9, 6)),
     "batch cnn": (partial(cnn, norm="batch"), lambda: torch.randn(3, 2, 9, 6)),
     "lstm": (rnn, lambda: torch.randn(3, 7, 3)),
@@ -140,7 +139,7 @@ def test_every_parameter_gets_a_gradient_that_is_not_zero(make, draw, device):
 @pytest.mark.parametrize(("width", "heads"), [(64, 8), (24, 8), (12, 4), (6, 2), (7, 1)])
 def test_heads_are_the_largest_power_of_two_up_to_8_that_divides_the_width(width, heads):
     model = CustomTransformerModel(5, width, num_layers=1)
-    assert f"heads={heads}, causal=True" in repr(model)
+    assert f"heads={heads}" in repr(model)
     assert CustomTransformerModel(5, 12, num_layers=1, num_heads=3).blocks[0].heads == 3
 
 
@@ -166,22 +165,16 @@ def encoder_like(model: CustomTransformerModel) -> nn.TransformerEncoder:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "not causal"])
 @pytest.mark.parametrize("custom", [True, False], ids=["low-memory", "plain"])
-def test_the_transformer_is_that_of_pytorch(custom, causal, padded, device):
-    model = transformer(causal=causal, custom_gradients=custom, num_heads=2).double().to(device)
+def test_the_transformer_is_that_of_pytorch(custom, device):
+    model = transformer(custom_gradients=custom, num_heads=2).double().to(device)
     shaken(model, 0.3)
     encoder = encoder_like(model)
     x = tokens(4, 9).to(device)
-    padding = torch.arange(9) >= torch.tensor([9, 1, 5, 8])[:, None] * (1 if padded else 9)
-    padding = padding.to(device)
-    mask = torch.ones(9, 9, dtype=torch.bool, device=device).triu(1) if causal else None
+    mask = torch.ones(9, 9, dtype=torch.bool, device=device).triu(1)
     embedded = model.embedding(x) + model.positions.weight[:9]
-    theirs = model.head(
-        model.norm(encoder(embedded, mask=mask, src_key_padding_mask=padding if padded else None))
-    )[~padding]
-    ours = model(x, padding if padded else None)[~padding]
+    theirs = model.head(model.norm(encoder(embedded, mask=mask)))
+    ours = model(x)
     torch.testing.assert_close(ours, theirs)
     weight = torch.randn_like(ours)
     grads = torch.autograd.grad(
@@ -311,7 +304,7 @@ def test_without_output_size_the_rnn_returns_its_states():
 
 TINY: dict[str, Case] = {
     "transformer": (
-        partial(CustomTransformerModel, 3, 4, num_layers=1, dim_feedforward=3, max_length=3),
+        partial(CustomTransformerModel, 3, 4, num_layers=1, max_length=3),
         lambda: torch.tensor([[0, 2, 1], [1, 1, 2]]),
     ),
     "cnn": (
@@ -368,13 +361,11 @@ def test_the_fast_attention_has_no_second_derivative_and_the_plain_one_has():
         assert twice().isfinite().all()
 
 
-# --- causality and padding
+# --- causality
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_an_output_depends_on_no_later_token(causal, padded):
-    model, seq = transformer(causal=causal).double(), 6
+def test_an_output_depends_on_no_later_token():
+    model, seq = transformer().double(), 6
     embedded: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
@@ -382,12 +373,11 @@ def test_an_output_depends_on_no_later_token(causal, padded):
         return embedded[-1]
 
     model.embedding.register_forward_hook(keep)
-    padding = torch.zeros(1, seq, dtype=torch.bool) if padded else None
-    logits = model(tokens(1, seq), padding)
+    logits = model(tokens(1, seq))
     for t in range(seq):
         (g,) = torch.autograd.grad(logits[0, t].square().sum(), embedded, retain_graph=True)
         reached = g[0].abs().sum(1) > 0
-        assert reached.tolist() == [not causal or s <= t for s in range(seq)]
+        assert reached.tolist() == [s <= t for s in range(seq)]
 
 
 def test_no_layer_of_the_rnn_looks_ahead_unless_it_is_bidirectional():
@@ -396,44 +386,6 @@ def test_no_layer_of_the_rnn_looks_ahead_unless_it_is_bidirectional():
         (g,) = torch.autograd.grad(rnn(bidirectional=bidirectional)(x)[0, 2].sum(), x)
         reached = (g[0].abs().sum(1) > 0).tolist()
         assert reached == ([True] * 6 if bidirectional else [True] * 3 + [False] * 3)
-
-
-@given(
-    causal=st.booleans(),
-    padding=st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4),
-)
-@settings(max_examples=40, deadline=None)
-def test_padding_anywhere_leaves_the_other_logits_as_they_are(causal, padding):
-    torch.manual_seed(1)
-    model = transformer(causal=causal).double()
-    mask = torch.tensor(padding)
-    x = tokens(*mask.shape)
-    output = model(x, mask)
-    for row, padded, logits in zip(x, mask, output, strict=True):
-        if not padded.all():
-            alone = model(row[~padded][None])[0]
-            torch.testing.assert_close(logits[~padded], alone, rtol=1e-10, atol=1e-12)
-    output.square().sum().backward()  # with a loss that forgets to leave the padding out
-    assert output.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_derivatives_of_higher_order_are_finite_with_padding_in_front():
-    model, x = transformer(), tokens(2, 5)
-    mask = torch.zeros(2, 5, dtype=torch.bool)
-    mask[0, :2] = True
-    at = {name: p.detach() for name, p in model.named_parameters()}
-    along = {name: torch.randn_like(p) for name, p in at.items()}
-    values = jet(lambda p: functional_call(model, p, (x, mask)).square().sum(), at, along, 2)
-    assert all(value.isfinite() for value in values)
-
-
-def test_the_token_of_the_padding_does_not_matter():
-    model, x = transformer(), tokens(2, 7)
-    mask = torch.zeros(2, 7, dtype=torch.bool)
-    mask[0, 4:] = mask[1, :3] = True
-    other = torch.where(mask, (x + 1) % VOCABULARY, x)
-    assert torch.equal(model(x, mask)[~mask], model(other, mask)[~mask])
 
 
 # --- layouts and sizes of images
@@ -566,14 +518,12 @@ def test_a_compiled_cnn_is_one_graph(name):
 
 @compiles
 @pytest.mark.parametrize("custom", [True, False], ids=["low-memory", "plain"])
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
-def test_a_compiled_transformer_is_one_graph(padded, custom):
+def test_a_compiled_transformer_is_one_graph(custom):
     model, x = transformer(custom_gradients=custom), tokens(2, 5)
-    mask = torch.tensor([[False] * 5, [True, False, False, True, True]]) if padded else None
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, mask), model(x, mask))
-    (ours,) = torch.autograd.grad(compiled(x, mask).square().sum(), model.blocks[0].qkv.weight)
-    (theirs,) = torch.autograd.grad(model(x, mask).square().sum(), model.blocks[0].qkv.weight)
+    torch.testing.assert_close(compiled(x), model(x))
+    (ours,) = torch.autograd.grad(compiled(x).square().sum(), model.blocks[0].qkv.weight)
+    (theirs,) = torch.autograd.grad(model(x).square().sum(), model.blocks[0].qkv.weight)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -788,7 +738,6 @@ OPTIONS = [
     (lambda: transformer(num_layers=0), "expected num_layers .* got 0"),
     (lambda: transformer(num_heads=0), "expected num_heads .* got 0"),
     (lambda: transformer(num_heads=3), "num_heads to divide d_model=8, got 3; None takes the lar"),
-    (lambda: transformer(dim_feedforward=-1), "expected dim_feedforward .* got -1"),
     (lambda: transformer(max_length=0), "expected max_length .* got 0"),
     (lambda: transformer(dropout=1.0), r"dropout to be a probability in \[0, 1\), got 1.0"),
     (lambda: CustomCNNModel(0, 2), "CustomCNNModel: expected input_channels .* got 0"),
@@ -821,14 +770,6 @@ INPUTS = [
     ),
     (lambda: transformer()(-1 - tokens(2, 5)), IndexError, r"tokens in \[0, 11\), got -\d+ to -\d"),
     (
-        lambda: transformer()(tokens(2, 5), tokens(2, 5)),
-        *(TypeError, "padding_mask of torch.bool, got torch.int64; True is padding"),
-    ),
-    (
-        lambda: transformer()(tokens(2, 5), tokens(2, 4) == 0),
-        *(ValueError, r"padding_mask of shape \(2, 5\), one flag for each token, got \(2, 4\)"),
-    ),
-    (
         lambda: cnn()(torch.zeros(2, 2, 4, 4, dtype=torch.uint8)),
         *(TypeError, r"floating point, got torch.uint8; .* images.float\(\) / 255"),
     ),
@@ -852,7 +793,7 @@ INPUTS = [
     ),
     (
         lambda: rnn()(torch.randn(2, 7, 3), torch.tensor([1.0, 2.0])),
-        *(TypeError, r"lengths to be integers, got torch.float32; .* \(~padding_mask\).sum\(1\)"),
+        *(TypeError, r"lengths to be integers, got torch.float32; .* \(~mask\).sum\(1\)"),
     ),
     (lambda: rnn()(torch.randn(2, 7, 3), [True, True]), TypeError, "integers, got torch.bool"),
     (lambda: rnn()(torch.randn(2, 7, 3), [1]), ValueError, r"lengths of shape \(2,\).*got \(1,\)"),
