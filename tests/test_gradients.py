@@ -22,6 +22,7 @@ from autograd_lib import (
     get_gradient_norms,
     missing_gradients,
 )
+from autograd_lib.core.rows import DEVICE_SIZES
 
 
 def with_gradients(**grads: Tensor) -> nn.Module:
@@ -91,7 +92,7 @@ def test_any_shapes(shapes: list[list[int]], zeros: float, shift: float, seed: i
 def test_rows_and_blocks_are_merged(device: str) -> None:
     """A gradient longer than a row, one that fills rows exactly, many that fill several blocks."""
     torch.manual_seed(0)
-    row = autograd_lib.gradients._DEVICE_SIZES[0]
+    row = DEVICE_SIZES[0]
     grads = {"long": torch.randn(2 * row + 17), "exact": torch.randn(2, row), "one": torch.randn(1)}
     grads |= {f"many{i}": torch.randn(row // 64) for i in range(80)}
     grads["long"][0] = 1e6  # in one row only: the spread between the rows matters
@@ -175,7 +176,7 @@ def test_nonfinite(device: str) -> None:
 
 
 def test_nan_and_inf_in_different_rows_make_a_nan_norm() -> None:
-    grad = torch.ones(2 * autograd_lib.gradients._DEVICE_SIZES[0])
+    grad = torch.ones(2 * DEVICE_SIZES[0])
     grad[0], grad[-1] = math.nan, math.inf
     model = with_gradients(a=grad)
     assert math.isnan(get_gradient_norms(model)["a"])

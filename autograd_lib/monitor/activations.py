@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autograd_lib.monitor.reductions import Reduction, home, merge
+from autograd_lib.core.reduction import Reduction, home
+from autograd_lib.core.rows import merge
 
 
 class Activations:

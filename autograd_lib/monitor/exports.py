@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 
-PER_PARAMETER = (
-    *("norm", "mean", "std", "min", "max", "abs_max"),
-    *("zero_fraction", "nan_count", "inf_count", "cosine", "update_ratio"),
-)
+from autograd_lib.core.statistics import STATISTICS
 
 Columns = dict[str, np.ndarray]
 
@@ -22,7 +19,7 @@ def columns(history: dict[str, Any], present: np.ndarray) -> Columns:
     found = {
         "step": np.repeat(history["step"], parameters),
         "parameter": np.tile(np.array(history["names"], dtype=object), steps),
-        **{name: history[name].reshape(-1) for name in PER_PARAMETER if name in history},
+        **{name: history[name].reshape(-1) for name in STATISTICS if name in history},
         "numel": np.tile(history["numel"], steps),
         "skipped": np.repeat(history["skipped"], parameters),
     }

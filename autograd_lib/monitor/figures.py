@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from autograd_lib.core.statistics import STATISTICS
 from autograd_lib.report.plots import (
     BLUE,
     GREEN,
     GREY,
     HUGE,
-    LABELS,
     ORANGE,
     PURPLE,
     TINY,
@@ -61,7 +61,6 @@ _KINDS = {
     "vanishing": ("v", BLUE),
     "missing": ("o", GREEN),
 }
-_SIGNED = ("mean", "min", "max")
 _MOST_COLUMNS = 400  # of a heat map: fewer than the pixels that they are drawn on
 _MOST_RIDGES = 14
 
@@ -192,8 +191,8 @@ def plot_gradient_heatmap(
         cmap=colors,
         rasterized=True,
     )
-    bar = ax.figure.colorbar(mesh, ax=ax, label=LABELS.get(statistic, statistic), pad=0.02)
-    if statistic in _SIGNED:
+    bar = ax.figure.colorbar(mesh, ax=ax, label=STATISTICS[statistic].label, pad=0.02)
+    if STATISTICS[statistic].scale == "signed":
         bar.set_ticks(_signed_ticks(norm.linthresh, norm.vmax))
     handles = _mark_cells(mpl, ax, edges, nonfinite, missing)
     if logarithmic and (values == 0).any():
@@ -560,16 +559,14 @@ def _color_scale(mpl: Any, statistic: str, values: Array) -> tuple[Any, Any]:
     most = size.max() if size.size else 1.0
     sequence = mpl.colormaps["viridis"].with_extremes(under="black", bad=(0, 0, 0, 0))
     diverging = mpl.colormaps["PuOr_r"].with_extremes(bad=(0, 0, 0, 0))
-    if statistic in _SIGNED:
+    scale, limits = STATISTICS[statistic].scale, STATISTICS[statistic].limits
+    if scale == "signed":
         threshold = np.quantile(size, 0.1) if size.size else 0.1
         threshold = min(max(threshold, 1e-6 * most, TINY), most / 2)
         return mpl.colors.SymLogNorm(threshold, vmin=-most, vmax=most, base=10), diverging
-    if statistic == "cosine":
-        return mpl.colors.Normalize(-1, 1), diverging
-    if statistic == "zero_fraction":
-        return mpl.colors.Normalize(0, 1), sequence
-    if statistic in ("nan_count", "inf_count"):
-        return mpl.colors.Normalize(0, most), sequence
+    if scale == "linear":
+        low, high = limits[0], most if limits[1] is None else limits[1]
+        return mpl.colors.Normalize(low, high), diverging if low < 0 else sequence
     low, high = (size.min(), most) if size.size else (1e-3, 1.0)
     low, high = np.clip([low, high], TINY, HUGE).tolist()
     return mpl.colors.LogNorm(low / 1.1 if low == high else low, max(high, low * 1.1)), sequence

@@ -177,28 +177,3 @@ class Episodes:
             value = None if kind == "missing" else float(norm[row, i])
             self.issues.append(Issue(kind, name, int(steps[row]), value))
         return wrong
-
-
-def derive(fields: np.ndarray, absent: np.ndarray) -> dict[str, np.ndarray]:
-    """Statistics [rows, parameters] from fields [rows, fields, parameters], NaN where absent."""
-    numel, real, imag, real_spread, imag_spread, low, high = np.moveaxis(fields[:, :7], 1, 0)
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        abs_max = np.where(numel > 0, np.maximum(-low, high), 0.0)
-        spread = np.hypot(real_spread, imag_spread)
-        norm = np.hypot(spread, np.hypot(real, imag) * np.sqrt(numel))
-        norm = np.where(np.isfinite(abs_max), norm, abs_max)  # hypot(nan, inf) is inf
-        some = np.where(numel > 0, 1.0, np.nan)
-        mean = real * some
-        if imag.any():  # in parts: an infinite number times another one is NaN in both
-            mean = np.stack([mean, imag * some], axis=-1).view(np.complex128)[..., 0]
-        found = {
-            "norm": norm,
-            "mean": mean,
-            "std": spread / np.sqrt(numel) * some,
-            "min": low * some,
-            "max": high * some,
-            "abs_max": abs_max,
-        }
-    for values in found.values():
-        values[absent != PRESENT] = np.nan
-    return found

@@ -23,10 +23,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from autograd_lib.gradients import GradientStatistics, _check_module, _is_distributed
+from autograd_lib.core.reduction import Reduction, home
+from autograd_lib.core.rows import BINS, LOWEST, norms, root_sum_squares
+from autograd_lib.core.shards import is_distributed
+from autograd_lib.core.statistics import (
+    ALWAYS,
+    COUNTS,
+    STATISTICS,
+    derive,
+    derive_counts,
+    describe,
+)
+from autograd_lib.gradients import GradientStatistics, check_module
 from autograd_lib.monitor.activations import ActivationHook, Activations
 from autograd_lib.monitor.exports import (
-    PER_PARAMETER,
     columns,
     write_csv,
     write_parquet,
@@ -40,7 +50,6 @@ from autograd_lib.monitor.history import (
     Episodes,
     Issue,
     Ring,
-    derive,
 )
 from autograd_lib.monitor.hooks import (
     EndOfBackward,
@@ -53,12 +62,9 @@ from autograd_lib.monitor.hooks import (
     weak,
 )
 from autograd_lib.monitor.noise_scale import NoiseScale, estimate
-from autograd_lib.monitor.reductions import BINS, LOWEST, Reduction, home, norms
 
 __all__ = ["GradientMonitor", "Issue", "NoiseScale"]
 
-_STATISTICS = ("norm", "mean", "std", "min", "max", "abs_max")  # always collected
-_COUNTS = ("zero_fraction", "nan_count", "inf_count")
 _SEND_EVERY = 64  # rows go to the host in the background; issues are found in those that arrived
 _DETAILED_STEPS = 10  # for so long are counts and histograms taken once an issue has been read
 _MICRO_BATCHES = 16  # in a step, for whose norms there is room
@@ -304,7 +310,7 @@ class GradientMonitor:
                 self._activations.take()
             return
         detailed = self._step <= self._detailed_until
-        counts = detailed or not self._collect.isdisjoint(_COUNTS)
+        counts = detailed or not self._collect.isdisjoint(COUNTS)
         absent, plan, fields = self._reduce(grads, counts=counts)
         unscale = None if scale is None else scale.to(fields.device, fields.dtype).reciprocal()
         if unscale is not None:
@@ -496,7 +502,7 @@ class GradientMonitor:
             skipped[i] = 0 < self._skips < _EXCUSED_SKIPS
         places = places[~skipped]  # to skip a step now and then is how a scaler finds its scale
         absent = self._absent[places]
-        statistics = derive(ring.values[places], absent)
+        statistics = derive(ring.values[places], absent == PRESENT)
         if self._episodes.feed(ring.steps[places], statistics, absent):
             self._detailed_until = self._step + _DETAILED_STEPS
 
@@ -535,29 +541,22 @@ class GradientMonitor:
             nothing = np.zeros((0, len(self._names)))
             found |= {"step": np.zeros(0, dtype=np.int64), "total_norm": np.zeros(0)}
             found |= {"skipped": np.zeros(0, dtype=bool), "missing": nothing.astype(bool)}
-            return found | dict.fromkeys(_STATISTICS, nothing)
+            return found | dict.fromkeys(ALWAYS, nothing)
         places = ring.places()
         steps, absent = ring.steps[places], self._absent[places]
-        statistics = derive(ring.values[places], absent)
+        statistics = derive(ring.values[places], absent == PRESENT)
         for name in ("min", "max"):
             statistics[name][:, self._complex] = np.nan
         if self._complex.any():
             statistics["mean"] = statistics["mean"].astype(np.complex128)
         norms_there = np.where(absent == PRESENT, statistics["norm"], 0.0)
-        total = np.hypot.reduce(norms_there, axis=1)
-        total[np.isnan(norms_there).any(1)] = np.nan  # hypot(nan, inf) is inf
+        total = root_sum_squares(torch.from_numpy(norms_there)).numpy()
         found |= {"step": steps, "total_norm": total, **statistics}
         found["skipped"], found["missing"] = self._were_skipped(places), absent == MISSING
         if "counts" in self._rings:
             counts = np.moveaxis(self._rings["counts"].at(steps), 1, 0)
             counts[:, absent != PRESENT] = np.nan
-            found |= dict(
-                zip(
-                    _COUNTS,
-                    (counts[0] / np.where(self._numel, self._numel, np.nan), *counts[1:]),
-                    strict=True,
-                )
-            )
+            found |= derive_counts(counts, self._numel)
         for name in ("cosine", "update_ratio"):
             if name in self._rings:
                 found[name] = self._rings[name].at(steps)
@@ -586,11 +585,9 @@ class GradientMonitor:
             return {"names": list(names), "step": np.zeros(0, dtype=np.int64)}
         ring = self._rings["activations"]
         values = ring.values[ring.places()]
-        absent = np.where(np.isnan(values[:, 0]), MISSING, PRESENT)
-        numel, zeros, nans, infs = (values[:, i] for i in (0, 7, 8, 9))
-        counts = dict(zip(_COUNTS, (zeros / numel, nans, infs), strict=True))
-        steps = ring.steps[ring.places()]
-        return {"names": list(names), "step": steps, **derive(values, absent), **counts}
+        numel, steps = values[:, 0], ring.steps[ring.places()]
+        counts = derive_counts(np.moveaxis(values[:, 7:], 1, 0), numel)
+        return {"names": list(names), "step": steps, **derive(values, numel == numel), **counts}  # noqa: PLR0124
 
     def get_gradient_summary(self) -> GradientStatistics:
         """Summarize the last step that was looked at.
@@ -605,18 +602,13 @@ class GradientMonitor:
         if not len(history["step"]):
             return GradientStatistics(0.0, {}, step=0, issues=[])
         last = self._absent[(self._count - 1) % self._capacity]
-        keys = [name for name in PER_PARAMETER if name in history]
+        keys = [name for name in STATISTICS if name in history]
         parameters: dict[str, dict[str, Any]] = {}
         for i in np.flatnonzero(last == PRESENT).tolist():
             values = {key: history[key][-1, i].item() for key in keys}
-            if not self._complex[i]:
-                values["mean"] = values["mean"].real
-            kept = {k: v for k, v in values.items() if k in _STATISTICS or v == v}  # noqa: PLR0124
-            if self._complex[i]:
-                del kept["min"], kept["max"]
-            for key in kept.keys() & {"nan_count", "inf_count"}:
-                kept[key] = int(kept[key])
-            parameters[self._names[i]] = {**kept, "numel": self._numel[i].item()}
+            kept = {k: v for k, v in values.items() if k in ALWAYS or v == v}  # noqa: PLR0124
+            numel, is_complex = self._numel[i].item(), bool(self._complex[i])
+            parameters[self._names[i]] = describe(kept, numel, is_complex)
         return GradientStatistics(
             history["total_norm"][-1].item(),
             parameters,
@@ -684,7 +676,7 @@ class GradientMonitor:
         """
         summary, history = self.get_gradient_summary(), self.history
         found = {"gradients/total_norm": summary["total_norm"]}
-        known = [name for name in PER_PARAMETER if name in history or not self._step]
+        known = [name for name in STATISTICS if name in history or not self._step]
         for statistic in statistics or ("norm",):
             if statistic not in known:
                 raise ValueError(f"scalars: expected statistics among {known}, got {statistic!r}")
@@ -772,7 +764,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _zeros_like(parameter: Tensor) -> Tensor:
-    if _is_distributed(parameter):
+    if is_distributed(parameter):
         return torch.zeros_like(parameter)
     return parameter.new_zeros(()).expand(parameter.shape)
 
@@ -782,11 +774,11 @@ def _times(grads: Sequence[Tensor | None], factor: Tensor | None) -> Sequence[Te
 
 
 def _mesh_size(parameter: Tensor) -> int:
-    return parameter.device_mesh.size() if _is_distributed(parameter) else 1
+    return parameter.device_mesh.size() if is_distributed(parameter) else 1
 
 
 def _check(model: object, optimizer: object, scaler: object) -> None:
-    _check_module("GradientMonitor", model)
+    check_module("GradientMonitor", model)
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"GradientMonitor: expected optimizer to be a torch.optim.Optimizer, got "
@@ -825,7 +817,7 @@ def _check_options(
     for least, options in ((1, least_one), (0, least_zero)):
         for name, value in options.items():
             _check_integer("GradientMonitor", name, value, least)
-    known = (*_STATISTICS, *_COUNTS, "cosine")
+    known = (*ALWAYS, *COUNTS, "cosine")
     if not isinstance(collect, Collection) or isinstance(collect, str) or {*collect} - {*known}:
         raise ValueError(f"GradientMonitor: expected collect among {known}, got {collect!r}")
     if optimizer is None and (least_zero["update_every"] or noise):

@@ -27,7 +27,8 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from autograd_lib.gradients import _check_module, _is_distributed
+from autograd_lib.core.shards import is_distributed
+from autograd_lib.gradients import check_module
 from autograd_lib.nonfinite.observer import (
     OUTSIDE,
     UNLINKED,
@@ -180,7 +181,7 @@ def find_nonfinite(model: nn.Module, step: Callable[[], object]) -> NonFinite | 
         >>> found.phase, found.kind, found.op, found.detail
         ('forward', 'inf', 'aten.log.default', 'its Inf becomes a NaN in aten.mul.Tensor')
     """
-    _check_module("find_nonfinite", model)
+    check_module("find_nonfinite", model)
     _check_step("find_nonfinite", step)
     parts = _Parts(model)
     parameters = parts.parameters()
@@ -249,7 +250,7 @@ class NonFiniteGuard:
     """
 
     def __init__(self, model: nn.Module, *, scaler: GradScaler | None = None) -> None:
-        _check_module("NonFiniteGuard", model)
+        check_module("NonFiniteGuard", model)
         if not isinstance(scaler, GradScaler | None):
             raise TypeError(
                 "NonFiniteGuard: expected scaler to be a torch.amp.GradScaler or None, got "
@@ -548,7 +549,7 @@ def _groups(model: nn.Module, parameters: Sequence[Tensor]) -> list[Any]:
         for wrapper in (model, getattr(model, "_orig_mod", None))
         if isinstance(wrapper, DistributedDataParallel)
     ]
-    for mesh in {p.device_mesh for p in parameters if _is_distributed(p)}:
+    for mesh in {p.device_mesh for p in parameters if is_distributed(p)}:
         groups += [mesh.get_group(dim) for dim in range(mesh.ndim)]
     return groups
 

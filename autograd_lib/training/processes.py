@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from autograd_lib.gradients import _is_distributed
+from autograd_lib.core.shards import is_distributed
 
 _T = TypeVar("_T")
 
@@ -142,7 +142,7 @@ def spread(
     `fully_shard` replaces the parameters of a model; the optimizer is given the new ones.
     """
     parameters = list(model.parameters())
-    wrapped = isinstance(model, DistributedDataParallel) or any(map(_is_distributed, parameters))
+    wrapped = isinstance(model, DistributedDataParallel) or any(map(is_distributed, parameters))
     if peers.world == 1 or wrapped:
         return model
     if strategy == "ddp":
@@ -174,15 +174,15 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
     sharded: list[Tensor] = []
     plain: list[Tensor] = []
     for parameter in parameters:
-        (sharded if _is_distributed(parameter) else plain).append(parameter)
+        (sharded if is_distributed(parameter) else plain).append(parameter)
     if not (sharded and plain):
         norm = nn.utils.clip_grad_norm_(sharded or plain, limit)
-        return norm.full_tensor() if _is_distributed(norm) else norm
+        return norm.full_tensor() if is_distributed(norm) else norm
     # PyTorch 2.13 takes no mixture of both; those of a loss are not sharded with the model.
     norms = []
     for kind in (sharded, plain):
         norm = nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])
-        norms.append(norm.full_tensor() if _is_distributed(norm) else norm)
+        norms.append(norm.full_tensor() if is_distributed(norm) else norm)
     total = torch.stack(norms).norm()
     for kind in (sharded, plain):
         nn.utils.clip_grads_with_norm_(kind, limit, total)

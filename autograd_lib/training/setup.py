@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autograd_lib.config.records import AutogradConfig, Settings
-from autograd_lib.gradients import _is_distributed
+from autograd_lib.core.shards import is_distributed
 from autograd_lib.monitor.monitor import GradientMonitor
 
 
@@ -63,7 +63,7 @@ def scaler_of(
 ) -> torch.amp.GradScaler:
     """A scaler of the loss, which does nothing but in fp16."""
     fp16 = settings.precision == "fp16"
-    if fp16 and len({_is_distributed(p) for p in optimized(optimizer)}) > 1:
+    if fp16 and len({is_distributed(p) for p in optimized(optimizer)}) > 1:
         raise ValueError(
             "AutogradTrainingSystem: precision 'fp16' needs a GradScaler, which takes no "
             "sharded parameters beside others, as those of a loss; set precision to 'bf16', "

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from autograd_lib.core.files import replaced_atomically
+from autograd_lib.core.shards import is_distributed
 from autograd_lib.core.snapshot import random_state, seed_all, set_random_state
-from autograd_lib.gradients import _is_distributed
 
 _FORMAT = "autograd_lib training state, version 1"
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.Size, torch.dtype)
@@ -90,7 +90,7 @@ def whole(tree: Any, keep: bool) -> Any:
     """A tree whose tensors are put together where they are spread; for those who keep it."""
 
     def gathered(tensor: Tensor) -> Tensor:
-        if not _is_distributed(tensor):
+        if not is_distributed(tensor):
             return tensor
         together = tensor.full_tensor()
         return together.cpu() if keep else together.new_empty(0)
@@ -100,7 +100,7 @@ def whole(tree: Any, keep: bool) -> Any:
 
 def like(value: Tensor, reference: Tensor) -> Tensor:
     """Spread a whole tensor as a reference is spread."""
-    if not _is_distributed(reference) or value.shape != reference.shape:
+    if not is_distributed(reference) or value.shape != reference.shape:
         return value
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
 

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map_only
 from autograd_lib.config.records import AutogradConfig, Settings
 from autograd_lib.core.batches import Count, Piece, check_counted, nothing, pair, split, terms_of
 from autograd_lib.core.files import replaced_atomically
+from autograd_lib.core.shards import is_distributed
 from autograd_lib.core.snapshot import drop_gradients
-from autograd_lib.gradients import _is_distributed
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
 from autograd_lib.monitor.monitor import GradientMonitor
 from autograd_lib.nonfinite.guard import NonFinite, NonFiniteGuard
@@ -602,7 +602,7 @@ class AutogradTrainingSystem:
                 "compute_higher_order_gradients: the configuration says "
                 "autograd_system.advanced_features.higher_order_gradients: false; set it to true"
             )
-        if any(map(_is_distributed, self.module.parameters())):
+        if any(map(is_distributed, self.module.parameters())):
             raise NotImplementedError(
                 "compute_higher_order_gradients: the parameters are sharded, and no process has "
                 "them all; load the checkpoint with distributed.strategy 'ddp', or in one process"

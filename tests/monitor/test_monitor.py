@@ -26,9 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from autograd_lib import GradientMonitor, Issue, NoiseScale, compute_gradient_statistics
+from autograd_lib.core.reduction import Reduction
+from autograd_lib.core.rows import CPU_SIZES, norms
 from autograd_lib.monitor.history import Ring
 from autograd_lib.monitor.noise_scale import estimate
-from autograd_lib.monitor.reductions import Reduction, norms
 
 with warnings.catch_warnings():  # compiling an optimizer imports it, and it is deprecated itself
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -2049,3 +2050,64 @@ def test_options_are_refused_when_they_are_given(options: dict[str, Any]) -> Non
 def test_a_foreign_state_is_refused(state: Any) -> None:
     with pytest.raises(ValueError, match="load what state_dict"):
         GradientMonitor(nn.Linear(2, 1)).load_state_dict(state)
+
+
+class Scaled(nn.Module):
+    """Scalar parameters, as CLIP's temperature: two alike, and one of another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.tensor(v)) for v in (2.0, -3.0))
+        self.wide = nn.Parameter(torch.tensor(5.0, dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        return 7 * self.first - self.second * self.second + 2 * self.wide
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"update_every": 1},
+        {"collect": ("cosine", "zero_fraction", "nan_count", "inf_count")},
+        {"histogram_every": 1},
+        {"noise": True},
+        {"activations": True},
+    ],
+    ids=str,
+)
+def test_scalar_parameters(options: dict[str, Any], device: str) -> None:
+    model = Scaled().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with GradientMonitor(model, optimizer, **options) as monitor:
+        for _ in range(2):
+            model().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    history = monitor.history
+    assert history["norm"].tolist() == [[7.0, 6.0, 2.0]] * 2
+    assert history["mean"].tolist() == [[7.0, 6.0, 2.0]] * 2
+    assert history["std"].tolist() == [[0.0, 0.0, 0.0]] * 2
+    if "update_every" in options:
+        assert history["update_ratio"].tolist() == [[0.0] * 3] * 2
+    if "histogram_every" in options:
+        assert history["histogram"].sum(-1).tolist() == [[1, 1, 1]] * 2
+    if "collect" in options:
+        assert history["cosine"][1].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_norms_of_many_rows_beyond_the_square_root_of_the_largest_number() -> None:
+    """Where rows are merged, too, no square may overflow or underflow."""
+    model = nn.Module()
+    for name, size in (("huge", 2e200), ("tiny", 2e-200)):
+        parameter = nn.Parameter(torch.zeros(3 * CPU_SIZES[0], dtype=torch.float64))
+        parameter.grad = torch.full_like(parameter, size)
+        parameter.grad[::2] *= -1  # the spread is the norm
+        model.register_parameter(name, parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with GradientMonitor(model, optimizer) as monitor:
+        optimizer.step()
+    expected = np.array([[2e200, 2e-200]]) * math.sqrt(3 * CPU_SIZES[0])
+    np.testing.assert_allclose(monitor.history["norm"], expected)
+    np.testing.assert_allclose(monitor.history["std"], expected / math.sqrt(3 * CPU_SIZES[0]))
