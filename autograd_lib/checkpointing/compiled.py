@@ -1,4 +1,4 @@
-"""Compiling a module in place, whatever its class."""
+"""Compiling a block in place, and compiling it so that it saves less for backward."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch._functorch import config as functorch_config
 from torch._ops import OpOverload
 from torch.nn.modules.dropout import _DropoutNd
 
-_KEPT = 0.7  # of what compiled code would keep for backward; the rest is cheap to compute again
+_KEPT = 0.7  # share of the bytes saved for backward without a budget; the rest is recomputed
 _SEEDED = {torch.Tag.nondeterministic_seeded}
 _RANDOM_MODULES = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
 def compile_module(module: nn.Module) -> None:
-    """Do what `module.compile()` is for.
+    """Compile a module in place, whatever its class.
 
-    That method leaves modules of `torch.nn` itself (`nn.Sequential`, `nn.TransformerEncoder`) as
-    they are, without a word: Dynamo skips the frames of PyTorch's own files, and the method starts
-    it in one of them. A function of any other file around the call makes the difference.
+    `module.compile()` silently leaves modules of `torch.nn` itself (`nn.Sequential`,
+    `nn.TransformerEncoder`) uncompiled: it starts Dynamo in a frame of PyTorch's own files, which
+    Dynamo skips. Here it starts in a function of this file.
     """
     call = module._call_impl
 
@@ -35,8 +35,8 @@ def compile_module(module: nn.Module) -> None:
 def is_random(block: nn.Module) -> bool:
     """Whether the forward of `block` draws random numbers, now or once it is in training mode.
 
-    Told by its modules: dropout of PyTorch, and any number called `dropout`, `drop_prob`, … that is
-    not zero, as attention layers have. What a forward draws by functions alone shows when it runs.
+    Judged by its modules: dropout of PyTorch, and any positive number called `dropout`,
+    `drop_prob`, …, as attention layers have. Random functions in a forward show when it runs.
     """
     return any(
         isinstance(module, _RANDOM_MODULES)
@@ -51,10 +51,10 @@ def _is_number(value: object) -> bool:
 
 
 class Thrifty:
-    """A module compiled to keep less for backward: what `activation_memory_budget` is for.
+    """A module compiled under an `activation_memory_budget`, to save less for backward.
 
-    In PyTorch 2.13 that option draws random numbers anew in backward (pytorch#190758): the gradient
-    is silently wrong. So a graph that holds any keeps what compiled code keeps without the option.
+    With that option PyTorch 2.13 draws random numbers anew in backward (pytorch#190758), and the
+    gradient is silently wrong. A graph that draws random numbers is compiled without it.
 
     Attributes:
         random: Whether the module draws random numbers, as far as is known.
@@ -106,7 +106,7 @@ def _partitioner() -> Any:
     from torch._inductor.custom_graph_pass import CustomPartitionerFn  # noqa: PLC0415
 
     class Partitioner(CustomPartitionerFn):
-        """Divide a joint graph into forward and backward, keeping less where nothing is random."""
+        """Divide a joint graph into forward and backward, with the budget if nothing is random."""
 
         def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
             graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
@@ -114,7 +114,7 @@ def _partitioner() -> Any:
             with functorch_config.patch(activation_memory_budget=1.0 if random else _KEPT):
                 return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
-        def uuid(self) -> Any:  # of what the compiler's caches hold
+        def uuid(self) -> Any:  # identifies this partitioner in the compiler's caches
             return f"{__name__} {_KEPT}"
 
     return Partitioner()
@@ -126,5 +126,5 @@ def _draws(node: fx.Node) -> bool:
         return False
     names = [argument.name for argument in operator._schema.arguments]
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    # Attention has the tag whatever its dropout is.
+    # Attention has the tag even without dropout.
     return "dropout_p" not in names or bool(given.get("dropout_p", 0.0))

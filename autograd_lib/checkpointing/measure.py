@@ -1,7 +1,7 @@
-"""What each block of a chain costs, measured one block at a time.
+"""Measuring what each block of a chain costs.
 
-A block runs alone, so that no more memory is needed than for one block and the inputs of all. Head
-and tail are measured in the step itself, in which one Function stands for the blocks.
+Each block runs alone, so that measuring needs memory for one block and the inputs of all. Head and
+tail are measured in the step itself, where one Function stands for the blocks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Call = Callable[[Tensor], Tensor]
 
 @contextlib.contextmanager
 def intercept(blocks: Blocks, handler: Callable[..., Tensor]) -> Iterator[None]:
-    """Have `handler(index, call, x, *args, **kwargs)` called in place of each block."""
+    """Call `handler(index, call, x, *args, **kwargs)` in place of each block."""
     position = 0
 
     def forward(block: nn.Module, plain: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ def _name(blocks: Blocks, block: nn.Module) -> str:
 
 @contextlib.contextmanager
 def untouched(blocks: Blocks) -> Iterator[None]:
-    """Restore random states, and buffers and generators of every module that runs meanwhile."""
+    """Restore random states, and buffers and generators of every module that runs in the block."""
     states: dict[nn.Module, ModuleState] = {}
 
     def note(module: nn.Module, _: Any = None) -> None:
@@ -101,12 +101,9 @@ def untouched(blocks: Blocks) -> Iterator[None]:
             state.restore()
 
 
-# The measurement
-
-
 @dataclass
 class _Seen:
-    """What one run of the step showed: calls of the blocks, last output, leaves of the graph."""
+    """What one run of the step recorded: calls of the blocks, last output, leaves of the graph."""
 
     visits: list[Visit]
     output: Tensor
@@ -115,7 +112,7 @@ class _Seen:
 
 @dataclass
 class Measured:
-    """What `measure` found: the costs, and why some blocks cannot be recomputed."""
+    """The costs of a chain, and why some blocks cannot be recomputed."""
 
     chain: Chain
     refused: dict[int, str]
@@ -133,7 +130,7 @@ def measure(
         with without_gradients(list(dict.fromkeys([*seen.leaves, *parameters]))):
             ends = _Ends(blocks, step, seen, accumulate)
             gradient, found, refused = ends.gradient, [], {}
-            made = set(ends.made)  # by the tail, and by later blocks
+            made = set(ends.made)  # parameters with gradients from the tail or later blocks
             for index in reversed(range(len(blocks))):
                 show(f"measuring block {len(blocks) - index} of {len(blocks)}")
                 probe = Probe(blocks[index], seen.visits[index], gradient, made)
@@ -147,7 +144,7 @@ def measure(
 
 
 def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> _Seen:
-    """Run the step once, with all blocks under checkpoints, and note what each is called with."""
+    """Run the step once, with all blocks under checkpoints, and record the arguments of each."""
     visits: list[Visit] = []
     outputs: list[Tensor] = []
 
@@ -179,7 +176,7 @@ def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> _Seen:
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are one, perhaps passed through a Function of a backward hook."""
+    """Whether two tensors are the same memory; hooks on modules may have wrapped one of them."""
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
@@ -196,7 +193,7 @@ def _autocast(device: str) -> dict[str, Any]:
 
 
 def leaves_of(loss: Tensor) -> list[Tensor]:
-    """The tensors whose `.grad` a backward of `loss` sets."""
+    """List the tensors whose `.grad` a backward of `loss` sets."""
     found, pending, seen = [], [loss.grad_fn], set()
     while pending:
         node = pending.pop()
@@ -298,8 +295,8 @@ class _Ends:
                 backward_peak=trace.peak("loss", "arrived", stays=target),
                 backward_peak_freed=trace.peak("loss", "arrived"),
             ),
-            # not only what is in `.grad` by then: the gradient of a weight that head and tail
-            # share waits for the part of the head
+            # Not only what is in `.grad` by then: where head and tail share a weight, the tail's
+            # part of its gradient waits for that of the head.
             tail_parameters=sum(made.values()),
             checkpoint_bytes=checkpoint_bytes(self.value.device),
             seconds=self.seconds,

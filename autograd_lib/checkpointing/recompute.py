@@ -1,9 +1,9 @@
 """Run blocks of a model under checkpoints, in place.
 
-The checkpoint is PyTorch's (``use_reentrant=False``). Two things are added that it leaves to the
-user: buffers that a forward changes, such as the running statistics of BatchNorm, are changed once
-per step and the repetition sees them as the first forward did; and under autocast the low-precision
-copies of the weights are not kept in autocast's cache until the end of the forward.
+The checkpoint is PyTorch's (``use_reentrant=False``). Two things are added. Buffers that a forward
+changes, such as the running statistics of BatchNorm, change once per step, and the recomputation
+sees them as the first forward did. Under autocast, low-precision copies of the weights are not kept
+in autocast's cache until the end of the forward.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from autograd_lib.checkpointing.compiled import Thrifty, compile_module
 from autograd_lib.checkpointing.solver import NAMES, Step, length
 
 _Tensors = dict[tuple[nn.Module, str], Tensor]  # by module and name
-# What costs FLOPs, by PyTorch's own count, and attention on the CPU, which that count leaves out.
+# Operations with FLOPs by PyTorch's count, and attention on the CPU, which that count leaves out.
 _COSTLY = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
 
 
 def apply_checkpoints(
     model: nn.Module, steps: Mapping[str, Step | Sequence[Step]], *, compile: bool = False
 ) -> None:
-    """Let the named modules of `model` run by their steps from now on, instead of as before.
+    """Make the named modules of `model` run by these steps, in place of any given before.
 
     Args:
         model: Changed in place; its parameters, buffers, and their names stay what they are.
@@ -58,7 +58,7 @@ def apply_checkpoints(
             ) from None
         found[module] = step
         _check(name, module, step)
-    for module in model.modules():  # those that stand above or below what gets its steps now
+    for module in model.modules():  # also undo steps given before to their parents and children
         if module in found or not found.keys().isdisjoint(module.children()):
             undo(module)
             for child in module.children() if module in found else ():
@@ -95,7 +95,7 @@ def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
     if not runs_its_children(module) and len(set(module)) < len(module):
         raise ValueError(
             f"checkpoint: {name!r} holds a module twice, which cannot have two steps; give each of "
-            "its places a module of its own, or take an nn.Sequential"
+            "its places a module of its own, or use an nn.Sequential"
         )
     if length(step) != len(module):
         raise ValueError(
@@ -127,23 +127,23 @@ def _set_chain(sequence: Any, steps: tuple[Step, ...], compile: bool) -> None:
 
 
 def slot(module: nn.Module) -> str:
-    """The attribute that a call of `module` runs; one set on the instance goes before the class."""
+    """Name the attribute that a call of `module` runs; an instance's hides that of its class."""
     return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
 
 
 @contextlib.contextmanager
 def kept_forwards(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back what calls of these modules ran, whatever is set in the block."""
+    """Restore, at the end of the block, the functions that calls of these modules ran before it."""
     before = [(module, slot(module), vars(module).get(slot(module))) for module in modules]
     try:
         yield
     finally:
         for module, name, function in before:
-            _put_back(module, name, function)
+            _restore(module, name, function)
 
 
-def _put_back(module: nn.Module, name: str, function: Callable[..., Any] | None) -> None:
-    """Set the attribute, or take it away where the instance had none."""
+def _restore(module: nn.Module, name: str, function: Callable[..., Any] | None) -> None:
+    """Set the attribute, or delete it where the instance had none."""
     if function is None:
         vars(module).pop(name, None)
     else:
@@ -151,16 +151,16 @@ def _put_back(module: nn.Module, name: str, function: Callable[..., Any] | None)
 
 
 def undo(module: nn.Module) -> None:
-    """Take away what `apply_checkpoints` gave to this module."""
+    """Remove the steps that `apply_checkpoints` gave to this module."""
     for name in ("forward", "_compiled_call_impl"):
         function = vars(module).get(name)
         if isinstance(function, _CheckpointedForward | _ThriftyForward | _ChainForward):
-            _put_back(module, name, function.replaced)
+            _restore(module, name, function.replaced)
 
 
 @contextlib.contextmanager
 def undone(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Run these modules as they were before `apply_checkpoints`."""
+    """Run these modules without the steps of `apply_checkpoints` during the block."""
     with kept_forwards(modules):
         for module in modules:
             undo(module)
@@ -181,9 +181,9 @@ class _CheckpointedForward:
 
 
 class _ThriftyForward:
-    """A compiled block that keeps less, as a selective checkpoint refuses compiled code.
+    """A compiled block that saves less for backward; selective checkpoints refuse compiled code.
 
-    One that draws random numbers, which `Thrifty` cannot make keep less, is recomputed instead.
+    `Thrifty` does not save less where a block draws random numbers: that block is recomputed.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -229,12 +229,12 @@ class _ChainForward:
 
 
 class Contexts:
-    """The checkpoint of some blocks, with what it has learned about their buffers."""
+    """The checkpoint of some blocks, and which of their buffers a forward changes."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.modules = list(dict.fromkeys(m for block in blocks for m in block.modules()))
-        # Which buffers a forward changes, by the training mode of each module; learned at the
-        # first forward in that mode, which copies all of them.
+        # Which buffers a forward changes, by the training mode of each module. The first forward
+        # in a mode copies all buffers to find out.
         self.changing: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
 
     def checkpoint(
@@ -246,13 +246,13 @@ class Contexts:
             forward, again = partial(self._forward, first, used), partial(self._again, first, used)
             return _Stacked(forward, *modes[:1]), _Stacked(again, *modes[1:])
 
-        if torch.compiler.is_compiling():  # traced into the graph, which knows dispatch modes only
+        if torch.compiler.is_compiling():  # Dynamo traces checkpoints with dispatch modes only
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
         return checkpoint(run, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
 
     @contextlib.contextmanager
     def _forward(self, first: _Tensors, used: _Tensors) -> Iterator[None]:
-        """Run the first forward: note its parameters, and what the buffers were that it changes."""
+        """Record, around the first forward, its parameters and the buffers that it changes."""
         mode = tuple(module.training for module in self.modules)
         known = self.changing.get(mode)
         keys = known
@@ -266,8 +266,8 @@ class Contexts:
         with _no_cast_cache(self.modules):
             yield
         if known is None:
-            # By value: the batch_norm of PyTorch 2.13 does not count a version for its statistics,
-            # which a batch of zeros leaves as they began.
+            # Compare values: batch_norm of PyTorch 2.13 does not raise the version of its
+            # statistics. Those are kept in any case, as a batch of zeros may leave them unchanged.
             for (module, name), buffer in before.items():
                 same = _buffer(module, name) is buffer and torch.equal(buffer, first[module, name])
                 if same and not isinstance(module, _NormBase):
@@ -276,12 +276,12 @@ class Contexts:
 
     @contextlib.contextmanager
     def _again(self, first: _Tensors, used: _Tensors) -> Iterator[None]:
-        """Run it again, on copies of these buffers as they were, and with those parameters."""
+        """Recompute on copies of the recorded buffers, with the recorded parameters."""
         now = {key: _buffer(*key) for key in first}
         for (module, name), buffer in first.items():
             module._buffers[name] = buffer.clone()
-        # Others stand there once a `torch.func.functional_call` is over; but leave to FSDP what is
-        # FSDP's: it puts views of a flat parameter there, or unshards what it had sharded.
+        # After a `torch.func.functional_call` the module holds other parameters. Leave those of
+        # FSDP alone: it sets views of a flat parameter, or unshards what it had sharded.
         own = {key: key[0]._parameters[key[1]] for key in used}
         swapped = {
             key: parameter
@@ -315,9 +315,9 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 
 @contextlib.contextmanager
 def _no_cast_cache(modules: Sequence[nn.Module]) -> Iterator[None]:
-    # The cache would keep the casts of a region until autocast ends, saved by nobody. Compiled code
-    # casts by itself, but is guarded by this flag: PyTorch 2.13 recompiles, and has been seen to
-    # run the second graph with the weights of the block that it was compiled for.
+    # The cache would keep the casts of a checkpoint until autocast ends, though no graph needs
+    # them. Compiled code casts by itself but has a guard on this flag: PyTorch 2.13 recompiles, and
+    # ran the second graph with the weights of the block that it was first compiled for.
     before = torch.is_autocast_cache_enabled()
     if not any(module._compiled_call_impl for module in modules):
         torch.set_autocast_cache_enabled(False)
@@ -328,7 +328,7 @@ def _no_cast_cache(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class _Stacked:
-    """Context managers entered together, as often as there are backwards through the graph."""
+    """Context managers entered together, once for each backward through the graph."""
 
     def __init__(self, generator: Callable[[], Any], *modes: Any) -> None:
         self.generator, self.modes = generator, modes

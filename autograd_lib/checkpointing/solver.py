@@ -1,19 +1,19 @@
-"""Which blocks of a chain to save, and which to run again: the optimal schedules, all at once.
+"""Which blocks of a chain to save and which to recompute: all optimal schedules at once.
 
 The step is a chain of blocks between a head (what the model does before them) and a tail (what it
 does after, and the loss). Each block is run in one way, its *step* of the schedule:
 
-- ``"save"``: as it is; autograd keeps what backward needs;
-- ``"selective"``: checkpointed, but results of matrix products are kept; of a compiled block, the
-  compiler decides what is cheap to compute again (not offered where it draws random numbers);
+- ``"save"``: unchanged; autograd saves what backward needs;
+- ``"selective"``: checkpointed, but results of matrix products are saved; in a compiled block the
+  compiler decides what is cheap to recompute (not offered where the block draws random numbers);
 - ``"recompute"``: checkpointed; its forward runs again in backward;
-- a tuple of steps: a run of blocks under one checkpoint, of which only the input is kept. In
-  backward the run is done again, now with the steps of the tuple, which may hold runs themselves.
+- a tuple of steps: a run of blocks under one checkpoint, which saves its input only. In backward
+  the run is repeated with the steps of the tuple, which may contain runs themselves.
 
-With runs within runs these are the persistent schedules of Beaumont et al. (2019), of which those
-of Griewank and Walther (2000) are the homogeneous case. What they need and what they cost is
-additive, so one program finds the whole trade-off: to each interval of the chain it assigns a
-*frontier*, the list of (bytes, seconds) that no other schedule of the interval beats.
+With runs within runs these are the persistent schedules of Beaumont et al. (2019); those of
+Griewank and Walther (2000) are the homogeneous case. Bytes and seconds of a schedule follow from
+those of its parts, so one dynamic program finds the whole trade-off: for each interval of the chain
+a *frontier*, the list of (bytes, seconds) that no other schedule of the interval beats.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _POINTS = 256  # of a frontier: longer ones are thinned
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to run a block, bytes relative to what stands when the phase begins.
+    """The costs of one way to run a block; bytes are above what stands when the phase begins.
 
     Attributes:
         seconds: Forward and backward.
         forward_peak: High-water mark of the forward, its output included.
-        kept: What it leaves for backward, without its input; with its output if `keeps_output`.
+        kept: What it saves for backward, without its input; with its output if `keeps_output`.
         keeps_output: Whether backward of this block needs its output.
         keeps_input: Whether it needs its input.
         backward_peak: High-water mark of the backward, where the input stays.
@@ -56,15 +56,15 @@ class Mode:
 
 @dataclass(frozen=True)
 class Recomputation:
-    """A block under a checkpoint.
+    """The costs of a block under a checkpoint.
 
     Attributes:
-        forward_seconds: Of the forward that keeps nothing.
-        forward_peak: High-water mark of that forward, its output included.
-        left: What is left of it until backward, without input and output.
-        seconds: Of the forward done again and the backward.
+        forward_seconds: The first forward, which saves nothing.
+        forward_peak: High-water mark of the first forward, its output included.
+        left: What the first forward leaves until backward, without input and output.
+        seconds: The repeated forward and the backward.
         alone_peak: High-water mark of these two for a checkpoint around this block alone.
-        again_peak: High-water mark of the forward done again.
+        again_peak: High-water mark of the repeated forward.
     """
 
     forward_seconds: float
@@ -77,7 +77,7 @@ class Recomputation:
 
 @dataclass(frozen=True)
 class Block:
-    """What is known of one block.
+    """The measured properties of one block.
 
     Attributes:
         name: For reports.
@@ -85,10 +85,10 @@ class Block:
         aliases: Whether the output is the input's storage, as of a view.
         overwrites: Whether the input is modified in place.
         output_gradient: Bytes of the gradient with respect to the output.
-        parameters: Bytes of the gradients of its parameters, as far as no later block made them.
-        save: How it runs as it is.
-        selective: How it runs under a selective checkpoint; None if it cannot.
-        recompute: How it runs under a checkpoint; None if it cannot, or gives other gradients.
+        parameters: Bytes of the gradients of its parameters that no later block has made.
+        save: Its costs unchanged.
+        selective: Its costs under a selective checkpoint; None if it cannot run so.
+        recompute: Its costs under a checkpoint; None if that fails or changes gradients.
     """
 
     name: str
@@ -109,17 +109,17 @@ class Chain:
     Attributes:
         blocks: In the order in which they run.
         input: Bytes of the first block's input.
-        input_held: Whether it stands until backward whatever the first block does.
+        input_held: Whether the input stands until backward whatever the first block does.
         input_gradient: Bytes of the gradient with respect to it.
-        head_kept: What the head leaves until its backward, with the input if that is held.
+        head_kept: What the head saves until its backward, with the input if that is held.
         head_frames: What the head keeps in addition while the forward lasts.
         head_forward_peak: High-water mark of the head's forward.
         head_backward_peak: High-water mark of the head's backward.
         tail: The tail, loss included, as one more block that is saved.
         tail_parameters: Bytes of the gradients of its parameters.
         checkpoint_bytes: What a checkpoint itself keeps (the state of the random numbers).
-        seconds: Of head and tail.
-        gradients_before: Bytes of the gradients that stand from the start, where they accumulate.
+        seconds: Head and tail together.
+        gradients_before: Bytes of gradients that stand before the step, where they accumulate.
     """
 
     blocks: tuple[Block, ...]
@@ -138,12 +138,12 @@ class Chain:
 
     @cached_property
     def gradients(self) -> tuple[int, ...]:
-        """Bytes of parameter gradients that the blocks from each index on and the tail made."""
+        """Bytes of parameter gradients made by the tail and by the blocks from each index on."""
         later = accumulate([self.tail_parameters, *(b.parameters for b in reversed(self.blocks))])
         return tuple(later)[::-1]
 
     def size(self, index: int) -> int:
-        """Bytes of the input of block `index`, or of that of the tail."""
+        """Bytes of the input of block `index`; after the last block, of the input of the tail."""
         return self.blocks[index - 1].output if index else self.input
 
 
@@ -201,7 +201,7 @@ def _choices(steps: Steps, start: int, end: int) -> Iterator[tuple[tuple[int, in
 
 
 def _with_head(chain: Chain, need: int, seconds: float) -> tuple[int, float]:
-    """Add the head to what tail and blocks need."""
+    """Add the costs of the head to those of blocks and tail."""
     last = chain.head_kept + chain.input_gradient + chain.gradients[0] + chain.head_backward_peak
     peak = max(chain.head_forward_peak, chain.head_kept + need, last)
     return chain.gradients_before + peak, chain.seconds + seconds
@@ -221,20 +221,20 @@ def _prune(points: _Frontier) -> _Frontier:
     for point in sorted(points, key=lambda p: p[:2]):
         if not best or point[1] < best[-1][1]:
             best.append(point)
-    if len(best) > _POINTS:  # the ends stay: the least possible and the fastest
+    if len(best) > _POINTS:  # keep both ends: the least bytes and the least seconds
         best = [best[i * (len(best) - 1) // (_POINTS - 1)] for i in range(_POINTS)]
     return best
 
 
 def _before(head: int, kept: int, seconds: float, step: str, rest: _Frontier) -> _Frontier:
-    """One block before `rest`, which keeps `kept` meanwhile and needs `head` for itself."""
+    """Put one block before `rest`: it needs `head` itself and keeps `kept` while `rest` runs."""
     return [(max(head, kept + need), seconds + t, (step, after)) for need, t, after in rest]
 
 
 def _run_before(
     head: int, kept: int, seconds: float, inner: _Frontier, rest: _Frontier
 ) -> _Frontier:
-    """A run before `rest`, each schedule of its repetition with the fastest that need no more."""
+    """Put a run before `rest`, pairing schedules of its repetition and of `rest` by need."""
     points: _Frontier = []
     if not inner or not rest:
         return points
@@ -330,7 +330,7 @@ class _Solver:
         back = block.output_gradient + chain.gradients[j + 1]
         if block.recompute is None:
             return []
-        if j == k:  # stops before its last operation if nothing needs the output
+        if j == k:  # the repetition stops as soon as backward has what it needs
             peak = max(
                 base + waiting + block.recompute.again_peak, self.back(block.save, back, waiting)
             )

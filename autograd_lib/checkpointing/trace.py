@@ -1,7 +1,7 @@
-"""The allocations of one run, each byte with its phase.
+"""The allocations of one run, divided into phases.
 
-What runs leaves marks among the events of the allocator; two Functions hand a block its input and
-the gradient of its output, and mark where its own forward and backward begin and end.
+A run sets marks between the events of the allocator. Two Functions give a block its input and the
+gradient of its output, and mark where its own forward and backward begin and end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from autograd_lib.memory.peak import allocations
 
 
 class Marks:
-    """Moments of a run, each with its time and a tensor whose allocation shows in the events."""
+    """Named moments of a run; each allocates one byte, to be found again among the events."""
 
     def __init__(self) -> None:
         self.tensors: list[tuple[str, Tensor]] = []
@@ -41,15 +41,15 @@ class Trace:
         marks = Marks()
         events = allocations(lambda: run(marks))
         names = {tensor.data_ptr(): name for name, tensor in marks.tensors}
-        self.at: dict[str, int] = {}  # of a mark set twice the later one
+        self.at: dict[str, int] = {}  # index of the event after a mark, the last of its name
         self.events: list[tuple[int, int]] = []  # number of the allocation, bytes
-        self.addresses: list[int] = []  # of each number: one is used again once it is free
+        self.addresses: list[int] = []  # by number of the allocation; addresses are reused
         standing: dict[int, tuple[int, int]] = {}
         for where, address, size in events:
             if where.type == "cpu" and size == 1 and address in names:
                 self.at[names[address]] = len(self.events)
             elif where.type == device.type:
-                # what was freed may have been allocated before, and is not of this run then
+                # A release of memory that was allocated before the run is left out.
                 if size > 0:
                     standing[address] = (len(self.addresses), size)
                     self.events.append(standing[address])
@@ -62,20 +62,20 @@ class Trace:
         return self.events[self.at[start] : self.at[end]]
 
     def number(self, address: int, at: str) -> int:
-        """The allocation that stands at an address at a mark; -1 if it is not of this run."""
+        """Return the allocation at an address at a mark; -1 if it is older than this run."""
         before = self.events[: self.at[at]]
         found = [n for n, nbytes in before if nbytes > 0 and self.addresses[n] == address]
         return found[-1] if found else -1
 
     def peak(self, start: str, end: str, *, stays: int = -1) -> int:
-        """High-water mark of a phase above its start; allocation `stays` is not freed in it."""
+        """Return the high-water mark of a phase above its start, as if `stays` were not freed."""
         sums = [0]
         for number, nbytes in self.cut(start, end):
             sums.append(sums[-1] + (0 if number == stays and nbytes < 0 else nbytes))
         return max(sums)
 
     def standing(self, start: str, end: str, at: str) -> dict[int, int]:
-        """Number and bytes of what was allocated in a phase and stands at a later mark."""
+        """Return number and bytes of what a phase allocated and was not freed by a later mark."""
         found: dict[int, int] = {}
         for index in range(self.at[start], self.at[at]):
             number, nbytes = self.events[index]
@@ -87,7 +87,7 @@ class Trace:
 
 
 class Input(torch.autograd.Function):
-    """Hand out a copy of a value; mark the arrival of its gradient."""
+    """Return a copy of a value; call `arrived` with its gradient."""
 
     @staticmethod
     def forward(
@@ -103,7 +103,7 @@ class Input(torch.autograd.Function):
 
 
 class Output(torch.autograd.Function):
-    """Take an output, and begin the backward with a gradient that `make` makes."""
+    """Take an output; start its backward with the gradient that `make` returns."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, make: Callable[[], Tensor]) -> Tensor:
@@ -116,7 +116,7 @@ class Output(torch.autograd.Function):
 
 
 class StandIn(torch.autograd.Function):
-    """Stand for all blocks: give out `value`; in backward give `back(gradient)`."""
+    """Stand for all blocks: return `value`, and `back(gradient)` as its gradient."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x: Tensor, value: Tensor, back: Any) -> Tensor:
@@ -130,7 +130,7 @@ class StandIn(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a gradient lies in memory; one that was expanded takes less than its shape says."""
+    """The memory layout of a gradient; an expanded one takes less than its shape suggests."""
 
     shape: torch.Size
     stride: tuple[int, ...]
