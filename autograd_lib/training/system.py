@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils._pytree import tree_map_only
 
 from autograd_lib.config.records import AutogradConfig, Settings
-from autograd_lib.core.batches import Count, Piece, check_counted, nothing, pair, split, terms_of
+from autograd_lib.core.batches import Count, Piece, check_counted, pair, split, terms_of
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.shards import is_distributed
 from autograd_lib.core.snapshot import drop_gradients
@@ -29,7 +28,7 @@ from autograd_lib.monitor.monitor import GradientMonitor
 from autograd_lib.nonfinite.guard import NonFinite, NonFiniteGuard
 from autograd_lib.report.progress import progress
 from autograd_lib.training.loop import Stop, begin_epoch, evaluating, stop_requested, take_up
-from autograd_lib.training.processes import Peers, clip_gradients, module_of, spread, synchronized
+from autograd_lib.training.processes import Peers, clip_gradients, module_of, spread
 from autograd_lib.training.setup import (
     check_arguments,
     check_options,
@@ -39,10 +38,10 @@ from autograd_lib.training.setup import (
     settings_of,
 )
 from autograd_lib.training.state import put_back, read, state_of, write
+from autograd_lib.training.step import ForwardBackward, micro_batches, move
 
 __all__ = ["AutogradTrainingSystem"]
 
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _Metric = Callable[[Any, Any], float | Tensor]
 _Row = dict[str, float]
 
@@ -197,7 +196,8 @@ class AutogradTrainingSystem:
         return self._train((inputs, targets))
 
     def _train(self, batch: tuple[Any, Any], counts: bool = True) -> Tensor:
-        pieces = self._pieces(batch, counts)
+        size, count = self.settings.micro_batch, self.count
+        pieces = micro_batches("train_step", batch, size, count, peers=self.peers, counts=counts)
         drop_gradients(self._parameters)
         report = self._guarded(lambda: self._forward_backward(pieces))
         self.step += 1
@@ -210,18 +210,15 @@ class AutogradTrainingSystem:
 
     def _forward_backward(self, pieces: list[Piece]) -> list[Tensor | None]:
         """Leave the gradients in `.grad`; return what the guard does not see there."""
-        losses = []
-        for i, (inputs, targets, share) in enumerate(pieces):
-            with synchronized(self.model, last=i == len(pieces) - 1):
-                _, loss = self._forward(self.model, inputs, targets, share)
-                # Processes exchange the mean of their gradients; what is wanted is the sum.
-                self.scaler.scale(_times(loss, share * self.peers.world)).backward()
-            losses.append(_times(loss.detach(), share))
-        self._loss = sum(losses[1:], start=losses[0])
+        run = self._run("train_step", self.model)
+        self._loss = run(pieces, self.scaler.scale, self.peers.world)
         self.peers.average_gradients(self._loss_parameters)
         if self.scaler.is_enabled():  # it looks at the gradients of the loss's parameters itself
             return [self._loss]
         return [self._loss, *(p.grad for p in self._loss_parameters)]
+
+    def _run(self, operation: str, model: nn.Module) -> ForwardBackward:
+        return ForwardBackward(operation, model, self.loss_fn, self.settings.precision, self.device)
 
     def _update(self) -> None:
         """Clip, and step optimizer, scaler and scheduler."""
@@ -252,42 +249,6 @@ class AutogradTrainingSystem:
             step()
             return None
         return self.guard(step)
-
-    def _pieces(self, batch: tuple[Any, Any], counts: bool) -> list[Piece]:
-        """Micro-batches with their shares in the mean over all processes."""
-        pieces = split("train_step", batch, self.settings.micro_batch, self.count)
-        if not counts:
-            pieces = [piece._replace(share=0.0) for piece in pieces]
-        told = self.peers.gather(sum(piece.share for piece in pieces), len(pieces))
-        total = sum(count for count, _ in told)
-        check_counted("train_step", total)
-        if self.peers.world == 1:
-            pieces = [piece for piece in pieces if piece.share]
-        else:  # each forward may be a collective
-            most = int(max(number for _, number in told))
-            pieces += [pieces[-1]._replace(share=0.0)] * (most - len(pieces))
-        return [piece._replace(share=piece.share / total) for piece in pieces]
-
-    def _forward(
-        self, model: nn.Module, inputs: tuple[Any, ...], targets: Any, share: float
-    ) -> tuple[Any, Tensor]:
-        inputs, targets = tuple(map(self._moved, inputs)), self._moved(targets)
-        dtype = _DTYPES[self.settings.precision]
-        with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
-            output = model(*inputs)
-            loss = self.loss_fn(output, targets) if share else nothing(output)
-        if loss.dim():
-            raise ValueError(
-                f"train_step: expected loss_fn to return a scalar, got shape {tuple(loss.shape)}; "
-                "return the mean over the terms that count(targets) counts"
-            )
-        return output, loss
-
-    def _moved(self, tree: Any) -> Any:
-        """The same on the device."""
-        if isinstance(tree, Tensor):
-            return tree.to(self.device, non_blocking=True)
-        return tree_map_only(Tensor, self._moved, tree)
 
     # Many steps
 
@@ -456,6 +417,7 @@ class AutogradTrainingSystem:
             ValueError: There is no batch, or nothing in them counts.
         """
         sums: list[Tensor] = []
+        run = self._run("evaluate", self.module)
         batches = 0
         self.peers.make_alike(self.module.buffers())
         with evaluating(self.module):
@@ -465,9 +427,9 @@ class AutogradTrainingSystem:
                 terms = share
                 if counts and self._terms is not None and self._terms is not self.count:
                     terms = float(self._terms(piece.targets))
-                output, loss = self._forward(self.module, piece.inputs, piece.targets, share)
+                output, loss = run.forward(piece._replace(share=share))
                 if terms:
-                    targets = self._moved(piece.targets)
+                    targets = move(piece.targets, self.device)
                     values = [loss, *(metric(output, targets) for metric in self.metrics.values())]
                     found = [torch.as_tensor(v, device=self.device).float() for v in values]
                     weights = [share, *[terms] * len(self.metrics)]
@@ -607,12 +569,8 @@ class AutogradTrainingSystem:
                 "compute_higher_order_gradients: the parameters are sharded, and no process has "
                 "them all; load the checkpoint with distributed.strategy 'ddp', or in one process"
             )
-        input, target = self._moved((input, target))
+        input, target = move((input, target), self.device)
         return derivative_tower(self.module, self.loss_fn, input, target, order, direction)
-
-
-def _times(loss: Tensor, factor: float) -> Tensor:
-    return loss if factor == 1 else loss * factor
 
 
 def _is_plateau(scheduler: LRScheduler) -> bool:

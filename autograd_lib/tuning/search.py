@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -93,7 +94,7 @@ class Search:
             self.starved = out or "can't allocate memory" in str(error)  # says the CPU's allocator
             lines = str(error).strip().splitlines() or [""]
             verdict = f"failed: {type(error).__name__}: {lines[0]:.60}".removesuffix(": ")
-        # Out here the exception, and with it the tensors of its frames, is gone.
+        # Leave `except` first, so that the traceback frees its tensors.
         self.record(settings, verdict=verdict)
         self.bench.forget()
         if torch.cuda.is_initialized():
@@ -425,26 +426,21 @@ class Search:
 
     def impossible(self) -> str:
         """Say what is missing, and the least of it that can be had."""
-        errors = {
-            s: t.gradient_error for s, t in self.trials.items() if t.gradient_error is not None
-        }
-        peaks = {
-            s: t.peak_bytes
-            for s, t in self.trials.items()
-            if t.peak_bytes and t.verdict.startswith("peak")
-        }
-        if peaks:
-            least = min(peaks, key=peaks.__getitem__)
+        trials = self.trials.values()
+        over = [(t.peak_bytes or 0, t) for t in trials if t.verdict.startswith("peak")]
+        errors = [(t.gradient_error, t) for t in trials if t.gradient_error is not None]
+        if over:
+            peak, trial = min(over, key=itemgetter(0))
             return (
                 f"autotune: nothing fits memory_budget={readable_bytes(self.budget)}; the least "
-                f"attainable peak is {peaks[least]} bytes ({readable_bytes(peaks[least])}), with "
-                f"{least}; raise the budget or use a smaller batch"
+                f"attainable peak is {peak} bytes ({readable_bytes(peak)}), with "
+                f"{trial.settings}; raise the budget or use a smaller batch"
             )
-        if errors and not min(errors.values()) <= self.tolerance:
-            least = min(errors, key=errors.__getitem__)
+        if errors and not min(errors, key=itemgetter(0))[0] <= self.tolerance:
+            error, trial = min(errors, key=itemgetter(0))
             return (
                 f"autotune: no gradient is within tolerance={self.tolerance:.2g}; the least "
-                f"attainable error is {errors[least]:.2g}, with {least}; raise the tolerance"
+                f"attainable error is {error:.2g}, with {trial.settings}; raise the tolerance"
             )
         first = next(iter(self.trials.values()))
         return f"autotune: every candidate fails; {first.settings} {first.verdict}"

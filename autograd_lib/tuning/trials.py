@@ -22,13 +22,13 @@ from torch.utils.module_tracker import ModuleTracker
 
 from autograd_lib.checkpointing.measure import leaves_of
 from autograd_lib.config.records import Settings
-from autograd_lib.core.batches import Piece, batch_size, check_counted, split
+from autograd_lib.core.batches import Piece, batch_size
 from autograd_lib.core.snapshot import ModuleState, drop_gradients, seed_all
 from autograd_lib.memory import peak_bytes, saved_tensors
+from autograd_lib.training.step import ForwardBackward, micro_batches
 
 Gradient = list[Tensor | None]  # one for each parameter
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALLEST_SCALE = 2.0**-24  # of the loss in fp16; below it even a gradient of 1 is rounded away
 _ROUNDING = 1e-10  # relative, of a float64 gradient that atomic additions sum in any order
 
@@ -69,6 +69,11 @@ class Copy:
     def keep_state(self) -> None:
         """Note the buffers with which each gradient begins."""
         self.state = ModuleState(m for root in self.modules for m in root.modules())
+
+    def run(self, precision: str) -> ForwardBackward:
+        """The training step, without its optimizer."""
+        device = self.parameters[0].device
+        return ForwardBackward("autotune", self.model, self.loss_fn, precision, device)
 
     def take_gradient(self) -> Gradient:
         """Return the gradients and leave None behind."""
@@ -120,44 +125,44 @@ class Workbench:
 
     def step(self, settings: Settings) -> Callable[[], None]:
         """One forward and backward of the whole batch, which begins and ends without gradients."""
-        made, pieces = self.copy_for(settings), self.pieces(self.batch, settings.micro_batch)
-        scale = self.scale if settings.precision == "fp16" else 1.0
+        made, pieces = self.copy_for(settings), self.pieces(settings)
+        run, scaled = made.run(settings.precision), self.scaled(settings)
 
         def step() -> None:
-            _run(made, pieces, settings.precision, scale)
+            run(pieces, scaled)
             drop_gradients(made.parameters)
 
         return step
 
     def loss(self, settings: Settings) -> Callable[[], Tensor]:
         """The forward of the first micro-batch, to plan checkpoints by."""
-        made, piece = self.copy_for(settings), self.pieces(self.batch, settings.micro_batch)[0]
-        scale = self.scale if settings.precision == "fp16" else 1.0
-        return lambda: _loss(made, piece, settings.precision) * (piece.share * scale)
+        run, piece = self.copy_for(settings).run(settings.precision), self.pieces(settings)[0]
+        scaled = self.scaled(settings) or (lambda loss: loss)
+        return lambda: scaled(run.forward(piece)[1] * piece.share)
 
-    def pieces(self, batch: tuple[Any, Any], size: int | None) -> list[Piece]:
-        """Split a batch; a piece in which nothing is counted has no loss, and is left out."""
-        found = split("autotune", batch, size, self.count)
-        total = sum(piece.share for piece in found)
-        check_counted("autotune", total)
-        return [p._replace(share=p.share / total) for p in found if p.share]
+    def pieces(self, settings: Settings) -> list[Piece]:
+        return micro_batches("autotune", self.batch, settings.micro_batch, self.count)
+
+    def scaled(self, settings: Settings) -> Callable[[Tensor], Tensor] | None:
+        """Scales a loss in fp16 alone, as a `GradScaler` does."""
+        scale = self.scale
+        return (lambda loss: loss * scale) if settings.precision == "fp16" else None
 
     # Deterministic quantities
 
     def gradient(self, settings: Settings) -> Gradient:
         """The gradient of the batch, without dropout; in fp16 as a GradScaler arrives at it."""
-        made, pieces = self.copy_for(settings), self.pieces(self.batch, settings.micro_batch)
+        made, pieces = self.copy_for(settings), self.pieces(settings)
+        run = made.run(settings.precision)
         with _without_dropout(made.modules):
             while True:
                 made.state.restore_buffers()
-                scale = self.scale if settings.precision == "fp16" else 1.0
-                loss = _run(made, pieces, settings.precision, scale)
+                loss = run(pieces, self.scaled(settings))
                 found = made.take_gradient()
-                settled = settings.precision != "fp16" or _is_finite(found)
-                if settled or not loss.isfinite() or scale <= _SMALLEST_SCALE:
-                    return (
-                        found if scale == 1 else [None if g is None else g / scale for g in found]
-                    )
+                if settings.precision != "fp16":
+                    return found
+                if _is_finite(found) or not loss.isfinite() or self.scale <= _SMALLEST_SCALE:
+                    return [None if g is None else g / self.scale for g in found]
                 self.scale /= 2
 
     def error(self, settings: Settings) -> float:
@@ -193,18 +198,21 @@ class Workbench:
         for module in made.modules:
             module.double()
         made.keep_state()
+        run = made.run("fp32")
         batch = tree_map_only(Tensor, _doubled, self.batch)
         versions = [t._version for t in tree_leaves(batch) if isinstance(t, Tensor)]
 
         def gradient(size: int | None, seed: int) -> Gradient:
             seed_all(seed)
             made.state.restore_buffers()
-            _run(made, self.pieces(batch, size), "fp32", 1.0)
+            run(micro_batches("autotune", batch, size, self.count))
             return made.take_gradient()
 
         with _without_dropout(made.modules):
             try:
-                _check_loss(made, self.pieces(batch, None)[0])
+                _check_loss(
+                    made, run.forward(micro_batches("autotune", batch, None, self.count)[0])[1]
+                )
                 self.reference = gradient(None, 0)
             except RuntimeError as err:
                 err.add_note("autotune: raised by the reference, where model and batch are float64")
@@ -227,25 +235,8 @@ class Workbench:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of what it cannot see
             with saved_tensors(made.model) as saved:
-                _loss(made, self.pieces(self.batch, None)[0], "fp32")
+                made.run("fp32").forward(self.pieces(Settings())[0])
         return saved.by_module()
-
-
-def _run(made: Copy, pieces: Sequence[Piece], precision: str, scale: float) -> Tensor:
-    """Run the step; return the mean loss of the batch."""
-    total = torch.zeros(())
-    for piece in pieces:
-        loss = _loss(made, piece, precision)
-        (loss * (piece.share * scale)).backward()
-        total = total + loss.detach() * piece.share
-    return total
-
-
-def _loss(made: Copy, piece: Piece, precision: str) -> Tensor:
-    dtype = _DTYPES.get(precision)
-    kind = made.parameters[0].device.type
-    with torch.autocast(kind, dtype, enabled=dtype is not None):
-        return made.loss_fn(made.model(*piece.inputs), piece.targets)
 
 
 def relative_error(found: Gradient, reference: Gradient) -> float:
@@ -277,13 +268,11 @@ def _doubled(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def _check_loss(made: Copy, piece: Piece) -> None:
-    loss = _loss(made, piece, "fp32")
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+def _check_loss(made: Copy, loss: Tensor) -> None:
+    if not loss.requires_grad:
         raise ValueError(
-            f"autotune: expected loss_fn(output, targets) to return a scalar that requires a "
-            f"gradient, got {got}; return the mean over the samples"
+            "autotune: expected loss_fn(output, targets) to return a loss that requires a "
+            "gradient, got one that is detached; return what backward() can be called on"
         )
     own = set(made.parameters)
     if strange := [leaf for leaf in leaves_of(loss) if leaf not in own]:

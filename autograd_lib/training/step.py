@@ -1,0 +1,123 @@
+"""Forward and backward of one batch: what `fit` trains with is what `autotune` times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from autograd_lib.core.batches import Count, Piece, check_counted, nothing, split
+from autograd_lib.training.processes import Peers, synchronized
+
+_T = TypeVar("_T")
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardBackward:
+    """A model and its loss, run on micro-batches under a precision.
+
+    Attributes:
+        operation: What messages of errors begin with.
+        model: Called as ``model(*inputs)``.
+        loss_fn: ``loss_fn(output, targets)`` is a mean.
+        precision: A field of `Settings`: autocast to it, unless it is "fp32".
+        device: Where inputs and targets are moved.
+    """
+
+    operation: str
+    model: nn.Module
+    loss_fn: Callable[..., Tensor]
+    precision: str
+    device: torch.device
+
+    def __call__(
+        self,
+        pieces: Sequence[Piece],
+        scale: Callable[[Tensor], Tensor] | None = None,
+        world: int = 1,
+    ) -> Tensor:
+        """Add the gradient of the mean over all pieces to `.grad`; return that mean, detached.
+
+        Args:
+            pieces: Micro-batches, whose shares add up to 1.
+            scale: Applied to each loss before its backward: that of a `GradScaler`, for one.
+            world: How many processes exchange the mean of their gradients, of which the sum is
+                wanted.
+        """
+        mean: Tensor | None = None
+        for i, piece in enumerate(pieces):
+            with synchronized(self.model, last=i == len(pieces) - 1):
+                loss = self.forward(piece)[1]  # the output is freed before backward
+                weighted = _times(loss, piece.share * world)
+                (weighted if scale is None else scale(weighted)).backward()
+            part = _times(loss.detach(), piece.share)
+            mean = part if mean is None else mean + part
+        assert mean is not None
+        return mean
+
+    def forward(self, piece: Piece) -> tuple[Any, Tensor]:
+        """Output and mean loss of a micro-batch; a zero for the loss where its share is zero."""
+        inputs, targets = move((piece.inputs, piece.targets), self.device)
+        dtype = _DTYPES[self.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            output = self.model(*inputs)
+            loss = self.loss_fn(output, targets) if piece.share else nothing(output)
+        if not isinstance(loss, Tensor) or loss.dim():
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"{self.operation}: expected loss_fn to return a scalar, got {got}; return the "
+                "mean over the samples, or over the terms that count(targets) counts"
+            )
+        return output, loss
+
+
+def micro_batches(
+    operation: str,
+    batch: tuple[Any, Any],
+    size: int | None,
+    count: Count | None,
+    *,
+    peers: Peers | None = None,
+    counts: bool = True,
+) -> list[Piece]:
+    """Divide a batch; the share of each micro-batch is its part of the mean over the whole batch.
+
+    With several processes that is the mean over the batches of all, and every process gets equally
+    many micro-batches, as each forward may be a collective.
+
+    Args:
+        operation: What messages of errors begin with.
+        batch: Inputs and targets.
+        size: Samples in a micro-batch; None for all.
+        count: How many terms the mean of the loss has, given targets; None for one a sample.
+        peers: The processes of the step; None for this one alone.
+        counts: Whether this process adds anything to the mean.
+    """
+    pieces = split(operation, batch, size, count)
+    if not counts:
+        pieces = [piece._replace(share=0.0) for piece in pieces]
+    own = [sum(piece.share for piece in pieces), len(pieces)]
+    gathered = [own] if peers is None else peers.gather(*own)
+    total = sum(terms for terms, _ in gathered)
+    check_counted(operation, total)
+    if len(gathered) == 1:
+        pieces = [piece for piece in pieces if piece.share]
+    else:
+        most = int(max(number for _, number in gathered))
+        pieces += [pieces[-1]._replace(share=0.0)] * (most - len(pieces))
+    return [piece._replace(share=piece.share / total) for piece in pieces]
+
+
+def move(tree: _T, device: torch.device) -> _T:
+    """Inputs or targets, with every tensor on a device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), tree)
+
+
+def _times(loss: Tensor, factor: float) -> Tensor:
+    return loss if factor == 1 else loss * factor
