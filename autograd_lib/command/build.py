@@ -71,7 +71,7 @@ def build(config: AutogradConfig) -> Run:
         ImportError: The data need a package that is not installed.
 
     Example:
-        >>> from autograd_lib.config.records import load_config
+        >>> from autograd_lib.config import load_config
         >>> run = build(load_config({"training": {"device": "cpu"}, "data": {"batch_size": 32}}))
         >>> images, labels = next(iter(run.train))
         >>> images.shape

@@ -18,7 +18,7 @@ from autograd_lib.report.tables import Row, readable_bytes, text_table
 # Each by the name that pip installs it under.
 _OPTIONAL = (
     *("matplotlib", "ipywidgets", "scipy", "pyarrow"),
-    *("pydantic", "PyYAML", "scikit-learn", "jax", "tensorflow"),
+    *("pydantic", "ruamel.yaml", "scikit-learn", "jax", "tensorflow"),
 )
 _LONGEST = 60  # of a reason in the table
 

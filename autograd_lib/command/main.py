@@ -21,8 +21,8 @@ from autograd_lib.command.build import Run, build, pick_device, position
 from autograd_lib.command.data import nearest
 from autograd_lib.command.doctor import diagnose
 from autograd_lib.command.picture import draw_training
-from autograd_lib.config.reading import config_yaml, default_yaml
-from autograd_lib.config.records import AutogradConfig, load_config
+from autograd_lib.config.reading import config_yaml, default_yaml, load_config
+from autograd_lib.config.records import AutogradConfig
 from autograd_lib.examples import AdvancedAutogradExamples, AutogradExamples
 from autograd_lib.report.tables import text_table
 
@@ -211,7 +211,7 @@ def _found(given: str) -> Path:
 def _config(arguments: argparse.Namespace) -> None:
     with _refusing():
         if arguments.config is None and not arguments.overrides:
-            text = default_yaml(AutogradConfig)
+            text = default_yaml()
         else:
             source = _found(arguments.config) if arguments.config else dict[str, object]()
             text = config_yaml(load_config(source, arguments.overrides))

@@ -1,5 +1,6 @@
 """A run as a YAML file, and the settings that a tuner finds."""
 
+from autograd_lib.config.reading import load_config
 from autograd_lib.config.records import (
     AutogradConfig,
     DataConfig,
@@ -11,7 +12,6 @@ from autograd_lib.config.records import (
     Settings,
     SystemConfig,
     TrainingConfig,
-    load_config,
 )
 
 __all__ = [

@@ -1,135 +1,141 @@
-"""Records that check themselves: dataclasses whose annotations say what their fields may be."""
+"""Records that check themselves: what each field may hold, for Python and for pydantic alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 MAX_DEPTH = 40  # of lists and mappings within each other
+_MAX_VALUES = 20_000
 
-_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 60
+shown = _repr.repr  # a value in a message
+
+
+class RefusedError(ValueError):
+    """A value that its field may not hold.
+
+    Attributes:
+        expected: What it may hold, in words of Python.
+        got: What came.
+        where: Keys and indices from the field to the value, if it is inside a list or a mapping.
+        mistyped: Whether the value is of the wrong type.
+    """
+
+    def __init__(
+        self, expected: str, got: Any, where: tuple[Any, ...] = (), *, mistyped: bool = False
+    ) -> None:
+        self.expected, self.got, self.where, self.mistyped = expected, got, where, mistyped
 
 
 @dataclass(frozen=True)
-class Check:
-    """What a value must be besides its type, as metadata of `typing.Annotated`.
+class Kind:
+    """What a field may hold, as metadata of `typing.Annotated`.
 
     Attributes:
-        test: Whether a value of the type is allowed.
-        text: What follows the type in "expected an integer ...".
+        text: What follows "expected", in words of Python.
+        types: Types of the value; a bool is an int only if it is listed.
+        test: Whether a value of these types, other than None, is allowed.
+        read: Turns such a value into what the record holds; may raise `RefusedError`.
     """
 
-    test: Callable[[Any], bool]
     text: str
+    types: tuple[type, ...]
+    test: Callable[[Any], bool] = lambda value: True
+    read: Callable[[Any], Any] = lambda value: value
+
+    def __call__(self, value: Any) -> Any:
+        """Return what the record holds for a value, or raise `RefusedError`."""
+        typed = isinstance(value, self.types) and (type(value) is not bool or bool in self.types)
+        if typed and value is None:
+            return None
+        if not typed or not self.test(value):
+            raise RefusedError(self.text, value, mistyped=not typed)
+        return self.read(value)
+
+    def or_none(self) -> Kind:
+        """Return the same kind that also allows None."""
+        return replace(self, text=f"{self.text} or None", types=(*self.types, NoneType))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
-        """Make pydantic apply the check, which then names the path of the field."""
+        """Make pydantic check the field by this kind alone, without conversions of its own."""
         from pydantic_core import core_schema  # noqa: PLC0415 - called by pydantic only
 
-        return core_schema.no_info_after_validator_function(self._checked, handler(source))
-
-    def _checked(self, value: Any) -> Any:
-        if not self.test(value):
-            raise ValueError(self.text)
-        return value
+        return core_schema.no_info_plain_validator_function(self)
 
 
-def check_fields(record: Any) -> None:
-    """Check the fields of a frozen dataclass by their annotations, and freeze its mappings.
+class Record:
+    """What frozen dataclasses that check their fields inherit from; their mappings are copies."""
+
+    def __post_init__(self) -> None:
+        record_class: Any = type(self)
+        for key, kind in kinds(record_class).items():
+            check = Kind(f"a {kind.__name__}", (kind,)) if isinstance(kind, type) else kind
+            try:
+                object.__setattr__(self, key, check(getattr(self, key)))
+            except RefusedError as error:
+                raise (TypeError if error.mistyped else ValueError)(
+                    f"{record_class.__name__}: expected {dotted((key, *error.where))} to be "
+                    f"{error.expected}, got {shown(error.got)}"
+                ) from None
+
+
+@cache
+def kinds(record_class: Any) -> Mapping[str, Any]:
+    """Return what each field of a dataclass may hold: a `Kind`, or the class of a section."""
+    hints = get_type_hints(record_class, include_extras=True)
+    return {field.name: _kind(hints[field.name]) for field in fields(record_class)}
+
+
+def _kind(hint: Any) -> Any:
+    if get_origin(hint) is Annotated:
+        return hint.__metadata__[0]
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        return Kind(" or ".join(map(repr, choices)), (object,), lambda value: value in choices)
+    return hint
+
+
+def stored(value: Any, where: tuple[Any, ...] = (), budget: Iterator[int] | None = None) -> Any:
+    """Return a copy of a value that YAML can store, with tuples for lists.
 
     Args:
-        record: The dataclass, in its `__post_init__`.
+        value: Strings, numbers, bools, None, and lists and mappings by name of these.
+        where: Keys and indices that lead to the value.
+        budget: As many items as there may be values.
+
+    Returns:
+        The copy.
 
     Raises:
-        TypeError: A field is of the wrong type.
-        ValueError: A field has a value that its annotation does not allow.
+        RefusedError: The value holds something else, or too much.
     """
-    name = type(record).__name__
-    for key, hint in hints(type(record)).items():
-        value = getattr(record, key)
-        if not _fits(hint, value):
-            mistyped = not _fits(hint, value, checked=False) and get_origin(hint) is not Literal
-            raise (TypeError if mistyped else ValueError)(
-                f"{name}: expected {key} to be {describe(hint, in_python=True)}, got {value!r}"
-            )
-        if isinstance(value, Mapping):
-            object.__setattr__(record, key, _frozen(f"{name}: expected {key} to hold", value))
-        elif type(value) is int and any(base is float for base, _ in _alternatives(hint)):
-            object.__setattr__(record, key, float(value))
-
-
-def hints(record_class: Any) -> dict[str, Any]:
-    """Return the annotations of the fields of a dataclass, evaluated."""
-    evaluated = get_type_hints(record_class, include_extras=True)
-    return {field.name: evaluated[field.name] for field in fields(record_class)}
-
-
-def describe(hint: Any, *, in_python: bool = False) -> str:
-    """Say what an annotation allows, for "expected ...", in words of YAML or of Python."""
-    return " or ".join(
-        " ".join([_describe_type(base, in_python), *(check.text for check in checks)])
-        for base, checks in _alternatives(hint)
-    )
-
-
-def _describe_type(base: Any, in_python: bool) -> str:
-    if get_origin(base) is Literal:
-        return " or ".join(map(repr, get_args(base)))
-    if base is NoneType:
-        return "None" if in_python else "null"
-    if is_dataclass(base):
-        name = getattr(base, "__name__", "")
-        return f"a {name}" if in_python else f"a mapping with keys of {', '.join(hints(base))}"
-    if base is bool and in_python:
-        return "a bool"
-    return _WORDS.get(base, "a mapping of names to values")
-
-
-def _alternatives(hint: Any) -> list[tuple[Any, tuple[Check, ...]]]:
-    """Return the types that an annotation allows, each with its checks."""
-    if get_origin(hint) is Annotated:
-        base, *checks = get_args(hint)
-        return [(base, tuple(checks))]
-    if get_origin(hint) in (Union, UnionType):
-        return [one for part in get_args(hint) for one in _alternatives(part)]
-    return [(hint, ())]
-
-
-def _fits(hint: Any, value: Any, *, checked: bool = True) -> bool:
-    return any(
-        _is_a(base, value) and (not checked or all(check.test(value) for check in checks))
-        for base, checks in _alternatives(hint)
-    )
-
-
-def _is_a(base: Any, value: Any) -> bool:
-    if get_origin(base) is Literal:
-        return isinstance(value, str) and value in get_args(base)
-    if base is float:  # an integer is one too, unless it is too large
-        return isinstance(value, float) or (_is_a(int, value) and abs(value) < 2**1023)
-    if base is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, get_origin(base) or base)
-
-
-def _frozen(expected: str, value: Any, depth: int = 0) -> Any:
-    """Return a copy with tuples for lists, of what YAML can store."""
-    nested = isinstance(value, (Mapping, list, tuple))
-    if nested and depth > MAX_DEPTH:
-        raise ValueError(f"{expected} at most {MAX_DEPTH} levels, got more")
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {str(key): _frozen(expected, inner, depth + 1) for key, inner in value.items()}
+    budget = iter(range(_MAX_VALUES)) if budget is None else budget
+    if len(where) > MAX_DEPTH or next(budget, None) is None:
+        limit = f"at most {MAX_DEPTH} levels and {_MAX_VALUES} values"
+        raise RefusedError(limit, value, where[:1])
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise RefusedError("a mapping with strings as keys", value, where, mistyped=True)
+        return {str(key): stored(inner, (*where, key), budget) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(_frozen(expected, inner, depth + 1) for inner in value)
+        return tuple(stored(inner, (*where, i), budget) for i, inner in enumerate(value))
     if value is None or isinstance(value, bool):
         return value
-    for scalar in (str, int, float):
+    for scalar in (int, float, str):
         if isinstance(value, scalar):
-            return scalar(value)  # as such, where it is one of NumPy's
-    got = f"{type(value).__name__} with other keys" if nested else repr(value)
-    raise TypeError(
-        f"{expected} strings, numbers, bools, None, and lists and mappings by name of these, "
-        f"got {got}"
+            return scalar(value)  # a plain one where it is NumPy's
+    expected = "a string, a number, True, False, None, a list or a mapping"
+    raise RefusedError(expected, value, where, mistyped=True)
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """Return a path of keys with dots between them; unusual keys are quoted."""
+    return ".".join(
+        str(part) if isinstance(part, int) or part.isidentifier() else shown(part) for part in path
     )

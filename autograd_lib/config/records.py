@@ -7,9 +7,8 @@ comments.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -18,20 +17,68 @@ from torch import nn
 from autograd_lib.checkpointing.compiled import compile_module
 from autograd_lib.checkpointing.recompute import apply_checkpoints
 from autograd_lib.checkpointing.solver import NAMES, Step, length
-from autograd_lib.config.fields import Check, check_fields
-from autograd_lib.config.reading import load
-
-__all__ = ["AutogradConfig", "Settings", "load_config"]
+from autograd_lib.config.fields import Kind, Record, RefusedError, stored
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_CHOICES = {
-    "precision": ("fp32", "bf16", "fp16"),
-    "memory_format": ("contiguous_format", "channels_last"),
-}
+
+
+def _plan(checkpoint: Mapping[str, Step]) -> dict[str, Step]:
+    """Return a checkpoint plan with tuples for lists, so that what YAML stored compares equal."""
+    plan: dict[str, Step] = stored(checkpoint)
+    for name, step in plan.items():
+        _check_step(step, (name,))
+    return plan
+
+
+def _check_step(step: Step, where: tuple[str | int, ...]) -> None:
+    if isinstance(step, tuple) and step:
+        for i, inner in enumerate(step):
+            _check_step(inner, (*where, i))
+    elif step not in NAMES:
+        expected = "'save', 'selective' or 'recompute', or a list of these"
+        raise RefusedError(expected, step, where)
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return name == "auto" or bool(torch.device(name))
+    except (RuntimeError, ValueError):
+        return False
+
+
+def _number(text: str, test: Callable[[float], bool]) -> Kind:
+    kind = Kind(f"a number {text}", (int, float), read=float)
+    # An integer may be larger than any float.
+    return replace(kind, test=lambda x: test(x) and not 2**1023 < x < math.inf)
+
+
+# What fields may hold, for `Record` and for pydantic.
+_COUNT = Kind("an integer >= 1", (int,), lambda n: n >= 1)
+_POSITIVE = _number("> 0", lambda x: 0 < x < math.inf)
+_Flag = Annotated[bool, Kind("True or False", (bool,))]
+_TextOrNone = Annotated[str | None, Kind("a string", (str,)).or_none()]
+_Count = Annotated[int, _COUNT]
+_CountOrNone = Annotated[int | None, _COUNT.or_none()]
+_Natural = Annotated[int, Kind("an integer >= 0", (int,), lambda n: n >= 0)]
+_Positive = Annotated[float, _POSITIVE]
+_PositiveOrNone = Annotated[float | None, _POSITIVE.or_none()]
+_NotNegative = Annotated[float, _number(">= 0", lambda x: 0 <= x < math.inf)]
+_Share = Annotated[float, _number(">= 0 and < 1", lambda x: 0 <= x < 1)]
+_Threshold = Annotated[float, _number(">= 0", lambda x: x >= 0)]  # an infinite one is never reached
+_Seed = Annotated[int, Kind("an integer of 64 bits", (int,), lambda n: -(2**63) <= n < 2**64)]
+_Device = Annotated[
+    str, Kind("'auto' or a device of torch such as 'cpu' or 'cuda:0'", (str,), _is_device)
+]
+_Options = Annotated[
+    Mapping[str, Any], Kind("a mapping of names to values", (Mapping,), read=stored)
+]
+_Plan = Annotated[
+    Mapping[str, Step], Kind("a mapping of names of modules to steps", (Mapping,), read=_plan)
+]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Record):
     """How a training step runs: what `autotune` searches through, compared by value.
 
     `dataclasses.asdict` gives what YAML and JSON can store, and `Settings(**stored)` is equal to
@@ -63,30 +110,10 @@ class Settings:
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    micro_batch: int | None = None
-    checkpoint: Mapping[str, Step] = field(default_factory=dict, hash=False)
+    micro_batch: _CountOrNone = None
+    checkpoint: _Plan = field(default_factory=dict, hash=False)
     memory_format: Literal["contiguous_format", "channels_last"] = "contiguous_format"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in choices:
-                raise ValueError(
-                    f"Settings: expected {name} to be {' or '.join(map(repr, choices))}, "
-                    f"got {value!r}"
-                )
-        if not isinstance(self.compile, bool):
-            raise TypeError(f"Settings: expected compile to be a bool, got {self.compile!r}")
-        _check_micro_batch(self.micro_batch)
-        if not isinstance(self.checkpoint, Mapping):
-            raise TypeError(
-                "Settings: expected checkpoint to map names of modules to steps, got "
-                f"{type(self.checkpoint).__name__}; for the model itself the name is ''"
-            )
-        # As tuples throughout, so that what comes back from YAML as lists compares equal.
-        plan = {name: _frozen(name, step) for name, step in self.checkpoint.items()}
-        object.__setattr__(self, "checkpoint", plan)
+    compile: _Flag = False
 
     def apply(self, model: _Model) -> _Model:
         """Set memory format, checkpoint plan and compilation of a model, in place.
@@ -133,31 +160,6 @@ class Settings:
         return ", ".join(parts + ["compiled"] * self.compile)
 
 
-def _check_micro_batch(value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"Settings: expected micro_batch to be an int or None, got {value!r}")
-    if value < 1:
-        raise ValueError(
-            f"Settings: expected micro_batch >= 1, got {value}; None is the whole batch"
-        )
-
-
-def _frozen(name: Any, step: Any) -> Step:
-    """Return a step with tuples for all sequences in it."""
-    if not isinstance(name, str):
-        raise TypeError(f"Settings: expected names of modules in checkpoint, got {name!r}")
-    if isinstance(step, (list, tuple)) and step:
-        return tuple(_frozen(name, inner) for inner in step)
-    if step not in NAMES:
-        raise ValueError(
-            f"Settings: expected 'save', 'selective' or 'recompute', or a sequence of these, in "
-            f"checkpoint[{name!r}], got {step!r}"
-        )
-    return step
-
-
 def _describe(checkpoint: Mapping[str, Step]) -> list[str]:
     """Say how many blocks run again in backward; all those of a run do, whatever it holds."""
     steps = [
@@ -170,27 +172,8 @@ def _describe(checkpoint: Mapping[str, Step]) -> list[str]:
     return [f"{n} of {blocks} blocks {how}" for how, n in counted.items() if n]
 
 
-def _is_device(name: str) -> bool:
-    try:
-        return name == "auto" or bool(torch.device(name))
-    except RuntimeError:
-        return False
-
-
-_Positive = Annotated[float, Check(lambda x: 0 < x < math.inf, "> 0")]
-_NotNegative = Annotated[float, Check(lambda x: 0 <= x < math.inf, ">= 0")]
-_Count = Annotated[int, Check(lambda n: n >= 1, ">= 1")]
-_Natural = Annotated[int, Check(lambda n: n >= 0, ">= 0")]
-_Share = Annotated[float, Check(lambda x: 0 <= x < 1, ">= 0 and < 1")]
-_Threshold = Annotated[float, Check(lambda x: x >= 0, ">= 0")]  # an infinite one is never reached
-_Seed = Annotated[int, Check(lambda n: -(2**63) <= n < 2**64, "of 64 bits, as torch takes it")]
-_Device = Annotated[
-    str, Check(_is_device, "that is 'auto' or a device of torch such as 'cpu' or 'cuda:0'")
-]
-
-
 @dataclass(frozen=True)
-class MonitoringConfig:
+class MonitoringConfig(Record):
     """What of the gradients is watched during training, by a `GradientMonitor`.
 
     Attributes:
@@ -203,15 +186,15 @@ class MonitoringConfig:
         vanish_below: Norm of a gradient, at least 0: a smaller one is reported.
     """
 
-    enabled: bool = True
-    save_gradient_history: bool = True
+    enabled: _Flag = True
+    save_gradient_history: _Flag = True
     every: _Count = 1
     history: _Count = 1000
     explode_above: _Threshold = 1e3
     vanish_below: _Threshold = 1e-8
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if not self.vanish_below < self.explode_above:
             raise ValueError(
                 "MonitoringConfig: expected vanish_below < explode_above, got "
@@ -220,7 +203,7 @@ class MonitoringConfig:
 
 
 @dataclass(frozen=True)
-class FeaturesConfig:
+class FeaturesConfig(Record):
     """What is used of autograd beyond the gradient of a loss.
 
     Attributes:
@@ -232,16 +215,13 @@ class FeaturesConfig:
             what is inside it need not be saved. Leave performance.checkpoint empty then.
     """
 
-    higher_order_gradients: bool = True
-    custom_gradients: bool = False
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+    higher_order_gradients: _Flag = True
+    custom_gradients: _Flag = False
+    gradient_checkpointing: _Flag = False
 
 
 @dataclass(frozen=True)
-class SystemConfig:
+class SystemConfig(Record):
     """How gradients are computed, watched and used.
 
     Attributes:
@@ -252,13 +232,13 @@ class SystemConfig:
         performance: How a step runs; `autotune` finds the fastest settings.
     """
 
-    enable_gradients: bool = True
+    enable_gradients: _Flag = True
     gradient_monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     advanced_features: FeaturesConfig = field(default_factory=FeaturesConfig)
     performance: Settings = field(default_factory=Settings)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.advanced_features.gradient_checkpointing and self.performance.checkpoint:
             raise ValueError(
                 "SystemConfig: expected advanced_features.gradient_checkpointing or "
@@ -268,7 +248,7 @@ class SystemConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Record):
     """What is learned from.
 
     Attributes:
@@ -283,14 +263,11 @@ class DataConfig:
     name: Literal["digits", "source", "highlight"] = "digits"
     batch_size: _Count = 64
     workers: _Natural = 0
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+    options: _Options = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Record):
     """What learns.
 
     Attributes:
@@ -301,14 +278,11 @@ class ModelConfig:
     """
 
     name: Literal["cnn", "transformer", "rnn"] = "cnn"
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+    options: _Options = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Record):
     """How parameters follow the gradients.
 
     Attributes:
@@ -327,16 +301,13 @@ class OptimizerConfig:
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: _Positive = 1e-3
     weight_decay: _NotNegative = 0.01
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    options: _Options = field(default_factory=dict, hash=False)
     schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
     warmup: _Share = 0.0
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Record):
     """How long and where training runs, and what it leaves behind.
 
     Attributes:
@@ -357,18 +328,15 @@ class TrainingConfig:
     epochs: _Natural = 10
     seed: _Seed = 0
     device: _Device = "auto"
-    clip_norm: _Positive | None = None
-    patience: _Count | None = None
+    clip_norm: _PositiveOrNone = None
+    patience: _CountOrNone = None
     max_nonfinite: _Natural = 3
-    directory: str | None = None
+    directory: _TextOrNone = None
     save_every: _Natural = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)
-class DistributedConfig:
+class DistributedConfig(Record):
     """How processes share the work; of no effect in a run of one process.
 
     Attributes:
@@ -379,14 +347,11 @@ class DistributedConfig:
     """
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
-    find_unused_parameters: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+    find_unused_parameters: _Flag = False
 
 
 @dataclass(frozen=True)
-class AutogradConfig:
+class AutogradConfig(Record):
     """All that a training run can be told, in sections; frozen, and compared by value.
 
     Sections are records too, and each has a default: `AutogradConfig()` trains. Values are checked
@@ -408,8 +373,10 @@ class AutogradConfig:
         >>> config = AutogradConfig()
         >>> config.optimizer.name, config.optimizer.lr
         ('adamw', 0.001)
-        >>> config == load_config({})
-        True
+        >>> AutogradConfig(data=DataConfig(batch_size=0))
+        Traceback (most recent call last):
+            ...
+        ValueError: DataConfig: expected batch_size to be an integer >= 1, got 0
     """
 
     # Read by pydantic, and by it handed down to the sections, `Settings` among them.
@@ -421,43 +388,3 @@ class AutogradConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-def load_config(
-    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> AutogradConfig:
-    """Read a configuration from a YAML file, or from a mapping of the same form.
-
-    What is not given has its default, so that an empty file is all defaults. Values are of YAML
-    1.2: 1e-3 is a number, `yes` a string. Nothing is converted: "3" is not 3, and true is not 1.
-
-    Args:
-        source: Path of a YAML file, or what such a file would hold.
-        overrides: Values that replace those of the source, each as "path.of.the.key=value" with a
-            value in YAML. A section is replaced by a mapping as a whole; below `options` and
-            `checkpoint` what follows is one key.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ValueError: The source or an override is not a configuration. There is a line for each
-            problem, with the file or the override, the path of the key, what was expected and
-            what came, or the known key nearest to an unknown one.
-        OSError: The file cannot be read.
-        TypeError: Source or overrides are of another type.
-        ImportError: PyYAML or pydantic is not installed.
-
-    Example:
-        >>> config = load_config({"training": {"epochs": 3}}, ["optimizer.lr=1e-2"])
-        >>> config.training.epochs, config.optimizer.lr
-        (3, 0.01)
-        >>> load_config({"training": {"epoch": 3}})
-        Traceback (most recent call last):
-            ...
-        ValueError: configuration: training.epoch: unknown key; did you mean 'epochs'?
-    """
-    return load(AutogradConfig, source, overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from copy import deepcopy
 from dataclasses import FrozenInstanceError, asdict, fields, replace
@@ -10,6 +11,7 @@ from functools import partial
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
+from string import ascii_letters
 
 import hypothesis
 import hypothesis.strategies as st
@@ -18,6 +20,7 @@ import pytest
 import torch
 import yaml
 from cases import DEVICES, mlp
+from ruamel.yaml import YAML
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -120,17 +123,33 @@ def test_text(settings, text):
         ({"precision": "int8"}, ValueError, "expected precision to be 'fp32' or 'bf16' or 'fp16'"),
         ({"precision": ["fp32"]}, ValueError, r"got \['fp32'\]"),
         ({"memory_format": "nhwc"}, ValueError, "'channels_last', got 'nhwc'"),
-        ({"compile": 1}, TypeError, "expected compile to be a bool, got 1"),
-        ({"compile": "yes"}, TypeError, "expected compile to be a bool, got 'yes'"),
-        ({"micro_batch": 0}, ValueError, "micro_batch >= 1, got 0; None is the whole batch"),
-        ({"micro_batch": 2.0}, TypeError, "micro_batch to be an int or None, got 2.0"),
-        ({"micro_batch": True}, TypeError, "micro_batch to be an int or None, got True"),
-        ({"checkpoint": ["save"]}, TypeError, "checkpoint to map names .* got list"),
-        ({"checkpoint": {1: "save"}}, TypeError, "names of modules in checkpoint, got 1"),
-        ({"checkpoint": {"a": "drop"}}, ValueError, r"in checkpoint\['a'\], got 'drop'"),
-        ({"checkpoint": {"a": ["save", ["no"]]}}, ValueError, r"in checkpoint\['a'\], got 'no'"),
-        ({"checkpoint": {"a": ["save", []]}}, ValueError, r"in checkpoint\['a'\], got \[\]"),
-        ({"checkpoint": {"a": None}}, ValueError, r"in checkpoint\['a'\], got None"),
+        ({"compile": 1}, TypeError, "expected compile to be True or False, got 1"),
+        ({"compile": "yes"}, TypeError, "compile to be True or False, got 'yes'"),
+        ({"micro_batch": 0}, ValueError, "micro_batch to be an integer >= 1 or None, got 0"),
+        ({"micro_batch": 2.0}, TypeError, "micro_batch to be an integer >= 1 or None, got 2.0"),
+        ({"micro_batch": True}, TypeError, "micro_batch to be an integer >= 1 or None, got True"),
+        (
+            {"checkpoint": ["save"]},
+            TypeError,
+            r"checkpoint to be a mapping of names .* got \['save'\]",
+        ),
+        (
+            {"checkpoint": {1: "save"}},
+            TypeError,
+            "checkpoint to be a mapping with strings as keys, got {1",
+        ),
+        ({"checkpoint": {"a": "drop"}}, ValueError, r"checkpoint\.a to be 'save', .* got 'drop'"),
+        (
+            {"checkpoint": {"a": ["save", ["no"]]}},
+            ValueError,
+            r"checkpoint\.a\.1\.0 to be 'save', .* got 'no'",
+        ),
+        (
+            {"checkpoint": {"a": ["save", []]}},
+            ValueError,
+            r"checkpoint\.a\.1 to be 'save', .* got \(\)",
+        ),
+        ({"checkpoint": {"a": None}}, ValueError, r"checkpoint\.a to be 'save', .* got None"),
     ],
 )
 def test_wrong_values_are_named(options, error, message):
@@ -405,19 +424,14 @@ distributed: {strategy: fsdp2, find_unused_parameters: true}
         ("0xfF", 255),
         ("-7", -7),
         ("1:30", "1:30"),
-        ("1_000", "1_000"),
         ("no", "no"),
         ("ON", "ON"),
         ("TRUE", True),
         ("Null", None),
         ("~", None),
-        ("2001-12-14", "2001-12-14"),
-        ("=", "="),
-        ("!!str 3", "3"),
-        ("!!float '3'", 3.0),
         ("'3'", "3"),
         ("|\n      a\n      b\n", "a\nb\n"),
-        ("[&a [1], *a]", ((1,), (1,))),
+        ("[[1], {}]", ((1,), {})),
     ],
 )
 def test_values_are_of_yaml_1_2(write, text, value):
@@ -438,7 +452,7 @@ def test_values_are_of_yaml_1_2(write, text, value):
         ("training: {epochs: 3.0}", ["training.epochs: expected an integer >= 0, got 3.0"]),
         ("training: {epochs: }", ["training.epochs: expected an integer >= 0, got null"]),
         ("training: {epochs: -1}", ["training.epochs: expected an integer >= 0, got -1"]),
-        ("training: {epochs: [1]}", ["training.epochs: expected an integer >= 0, got a list"]),
+        ("training: {epochs: [1]}", ["training.epochs: expected an integer >= 0, got [1]"]),
         ("training: {patience: 0}", ["training.patience: expected an integer >= 1 or null, got 0"]),
         (
             "training: {seed: 18446744073709551616}",
@@ -447,8 +461,8 @@ def test_values_are_of_yaml_1_2(write, text, value):
         (
             "training: {seed: -9223372036854775808, device: gpu}",
             [
-                "training.device: expected a string that is 'auto' or a device of torch such as "
-                "'cpu' or 'cuda:0', got 'gpu'"
+                "training.device: expected 'auto' or a device of torch such as 'cpu' or 'cuda:0', "
+                "got 'gpu'"
             ],
         ),
         ("optimizer: {lr: 0}", ["optimizer.lr: expected a number > 0, got 0"]),
@@ -461,31 +475,28 @@ def test_values_are_of_yaml_1_2(write, text, value):
         ),
         (
             "model: {options: [1]}",
-            ["model.options: expected a mapping of names to values, got a list"],
+            ["model.options: expected a mapping of names to values, got [1]"],
         ),
         ("model: cnn", ["model: expected a mapping with keys of name, options, got 'cnn'"]),
         (
             "- training",
             [
                 "expected a mapping with keys of autograd_system, data, model, optimizer, "
-                "training, distributed, got a list"
+                "training, distributed, got ['training']"
             ],
         ),
-        # a record that names the key itself
         (
             "autograd_system: {performance: {micro_batch: 0}}",
-            [
-                "autograd_system.performance: expected micro_batch >= 1, got 0; None is the whole "
-                "batch"
-            ],
+            ["autograd_system.performance.micro_batch: expected an integer >= 1 or null, got 0"],
         ),
         (
-            "autograd_system: {performance: {checkpoint: {a: drop}}}",
+            "autograd_system: {performance: {checkpoint: {a: [save, drop]}}}",
             [
-                "autograd_system.performance: expected 'save', 'selective' or 'recompute', or a "
-                "sequence of these, in checkpoint['a'], got 'drop'"
+                "autograd_system.performance.checkpoint.a.1: expected 'save', 'selective' or "
+                "'recompute', or a list of these, got 'drop'"
             ],
         ),
+        # a record that compares its fields
         (
             "autograd_system: {gradient_monitoring: {vanish_below: 2e3}}",
             [
@@ -524,59 +535,96 @@ def test_values_are_of_yaml_1_2(write, text, value):
         ),
         # what YAML knows and a configuration does not
         (
-            "training:\n  seed: 1\n  seed: 1",
-            ["training: duplicate key 'seed' in line 3; leave one of the two"],
-        ),
-        (
-            "autograd_system: {performance: {checkpoint: {0: save}}}",
-            ["autograd_system.performance.checkpoint: expected names as keys, got 0; quote it"],
-        ),
-        (
-            "model: {options: {[1]: 2}}",
-            ["model.options: expected names as keys, got a list in line 1"],
-        ),
-        (
-            "model: {options: {a: !x 2}}",
-            ["model.options.a: expected YAML without tags, got '!x' in line 1"],
-        ),
-        (
-            "training: {epochs: !!int x}",
-            ["training.epochs: expected YAML without tags, got 'tag:yaml.org,2002:int' in line 1"],
-        ),
-        (
-            "training: !!python/object:os.system {}",
+            "training:\n  seed: 1\n  seed: 2",
             [
-                "training: expected YAML without tags, got "
-                "'tag:yaml.org,2002:python/object:os.system' in line 1"
+                'not plain YAML: found duplicate key "seed" with value "2" (original value: "1") '
+                "in line 3, column 3"
             ],
         ),
         (
-            "model: {options: {a: '\\ud800'}}".replace("'", '"'),
-            [r"model.options.a: expected whole characters, got '\ud800'"],
+            "autograd_system: {performance: {checkpoint: {0: save}}}",
+            [
+                "autograd_system.performance.checkpoint: expected a mapping with strings as keys, "
+                "got {0: 'save'}"
+            ],
+        ),
+        (
+            "model: {options: {a: [{[1]: 2}]}}",
+            ["model.options.a.0: expected a mapping with strings as keys, got {(1,): 2}"],
+        ),
+        (
+            "model: {options: {a: 2001-12-14}}",
+            [
+                "model.options.a: expected a string, a number, true, false, null, a list or a "
+                "mapping, got datetime.date(2001, 12, 14)"
+            ],
+        ),
+        ("0: 1", ["0: unknown key; known here are " + ", ".join(DEFAULTS)]),
+        *(
+            (f"# one\n{text}", ["not plain YAML: an anchor, alias or tag in line 2"])
+            for text in [
+                "model: {options: {a: !x 2}}",
+                "training: {epochs: !!int 3}",
+                "training: !!python/object:os.system {}",
+                "a: &a [*a]",
+                "[&a [1], *a]",
+            ]
+        ),
+        # bombs: by aliases, by merged keys, by depth
+        (
+            "- &a [1]\n"
+            + "".join(f"- &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopq")),
+            ["not plain YAML: an anchor, alias or tag in line 1"],
+        ),
+        (
+            "a: &a {k: 1}\n"
+            + "".join(f"{b}: &{b} {{<<: [*{a}, *{a}]}}\n" for a, b in pairwise(ascii_letters)),
+            ["not plain YAML: an anchor, alias or tag in line 1"],
+        ),
+        ("[" * 1000, ["not plain YAML: more than 40 levels in line 1"]),
+        ("- " * 1000 + "a", ["not plain YAML: more than 40 levels in line 1"]),
+        ("a:\n " + 50 * "[" + 50 * "]", ["not plain YAML: more than 40 levels in line 2"]),
+        (
+            f"model: {{options: {{a: [{20_001 * '1,'}]}}}}",
+            [
+                "model.options.a: expected at most 40 levels and 20000 values, got 1",
+            ],
+        ),
+        (
+            f"training: {{seed: {5000 * '1'}}}",
+            [
+                "not plain YAML: Exceeds the limit (4300 digits) for integer string conversion: "
+                "value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit"
+            ],
+        ),
+        (
+            f"optimizer: {{lr: {400 * '1'}}}",
+            [f"optimizer.lr: expected a number > 0, got {18 * '1'}...{19 * '1'}"],
         ),
         # not YAML
         (
             "training: {",
-            ["not YAML: expected the node content, but found '<stream end>' in line 1, column 12"],
+            [
+                "not plain YAML: expected the node content, but found '<stream end>' in line 1, "
+                "column 12"
+            ],
         ),
-        ("a: 1\n---\nb: 1", ["not YAML: but found another document in line 2, column 1"]),
+        ("a: 1\n---\nb: 1", ["not plain YAML: but found another document in line 2, column 1"]),
         (
             "a:\n\t- 1",
-            ["not YAML: found character '\\t' that cannot start any token in line 2, column 1"],
+            [
+                "not plain YAML: found character '\\t' that cannot start any token in line 2, "
+                "column 1"
+            ],
         ),
-        ("a: 1\nb: \0", ["not YAML: character U+0000 in line 2"]),
-        ('a: "\\U99999999"', ["not YAML: Python int too large to convert to C int"]),
-        ("[" * 1000, ["not YAML: more than 40 levels"]),
         (
-            "a: " + 50 * "[" + 50 * "]",
-            ["not YAML: more than 40 levels, or an alias within what it points to"],
+            "a: 1\nb: \0",
+            [
+                "not plain YAML: unacceptable character #x0000: special characters are not allowed "
+                'in "<unicode string>", position 8'
+            ],
         ),
-        ("a: &a [*a]", ["not YAML: more than 40 levels, or an alias within what it points to"]),
-        (
-            "- &a [1]\n"
-            + "".join(f"- &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopq")),
-            ["not YAML: more than 20000 values; an alias counts as what it points to"],
-        ),
+        ('a: "\\U99999999"', ["not plain YAML: Python int too large to convert to C int"]),
     ],
 )
 def test_what_is_wrong_is_said(write, text, lines):
@@ -588,12 +636,12 @@ def test_what_is_wrong_is_said(write, text, lines):
 
 
 def test_all_problems_are_said_at_once(write):
-    text = "training: {epoch: 1, seed: x, lr: 2}\nmodle: {}\ndata: {batch_size: 0}\na: 1\na: 2"
+    text = "training: {epoch: 1, seed: x, lr: 2}\nmodle: {}\ndata: {batch_size: 0}\na: 1"
     said = problems(write(text))
     assert {line.split(": ")[0] for line in said} == {
         *("training.epoch", "training.seed", "training.lr", "modle", "data.batch_size", "a"),
-    } | {"duplicate key 'a' in line 5; leave one of the two"}
-    assert len(said) == 7
+    }
+    assert len(said) == 6
     many = problems({f"key{i:02}": 0 for i in range(100)})
     assert len(many) == 31
     assert many[-1] == "and 70 more"
@@ -602,16 +650,16 @@ def test_all_problems_are_said_at_once(write):
 def test_files_that_cannot_be_read(tmp_path, write):
     with pytest.raises(FileNotFoundError, match=r"missing\.yaml"):
         load_config(tmp_path / "missing.yaml")
-    for source, text in [
-        (tmp_path, "expected a YAML file, got a directory"),
-        (write(b"a: \xff"), "expected text in UTF-8, got byte 0xff at 3"),
-    ]:
-        assert problems(source) == [text]
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        load_config(tmp_path)
+    assert problems(write(b"a: \xff")) == [
+        "'utf-8' codec can't decode byte 0xff in position 3: invalid start byte"
+    ]
     assert problems(write("#" * 2**16 + "#")) == [
         "expected a YAML file of at most 65536 bytes, got more"
     ]
     assert load_config(write("#" * 2**16)) == AutogradConfig()
-    with pytest.raises(ValueError, match=r"expected the path of a file, got 'a\\x00b'"):
+    with pytest.raises(ValueError, match="embedded null byte"):
         load_config("a\0b")
 
 
@@ -619,7 +667,7 @@ def test_files_that_cannot_be_read(tmp_path, write):
     ("source", "overrides", "message"),
     [
         (3, (), "expected the path of a YAML file or a mapping, got 3"),
-        (["a"], (), "expected the path of a YAML file or a mapping, got a list"),
+        (["a"], (), "expected the path of a YAML file or a mapping, got \\['a'\\]"),
         ({}, "a.b=3", "expected overrides to be a sequence of 'key=value', got 'a.b=3'"),
         ({}, [3], r"expected overrides to be a sequence of 'key=value', got \[3\]"),
     ],
@@ -635,12 +683,13 @@ def test_a_mapping_is_checked_like_a_file():
     assert problems({"training": {"epochs": "3"}}) == [
         "training.epochs: expected an integer >= 0, got '3'"
     ]
-    assert problems({1: {}}) == ["expected names as keys, got 1; quote it"]
+    assert problems({1: {}})[0].startswith("1: unknown key; known here are autograd_system, ")
     assert problems({"model": {"options": {"a": {1}}}}) == [
         "model.options.a: expected a string, a number, true, false, null, a list or a mapping, "
         "got {1}"
     ]
-    assert problems({"model": {"options": nested}})[0].endswith("at most 40 levels, got a mapping")
+    (said,) = problems({"model": {"options": nested}})
+    assert said.startswith("model.options.a: expected at most 40 levels and 20000 values, got {'a'")
     source = {"model": {"options": {"a": [1]}}, "training": None}
     before = deepcopy(source)
     read = load_config(source, ["model.options.b=2"])
@@ -706,16 +755,17 @@ def test_the_last_override_counts():
         ),
         (
             "data.batch_size=[",
-            "data.batch_size: not YAML: expected the node content, but found '<stream end>' in "
-            "line 1, column 2",
+            "data.batch_size: not plain YAML: expected the node content, but found "
+            "'<stream end>' in line 1, column 2",
         ),
         (
             "data.batch_size={a: 1, a: 2}",
-            "data.batch_size: duplicate key 'a' in line 1; leave one of the two",
+            'data.batch_size: not plain YAML: found duplicate key "a" with value "2" (original '
+            'value: "1") in line 1, column 8',
         ),
         (
             "training.directory=!x y",
-            "training.directory: expected YAML without tags, got '!x' in line 1",
+            "training.directory: not plain YAML: an anchor, alias or tag in line 1",
         ),
     ],
 )
@@ -735,23 +785,38 @@ def test_an_override_does_not_hide_a_mistake_of_the_file(write):
     ("record", "options", "error", "message"),
     [
         (AutogradConfig, {"data": {}}, TypeError, "data to be a DataConfig, got {}"),
-        (SystemConfig, {"enable_gradients": 1}, TypeError, "enable_gradients to be a bool, got 1"),
+        (
+            SystemConfig,
+            {"enable_gradients": 1},
+            TypeError,
+            "enable_gradients to be True or False, got 1",
+        ),
         (SystemConfig, {"performance": None}, TypeError, "to be a Settings, got None"),
         (MonitoringConfig, {"every": 0}, ValueError, "every to be an integer >= 1, got 0"),
         (MonitoringConfig, {"history": 0}, ValueError, "history to be an integer >= 1"),
         (MonitoringConfig, {"vanish_below": -1}, ValueError, "to be a number >= 0, got -1"),
         (MonitoringConfig, {"explode_above": 1e-9}, ValueError, "vanish_below < explode"),
-        (FeaturesConfig, {"custom_gradients": None}, TypeError, "to be a bool, got None"),
+        (FeaturesConfig, {"custom_gradients": None}, TypeError, "to be True or False, got None"),
         (DataConfig, {"name": "mnist"}, ValueError, "'digits' or 'source' or 'highlight', got"),
         (DataConfig, {"batch_size": 0}, ValueError, "batch_size to be an integer >= 1"),
         (DataConfig, {"batch_size": 1.0}, TypeError, "an integer >= 1, got 1.0"),
         (DataConfig, {"workers": -1}, ValueError, "workers to be an integer >= 0"),
         (ModelConfig, {"options": []}, TypeError, "mapping of names to values, got "),
-        (ModelConfig, {"options": {1: 2}}, TypeError, "options to hold .* other keys"),
-        (ModelConfig, {"options": {"a": nn.ReLU}}, TypeError, "options to hold strings"),
+        (
+            ModelConfig,
+            {"options": {1: 2}},
+            TypeError,
+            "options to be a mapping with strings as keys, got {1: 2}",
+        ),
+        (
+            ModelConfig,
+            {"options": {"a": nn.ReLU}},
+            TypeError,
+            r"options\.a to be a string, a number, .*, got <class",
+        ),
         (OptimizerConfig, {"lr": 0}, ValueError, "lr to be a number > 0, got 0"),
         (OptimizerConfig, {"lr": float("inf")}, ValueError, "lr to be a number > 0"),
-        (OptimizerConfig, {"lr": 10**400}, TypeError, "lr to be a number > 0"),
+        (OptimizerConfig, {"lr": 10**400}, ValueError, "lr to be a number > 0"),
         (OptimizerConfig, {"lr": "1"}, TypeError, "lr to be a number > 0, got '1'"),
         (OptimizerConfig, {"weight_decay": -1}, ValueError, "weight_decay to be a number"),
         (OptimizerConfig, {"warmup": 1.0}, ValueError, ">= 0 and < 1, got 1.0"),
@@ -760,7 +825,12 @@ def test_an_override_does_not_hide_a_mistake_of_the_file(write):
         (TrainingConfig, {"epochs": True}, TypeError, "epochs to be an integer >= 0"),
         (TrainingConfig, {"seed": 2**64}, ValueError, "seed to be an integer of 64 bits"),
         (TrainingConfig, {"device": "gpu"}, ValueError, "'auto' or a device of torch"),
-        (TrainingConfig, {"device": torch.device("cpu")}, TypeError, "device to be a str"),
+        (
+            TrainingConfig,
+            {"device": torch.device("cpu")},
+            TypeError,
+            "device to be 'auto' or a device of torch",
+        ),
         (TrainingConfig, {"clip_norm": 0.0}, ValueError, "a number > 0 or None, got 0.0"),
         (TrainingConfig, {"patience": 0}, ValueError, "an integer >= 1 or None, got 0"),
         (TrainingConfig, {"max_nonfinite": -1}, ValueError, "max_nonfinite to be an int"),
@@ -809,7 +879,9 @@ def test_options_are_copied_and_plain():
         record.name = "rnn"
     cyclic: dict = {}
     cyclic["a"] = cyclic
-    with pytest.raises(ValueError, match="options to hold at most 40 levels, got more"):
+    with pytest.raises(
+        ValueError, match=r"options\.a to be at most 40 levels and 20000 values, got {'a'"
+    ):
         ModelConfig(options=cyclic)
 
 
@@ -817,9 +889,9 @@ def test_options_are_copied_and_plain():
 
 
 def test_the_default_file_is_complete_and_explained(write):
-    text = default_yaml(AutogradConfig)
+    text = default_yaml()
     assert load_config(write(text)) == AutogradConfig()
-    assert yaml.safe_load(text) == DEFAULTS  # of YAML 1.1 too
+    assert YAML(typ="safe", pure=True).load(text) == DEFAULTS
     lines = text.splitlines()
     assert max(map(len, lines)) < 100
     keys = [i for i, line in enumerate(lines) if line and not line.lstrip().startswith("#")]
@@ -833,7 +905,9 @@ def test_the_default_file_is_complete_and_explained(write):
     assert not {"None", "True", "False", "`"} & set(comments.replace("`", " ` ").split())
 
 
-TEXT = st.text(max_size=12) | st.sampled_from(["", "1e3", "no", "null", "0o7", "a: b", "#", "- a"])
+TEXT = st.text(max_size=12) | st.sampled_from(
+    ["", ":0", "1e3", "no", "null", "0o7", "a: b", "#", "- a"]
+)
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -936,7 +1010,7 @@ PIECES = st.sampled_from([*"{}[]:,-&*!|>'\"%@`#?\n\t \0", "\n---\n", "&a ", "*a"
 
 @FUZZ
 @hypothesis.given(
-    st.sampled_from([SPECIFIED, default_yaml(AutogradConfig).split("\n\n", 1)[1]]),
+    st.sampled_from([SPECIFIED, default_yaml().split("\n\n", 1)[1]]),
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 30), PIECES | TEXT), min_size=1, max_size=6),
 )
 def test_mutated_files(write, text, edits):
@@ -968,8 +1042,18 @@ def test_random_overrides(write, overrides):
     loads_or_says(write(SPECIFIED), overrides)
 
 
-@pytest.mark.parametrize("package", ["yaml", "pydantic"])
+@pytest.mark.parametrize("package", ["ruamel.yaml", "pydantic"])
 def test_the_missing_packages_are_named(monkeypatch, write, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"pip install pydantic pyyaml$"):
+    with pytest.raises(ImportError, match=r"pip install pydantic ruamel\.yaml$"):
         load_config(write(""))
+
+
+def test_a_mapping_of_right_values_needs_no_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ruamel.yaml", None)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    tree = {"training": {"epochs": 3}, "model": {"options": {"a": [1]}}, "data": None}
+    expected = AutogradConfig(model=ModelConfig(options={"a": [1]}), training=TrainingConfig(3))
+    assert load_config(tree) == expected
+    with pytest.raises(ImportError, match="pip install"):
+        load_config({"training": {"epoch": 3}})
