@@ -113,10 +113,8 @@ def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
 def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
     if compile:
         compile_module(block)
-    if step == "selective" and block._compiled_call_impl is not None:
-        block._compiled_call_impl = _ThriftyForward(block)
-    elif step != "save":
-        setattr(block, slot(block), _CheckpointedForward(block, step))
+    if step != "save":
+        setattr(block, slot(block), _BlockForward(block, step))
 
 
 def _set_chain(sequence: Any, steps: tuple[Step, ...], compile: bool) -> None:
@@ -154,7 +152,7 @@ def undo(module: nn.Module) -> None:
     """Remove the steps that `apply_checkpoints` gave to this module."""
     for name in ("forward", "_compiled_call_impl"):
         function = vars(module).get(name)
-        if isinstance(function, _CheckpointedForward | _ThriftyForward | _ChainForward):
+        if isinstance(function, _BlockForward | _ChainForward):
             _restore(module, name, function.replaced)
 
 
@@ -167,33 +165,26 @@ def undone(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
-class _CheckpointedForward:
-    """The forward of one block under a checkpoint; not a closure, so that models can be copied."""
+class _BlockForward:
+    """The forward of one block by its step; not a closure, so that models can be copied.
+
+    Selective checkpoints refuse compiled code: a compiled block is compiled by `Thrifty` instead.
+    That saves nothing where the block draws random numbers; such a block is recomputed.
+    """
 
     def __init__(self, block: nn.Module, step: str) -> None:
-        self.replaced = vars(block).get(slot(block))  # compiled, or changed in place by others
+        self.replaced = vars(block).get(slot(block))  # compiled, or replaced by other code
         self.block, self.selective = block, step == "selective"
+        compiled = block._compiled_call_impl is not None
+        self.thrifty = Thrifty(block) if self.selective and compiled else None
         self.contexts = Contexts([block])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.thrifty is not None and not self.thrifty.random:
+            return self.thrifty(*args, **kwargs)
         forward = self.replaced or type(self.block).forward.__get__(self.block)
-        return self.contexts.checkpoint(self.selective, forward, *args, **kwargs)
-
-
-class _ThriftyForward:
-    """A compiled block that saves less for backward; selective checkpoints refuse compiled code.
-
-    `Thrifty` does not save less where a block draws random numbers: that block is recomputed.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self.replaced: Callable[..., Any] | None = block._compiled_call_impl
-        self.thrifty, self.contexts = Thrifty(block), Contexts([block])
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.thrifty.random and self.replaced is not None:
-            return self.contexts.checkpoint(False, self.replaced, *args, **kwargs)
-        return self.thrifty(*args, **kwargs)
+        selective = self.selective and self.thrifty is None
+        return self.contexts.checkpoint(selective, forward, *args, **kwargs)
 
 
 class _ChainForward:
