@@ -40,7 +40,7 @@ Verdict = Literal["baseline", "tie", "faster", "slower"]
 Array = npt.NDArray[np.float64]
 
 _FORMAT = {"format": "autograd_lib.Comparison", "version": 1}
-_LEAST_ROUNDS = 5  # below this the bootstrap interval of a median is a formality
+_LEAST_ROUNDS = 5  # below this the bootstrap interval of a median means nothing
 _RESAMPLES = 2000
 _SAMPLE_SECONDS = 0.01  # a thousand times what reading the clock and synchronizing take
 _MOST_WARMUP_SAMPLES = 50
@@ -91,13 +91,13 @@ class Comparison(Table):
 
     @cached_property
     def noise(self) -> Ratio:
-        """The ratio of the baseline to itself, which only noise keeps from 1."""
+        """The ratio of the baseline to itself, which differs from 1 by noise only."""
         return _median_ratio(self.repeat / self.samples[:, self.names.index(self.baseline)])
 
     @property
     def noise_band(self) -> tuple[float, float]:
         """The A/A interval widened to be symmetric about 1 (in the logarithm)."""
-        # The raw interval may miss 1 by chance; a band that does would call equal times different.
+        # The raw interval may miss 1 by chance, and would then call equal times different.
         width = max(abs(math.log(self.noise.low)), abs(math.log(self.noise.high)))
         return math.exp(-width), math.exp(width)
 
@@ -109,7 +109,7 @@ class Comparison(Table):
 
         Returns:
             "baseline"; "faster" or "slower" where the whole interval of the ratio lies outside
-            `noise_band`; "tie" otherwise, which means: not told apart here, not: equal.
+            `noise_band`; otherwise "tie": not distinguished by this measurement.
 
         Raises:
             ValueError: If there is no such candidate.
@@ -240,17 +240,17 @@ def compare(
 ) -> Comparison:
     """Time the candidates against one another and measure the peak memory of each.
 
-    Every candidate is called until it gets no faster, then timed once in each round beside all
-    others, in an order balanced for position and predecessor. A ratio is formed within a round, so
-    that what slows the whole machine cancels; its interval is the 95 % percentile bootstrap of the
-    median over rounds (Efron & Tibshirani, 1993, chapter 13). The baseline is entered twice: the
-    ratio of its two entries, the A/A run, is the noise, and nothing inside it is called faster or
-    slower. The order of `candidates` has no influence on the measurement once `baseline` is named.
+    Every candidate is called until it gets no faster, then timed once in each round among all
+    others, in an order balanced for position and predecessor. Ratios are formed within a round, so
+    that a slowdown of the whole machine cancels; their intervals are the 95 % percentile bootstrap
+    of the median over rounds (Efron & Tibshirani, 1993, chapter 13). The baseline is measured
+    twice: the ratio of its two entries, the A/A run, is the noise, and no ratio inside it is called
+    faster or slower. Once `baseline` is named, the order of `candidates` changes nothing.
 
     Within a sample the garbage collector is off, as in `timeit`; young garbage is collected between
     samples, so that no candidate pays for another's. Only the current accelerator is synchronized.
-    The schedule and the bootstrap have their own seeded generator: the global random states are
-    touched by the candidates alone. In a terminal, a comparison of more than two seconds shows its
+    The schedule and the bootstrap have their own seeded generator, so the global random states
+    change by the candidates alone. In a terminal, a comparison of more than two seconds shows its
     progress on standard error.
 
     Args:
@@ -259,9 +259,9 @@ def compare(
         rounds: How many samples of each candidate, at least 5. A sample is one call, or as many as
             fill 10 ms. With n candidates the order is balanced exactly after every n + 1 rounds
             if n is odd, every 2 (n + 1) if it is even.
-        threads: Threads within an operation during the comparison; as they stand if None (the
-            `Timer` of PyTorch takes 1).
-        memory: Whether to measure `peak_bytes` too, which costs two more calls of each.
+        threads: Threads within an operation during the comparison; None keeps their number
+            (PyTorch's `Timer` takes 1).
+        memory: Whether to measure `peak_bytes` too, which calls each candidate twice more.
 
     Returns:
         The `Comparison`.
@@ -331,7 +331,7 @@ def _check(candidates: object, baseline: object, rounds: int, threads: int | Non
     if not isinstance(rounds, int) or rounds < _LEAST_ROUNDS:
         raise ValueError(
             f"compare: expected rounds >= {_LEAST_ROUNDS}, got {rounds!r}; "
-            "fewer give no interval worth the name"
+            "fewer give no meaningful interval"
         )
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise ValueError(
@@ -341,19 +341,19 @@ def _check(candidates: object, baseline: object, rounds: int, threads: int | Non
 
 def _measure(thunk: Thunk, number: int) -> float:
     """Seconds per call over `number` calls."""
-    # Not at the top: the import brings setuptools along and takes half as long as that of torch.
-    # It imports what, in a CUDA build on a machine without a GPU, logs that there is none.
+    # Imported late: it imports setuptools and takes half as long as importing torch. In a CUDA
+    # build on a machine without a GPU, one of its imports logs that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer  # noqa: PLC0415
 
-    # `_timeit` is what every loop of Timer samples with. The public `timeit` calls twice more
-    # before each sample, which triples the price of a slow step; `_sample` does that where it pays.
+    # All public methods of Timer sample with `_timeit`. The public `timeit` makes two more calls
+    # before each sample, which triples the time of a slow step; `_sample` does so for short calls.
     timer = Timer("thunk()", globals={"thunk": thunk}, num_threads=torch.get_num_threads())
     return timer._timeit(number) / number
 
 
 def _sample(thunk: Thunk, number: int) -> float:
-    """One sample for the record: garbage collected and, for a short call, caches warm again."""
+    """Take one sample, after collecting young garbage and, for a short call, warming the caches."""
     gc.collect(1)
     if number > 1:
         thunk()
@@ -365,7 +365,7 @@ def _warm_up(thunk: Thunk, name: str) -> int:
     number, best, settled = 1, math.inf, 0
     for _ in range(_MOST_WARMUP_SAMPLES):
         seconds = _measure(thunk, number)
-        if number * seconds < _SAMPLE_SECONDS / 2:  # too short to judge by
+        if number * seconds < _SAMPLE_SECONDS / 2:  # too short a sample
             number = min(10 * number, math.ceil(_SAMPLE_SECONDS / seconds))
             continue
         settled = settled + 1 if seconds > 0.95 * best else 0
@@ -375,7 +375,7 @@ def _warm_up(thunk: Thunk, name: str) -> int:
     else:
         warnings.warn(
             f"compare: candidate {name!r} still got faster after {_MOST_WARMUP_SAMPLES} warm-up "
-            "samples; its times are not those of a steady state",
+            "samples; its times do not show a steady state",
             RuntimeWarning,
             stacklevel=3,
         )

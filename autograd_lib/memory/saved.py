@@ -54,10 +54,10 @@ class _Storage:
 class SavedTensors(Table):
     """What one `saved_tensors` block saved for backward: sizes only, never the tensors.
 
-    A number read inside the block is the number so far. Prints as a table, in a notebook as HTML.
+    Inside the block, numbers are those so far. Prints as a table, in a notebook as HTML.
 
     Attributes:
-        total_bytes: Bytes of activations; parameters, buffers and arguments stand in
+        total_bytes: Bytes of activations; parameters, buffers and arguments are counted in
             `parameter_bytes` and `input_bytes`.
         blind_spots: What was kept for backward where no hook sees it, one sentence each; empty
             if none was found.
@@ -81,8 +81,8 @@ class SavedTensors(Table):
         self._other_hooks: set[str] = set()
         self._parameters: set[int] = set()
         self._inputs: set[int] = set()
-        # A weak reference keeps the address of a storage from being given to another one, so
-        # that the address is its identity; the bytes behind it are freed all the same.
+        # A weak reference prevents reuse of a storage's address, so that the address identifies
+        # it; its bytes are freed all the same.
         self._references: dict[int, StorageWeakRef] = {}
         self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary(
             {module: name for name, module in model.named_modules()}
@@ -125,7 +125,7 @@ class SavedTensors(Table):
 
     @property
     def blind_spots(self) -> list[str]:
-        """One sentence for each way in which memory was kept out of sight during the block."""
+        """One sentence for each kind of memory kept for backward where no hook sees it."""
         counted = self._saved.keys() | self._parameters | self._inputs
         hidden: Counter[str] = Counter()
         for key, storage in self._aside.items():
@@ -133,7 +133,7 @@ class SavedTensors(Table):
                 hidden[storage.source] += storage.nbytes
         spots = [f"{source} keeps {readable_bytes(n)} unseen" for source, n in hidden.items() if n]
         return spots + [
-            f"{name} stood in for the counting hooks, and what it keeps is not seen"
+            f"{name} took the place of the counting hooks, and what it keeps is not seen"
             for name in sorted(self._other_hooks)
         ]
 
@@ -279,7 +279,7 @@ class _CountingHooks(saved_tensors_hooks):
 
 
 def _hooks(saved: SavedTensors) -> _CountingHooks:
-    """Count, then pass on to the hooks that stand around the block (PyTorch calls only one)."""
+    """Count, then call the hooks that were set around the block (PyTorch calls only the top)."""
     around = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if around is not None and around[1] is not _unpack:
         saved._other_hooks.add(f"{around[0].__qualname__} (around the block)")
@@ -291,7 +291,7 @@ def _hooks(saved: SavedTensors) -> _CountingHooks:
             count(tensor)
         if around is not None:
             return around[0](tensor)
-        # The tensor itself would be a cycle where it is the output of the node that saves it.
+        # An output saved by its own node would form a reference cycle; its detached alias does not.
         return tensor.detach(), tensor._version
 
     if "torch._dynamo" in sys.modules:  # else Dynamo may compile `pack` within an eager frame
@@ -300,7 +300,7 @@ def _hooks(saved: SavedTensors) -> _CountingHooks:
 
 
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:
-    # Autograd compares versions only where no hooks stand; detach() shares the version counter.
+    # Autograd does not compare versions under hooks; detach() shares the version counter.
     tensor, version = packed
     if tensor._version != version:
         raise RuntimeError(
@@ -353,7 +353,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def _watch(saved: SavedTensors) -> Iterator[None]:
-    """Watch for memory kept where hooks are blind; the last block to end stops the watching."""
+    """Watch for memory kept where no hook sees it; the last block to end removes the watchers."""
     with _lock:
         if not _watchers:
             _replace(BackwardCFunction, "__setattr__", _setattr_on_ctx)
@@ -402,7 +402,7 @@ def _exit_selective_checkpoint(mode: Any, *_: Any) -> None:
 
 
 def _enter_hooks(hooks: saved_tensors_hooks) -> None:
-    # Checkpointing keeps nothing through its hooks but the inputs of the region, which are seen.
+    # Through its hooks checkpointing keeps only the inputs of its region, which are counted.
     if not isinstance(hooks, (_CountingHooks, _checkpoint_hook, _recomputation_hook)):
         for saved in list(_watchers):
             saved._record_hooks(hooks)

@@ -1,4 +1,4 @@
-"""What the pictures of a gradient history share: its reading, rows of parameters, the legend."""
+"""What pictures share: reading a gradient history, rows of parameters, axes and legends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Style = dict[str, Any]  # keywords of Matplotlib
 
-# Okabe and Ito's colors, and the grey of what stands in the background.
+# Okabe and Ito's colors, and a grey for the background.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676"
 # Statistic to the option of the monitor that records it.
 OPTIONS = {
@@ -65,7 +65,7 @@ def read_history(
     steps: Any = None,
     biases: bool = True,
 ) -> Rows:
-    """Check a history and take the rows and parameters that are to be drawn."""
+    """Check a history and select the rows and parameters to draw."""
     check_history(operation, history, _NEEDED)
     if statistic is not None:
         check_statistic(operation, history, statistic)
@@ -89,7 +89,7 @@ def read_history(
     if statistic is not None:
         values = np.asarray(history[statistic])[taken][:, kept]
     values = np.real(values).astype(np.float64)  # the mean of a complex gradient is complex
-    # Some statistics are computed at some of the steps only; the others have no value to show.
+    # Some statistics are computed at some of the steps only: leave out the other steps.
     computed = np.isfinite(values).any(axis=1) | np.isinf(values).any(axis=1)
     if statistic not in OPTIONS or not computed.any():
         computed = np.ones(step.size, bool)
@@ -107,10 +107,10 @@ def read_history(
 
 
 def classify(norm: Array, missing: Array, total_norm: Array) -> tuple[Array, Array]:
-    """Tell gradients that are not finite from those that do not exist; both have a norm of NaN.
+    """Distinguish gradients that are not finite from those that do not exist.
 
-    A parameter that is frozen has no gradient and misses none. It shows by the total norm, which
-    every NaN there is makes one too.
+    Both have a norm of NaN. A frozen parameter has no gradient, though none is missing: the total
+    norm stays finite, which a NaN in a gradient would make NaN.
     """
     sound = np.isfinite(total_norm)[:, None]
     frozen = (sound & np.isnan(norm)).any(axis=0) & ~(sound & ~np.isnan(norm)).any(axis=0)
@@ -208,12 +208,12 @@ def _ordinal(number: int) -> str:
 def short_name(name: str, longest: int = _LONGEST_NAME) -> str:
     """Return a name as it is drawn: without the middle if it is long, and never as a formula.
 
-    The block and the kind of a parameter, at the two ends, tell more than what is between them.
+    The two ends of a parameter's name, its block and its kind, matter more than the middle.
     """
     if len(name) > longest:
         head = longest // 2 - 1
         name = f"{name[:head]}…{name[len(name) - (longest - head - 1) :]}"
-    return name.replace("$", r"\$")  # or Matplotlib reads what is between two as mathematics
+    return name.replace("$", r"\$")  # else Matplotlib reads text between two of them as a formula
 
 
 def decades(values: Array, margin: float = 2.0) -> tuple[float, float]:
@@ -223,7 +223,7 @@ def decades(values: Array, margin: float = 2.0) -> tuple[float, float]:
         return 1e-3, 1.0
     positive = positive.clip(TINY, HUGE)
     low, high = float(positive.min()) / margin, float(positive.max()) * margin
-    if high < 100 * low:  # two powers of ten at least, so that the axis has two labels
+    if high < 100 * low:  # at least two powers of ten, so that the axis has two labels
         low, high = 10.0 ** np.floor(np.log10(low)), 10.0 ** np.ceil(np.log10(high))
     return low, high
 
@@ -241,7 +241,7 @@ def mark_edge(ax: Axes, side: float, rows: Array, style: tuple[str, str], label:
 
 
 def add_legend(ax: Axes, handles: Sequence[Any] | None = None, above: float = 1.01) -> None:
-    """Explain the marks above the axes, where nothing is hidden by it."""
+    """Add a legend above the axes, where it hides nothing."""
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
     if handles:
         place: Style = {"loc": "lower left", "bbox_to_anchor": (0.0, above), "borderaxespad": 0.2}
@@ -250,7 +250,7 @@ def add_legend(ax: Axes, handles: Sequence[Any] | None = None, above: float = 1.
 
 
 def _fitting(ax: Axes, handles: Sequence[Any]) -> int:
-    """Return how many columns of a legend are no wider than the axes, about."""
+    """Return how many columns of a legend fit the width of the axes, about."""
     room = ax.get_window_extent().width * 72 / ax.figure.dpi / 9  # in ems
     widths = [0.55 * len(handle.get_label()) + 3.5 for handle in handles]
     for columns in range(len(widths), 1, -1):

@@ -1,4 +1,4 @@
-"""Progress of what takes longer than a moment: one line on a terminal, wiped at the end."""
+"""Progress of a long operation: one line on a terminal, erased at the end."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-_QUIET_SECONDS = 2.0  # what is done before shows nothing
-_PAUSE_SECONDS = 0.2  # between two texts that have to be made
+_QUIET_SECONDS = 2.0  # a shorter operation shows nothing
+_PAUSE_SECONDS = 0.2  # between two calls of a function that makes the text
 
 
 @contextlib.contextmanager
 def progress(operation: str) -> Iterator[Callable[[str | Callable[[], str]], None]]:
-    """Give a function that shows one line on a terminal, which is wiped at the end.
+    """Yield a function that shows one line of text on a terminal; the line is erased at the end.
 
-    It takes the text, or what makes it: that is called at most five times a second.
+    The function takes the text, or a function that returns it, called at most five times a second.
     """
     next_time, shown = time.monotonic() + _QUIET_SECONDS, 0
 

@@ -536,7 +536,7 @@ def test_other_hooks_are_named_inside_and_called_when_around():
             return x.exp()
 
     with (
-        pytest.warns(UserWarning, match="save_on_cpu stood in for the counting hooks"),
+        pytest.warns(UserWarning, match="save_on_cpu took the place of the counting hooks"),
         saved_tensors(nn.Identity()) as saved,
     ):
         x.exp() + offload()
