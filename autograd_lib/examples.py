@@ -89,8 +89,11 @@ class AdvancedAutogradExamples:
     """The advanced demonstrations: gradient flow, performance, and the three models."""
 
     @staticmethod
-    def run_all_advanced_examples() -> Results:
+    def run_all_advanced_examples(compile: bool = False) -> Results:
         """Run the demonstrations of this class, one after the other.
+
+        Args:
+            compile: Whether `demonstrate_performance_optimization` compiles, too.
 
         Returns:
             What they return, as `gradient_flow`, `performance` and `custom_models`.
@@ -98,7 +101,7 @@ class AdvancedAutogradExamples:
         examples = AdvancedAutogradExamples
         return {
             "gradient_flow": examples.demonstrate_gradient_flow_analysis(),
-            "performance": examples.demonstrate_performance_optimization(),
+            "performance": examples.demonstrate_performance_optimization(compile),
             "custom_models": examples.demonstrate_autograd_with_custom_models(),
         }
 
@@ -129,10 +132,12 @@ class AdvancedAutogradExamples:
         return flow
 
     @staticmethod
-    def demonstrate_performance_optimization() -> Results:
+    def demonstrate_performance_optimization(compile: bool = False) -> Results:
         """Compare memory and time of four forms of a training step, then search within a budget.
 
-        The network is too small for `torch.compile` to repay its time, so nothing is compiled.
+        Args:
+            compile: Whether to time `torch.compile` as a fifth form and to let the search try it;
+                it takes seconds to minutes and needs a C++ compiler.
 
         Returns:
             A dict:
@@ -144,7 +149,7 @@ class AdvancedAutogradExamples:
               the plan applied.
             - `tuning`: the `TuningReport` of a search with that budget and a tolerance of 1e-4.
         """
-        return _performance()
+        return _performance(compile)
 
     @staticmethod
     def demonstrate_autograd_with_custom_models() -> Results:
@@ -375,29 +380,31 @@ def _forward(model: nn.Module, settings: Settings, x: Tensor, y: Tensor) -> Tens
 
 
 @_reproducible()
-def _performance() -> Results:
+def _performance(compile: bool) -> Results:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(6)))
     batch = torch.randn(512, 32), torch.randn(512, 32)
-    saved, comparison = _race(model, batch)
+    saved, comparison = _race(model, batch, compile)
     budget = comparison.peak_bytes["plain"] // 2
     plan = plan_checkpoints(model, partial(_forward, model, Settings(), *batch), budget)
     planned = plan.apply(copy.deepcopy(model))
     plan_peak = peak_bytes(partial(_step, planned, Settings(), *batch))
     print(f"{plan}\nmeasured {readable_bytes(plan_peak)}\n")
-    tuning = autotune(model, batch, F.mse_loss, budget, tolerance=1e-4, compile=False)
+    tuning = autotune(model, batch, F.mse_loss, budget, tolerance=1e-4, compile=compile)
     count, best = len(tuning.trials), tuning.best
     print(f"The fastest of {count} candidates within {readable_bytes(budget)}: {best}\n")
     found = {"plan": plan, "plan_peak": plan_peak, "tuning": tuning}
     return {"saved": saved, "comparison": comparison, "budget": budget, **found}
 
 
-def _race(model: nn.Sequential, batch: _Batch) -> tuple[dict[str, int], Comparison]:
+def _race(model: nn.Sequential, batch: _Batch, compile: bool) -> tuple[dict[str, int], Comparison]:
     forms = {
         "plain": Settings(),
         "bf16": Settings("bf16"),
         "micro-batches": Settings(micro_batch=128),
         "recomputed": Settings(checkpoint={"": ["recompute"] * len(model)}),
     }
+    if compile:
+        forms["compiled"] = Settings(compile=True)
     steps, saved = {}, {}
     for name, settings in forms.items():
         copied = settings.apply(copy.deepcopy(model))

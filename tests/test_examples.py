@@ -10,7 +10,9 @@ import io
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +25,11 @@ from autograd_lib.config import Settings
 from autograd_lib.examples import AdvancedAutogradExamples, AutogradExamples
 from autograd_lib.report.tables import readable_bytes
 
+# What Dynamo and Inductor say of themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning"),
+]
 ADVANCED = ("gradient_flow", "performance", "custom_models")
 
 
@@ -48,7 +55,11 @@ def basic() -> tuple[dict[str, Any], str]:
 
 @pytest.fixture(scope="module")
 def advanced(short_samples: None) -> tuple[dict[str, Any], str]:
-    return shown(AdvancedAutogradExamples.run_all_advanced_examples)
+    """Compiled without Inductor, which has tests of its own; Dynamo and AOTAutograd take part."""
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        results = shown(lambda: AdvancedAutogradExamples.run_all_advanced_examples(compile=True))
+    torch._dynamo.reset()
+    return results
 
 
 # The basic demonstration.
@@ -235,7 +246,7 @@ def test_gradients_flow_as_theory_says(advanced) -> None:
 def test_saved_bytes_are_those_of_the_formula(advanced) -> None:
     """Six blocks of Linear and GELU, each of which keeps its input; the loss keeps two tensors."""
     saved, tensor = advanced[0]["performance"]["saved"], 512 * 32 * 4
-    assert saved["plain"] == (6 + 5 + 2) * tensor  # the first input is given
+    assert saved["plain"] == saved["compiled"] == (6 + 5 + 2) * tensor  # the first input is given
     assert saved["micro-batches"] == saved["plain"] / 4
     assert saved["recomputed"] == (5 + 2) * tensor
     # Inputs of all, half as wide; the weights through which gradients go, rounded.
@@ -245,7 +256,7 @@ def test_saved_bytes_are_those_of_the_formula(advanced) -> None:
 def test_comparison_covers_the_variants(advanced) -> None:
     found = advanced[0]["performance"]
     comparison, saved = found["comparison"], found["saved"]
-    assert comparison.names == ("plain", "bf16", "micro-batches", "recomputed")
+    assert comparison.names == ("plain", "bf16", "micro-batches", "recomputed", "compiled")
     assert comparison.baseline == "plain"
     gradients = 6 * (32 * 32 + 32) * 4
     for name in ("plain", "recomputed"):
@@ -267,6 +278,7 @@ def test_plan_and_settings_keep_to_the_budget(advanced) -> None:
     assert trials[tuning.best].gradient_error <= 1e-4
     assert trials[Settings()].peak_bytes == pytest.approx(2 * budget, rel=0.01)
     assert trials[Settings("bf16")].verdict.startswith("error")
+    assert any(settings.compile for settings in trials)
 
 
 @pytest.fixture(scope="module")
