@@ -33,11 +33,10 @@ from autograd_lib.nonfinite.observer import (
     OUTSIDE,
     UNLINKED,
     Culprit,
-    Operand,
     observe,
     outcome,
-    real_values,
 )
+from autograd_lib.nonfinite.values import Operand, real_values
 from autograd_lib.report.tables import html_table, text_table
 
 __all__ = ["NonFinite", "NonFiniteGuard", "find_nonfinite"]

@@ -26,12 +26,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    is_traceable_wrapper_subclass,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+
+from autograd_lib.nonfinite.values import (
+    Extremes,
+    Operand,
+    Operator,
+    extremes,
+    kinds,
+    named_tensors,
+    operand,
+    real_values,
+)
 
 _MODULE_CALL = nn.Module.__call__.__code__
 _ENGINE = _engine_run_backward.__code__
@@ -40,32 +47,11 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _INTERNAL = os.path.dirname(torch.__file__) + os.sep, _PACKAGE + os.sep
 _NO_TASK = -1  # the number of the backward that runs, if none does
 _UNINITIALIZED = re.compile(r"aten\.(new_)?(empty|resize)")  # memory that nobody has written yet
-_Operator = torch._ops.OpOverload | torch._ops.HigherOrderOperator
 _BLANK = "no observed operation wrote to this memory"
 OUTSIDE = "it came from outside the model"
 UNLINKED = "no observed operation carries it there"
 _MADE, _DATA, _BEFORE = range(3)  # whom to believe first where several NaN meet
 _NEVER = math.inf
-_Extremes = tuple[Tensor, Tensor] | None
-
-
-class Operand(NamedTuple):
-    """One tensor that an operation was given.
-
-    Attributes:
-        name: its name in the schema of the operation, such as "self".
-        shape: its shape.
-        dtype: its dtype.
-        min: its least element, of a complex tensor the least modulus; NaN if there is a NaN in
-            it, or no element at all.
-        max: the greatest.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    min: float
-    max: float
 
 
 class Culprit(NamedTuple):
@@ -127,7 +113,7 @@ class _Input(NamedTuple):
     written: bool
     nan: _Origin | None
     inf: _Origin | None
-    extremes: _Extremes  # taken in advance where the operation may overwrite it
+    bounds: Extremes  # taken in advance where the operation may overwrite it
 
 
 def observe(
@@ -171,50 +157,6 @@ def unwrap(model: nn.Module) -> nn.Module:
 def readable(name: str) -> str:
     """A qualified name without what `torch.compile` puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def real_values(tensor: Tensor) -> list[Tensor]:
-    """The dense real tensors in which the floating-point values of `tensor` lie."""
-    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
-        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        return [v for part in parts if isinstance(part, Tensor) for v in real_values(part)]
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
-        return []
-    if nn.parameter.is_lazy(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return []
-    if _has_no_memory(tensor):
-        return []
-    values = tensor.detach()
-    if values.is_mkldnn:
-        values = values.to_dense()
-    elif values.layout is torch.sparse_coo:
-        values = values._values()
-    elif values.is_nested or values.layout is not torch.strided:
-        values = values.values()
-    return [torch.view_as_real(values.resolve_conj()) if values.is_complex() else values]
-
-
-def _has_no_memory(tensor: Tensor) -> bool:
-    """Tell whether reading `tensor` would be a segmentation fault.
-
-    Zeros that autograd does not write out have no memory; nor has what FSDP has freed.
-    """
-    if tensor._is_zerotensor():
-        return True
-    return tensor.layout is torch.strided and not tensor.untyped_storage().nbytes()
-
-
-def kinds(tensor: Tensor) -> tuple[bool, bool]:
-    """Tell whether `tensor` holds a NaN, and whether it holds an Inf."""
-    nan = inf = False
-    for part in real_values(tensor):
-        values = part.float() if part.itemsize == 1 else part  # float8 has no reductions
-        # A finite sum settles it at a tenth of the price of isfinite().all().
-        wide = torch.promote_types(values.dtype, torch.float32)
-        if not math.isfinite(values.sum(dtype=wide).item()):
-            nan = nan or bool(values.isnan().any())
-            inf = inf or bool(values.isinf().any())
-    return nan, inf
 
 
 def outcome(model: nn.Module, result: object) -> Culprit | None:
@@ -299,7 +241,7 @@ class _Observer(TorchDispatchMode):
     def _brought(
         self, given: Culprit, kind: str, tensor: Tensor, source: int, meant: bool = False
     ) -> _Origin:
-        operands = (_operand(given.name, tensor, _extremes(tensor)),)
+        operands = (operand(given.name, tensor, extremes(tensor)),)
         culprit = given._replace(kind=kind, inputs=operands)
         return _Origin(next(self._order), culprit, meant, source)
 
@@ -326,7 +268,7 @@ class _Observer(TorchDispatchMode):
         if task not in self._roots:
             self._roots[task] = _roots(sys._getframe(1)) if task != _NO_TASK else []
         site = self._site(func)
-        inputs = [self._input(site, *named) for named in _named_tensors(func, args, kwargs)]
+        inputs = [self._input(site, *named) for named in named_tensors(func, args, kwargs)]
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if _UNINITIALIZED.match(str(func)):
@@ -354,8 +296,8 @@ class _Observer(TorchDispatchMode):
                 nan = nan or (mark.nan if has_nan else None)
                 inf = inf or (mark.inf if has_inf else None)
             blank = blank or mark.blank
-        extremes = _extremes(tensor) if written else None
-        return _Input("" if blank else name, tensor, written, nan, inf, extremes)
+        bounds = extremes(tensor) if written else None
+        return _Input("" if blank else name, tensor, written, nan, inf, bounds)
 
     def _mark_blank(self, site: _Site, outputs: Iterable[Tensor]) -> None:
         for values in itertools.chain(*map(real_values, outputs)):
@@ -417,7 +359,7 @@ class _Observer(TorchDispatchMode):
 
     # --- where it runs
 
-    def _site(self, func: _Operator) -> _Site:
+    def _site(self, func: Operator) -> _Site:
         node = torch._C._current_autograd_node()
         backward = torch._C._current_graph_task_id() != _NO_TASK
         module, place, recomputed = self._walk(sys._getframe(2), backward)
@@ -514,7 +456,7 @@ class _Observer(TorchDispatchMode):
                 mark = self._marks.get(self._identify(values), _Mark())
                 for is_inf, held, o in ((False, has_nan, mark.nan), (True, has_inf, mark.inf)):
                     if held and o is not None:
-                        # What nobody was seen to write explains nothing, so it comes last.
+                        # Tensors with no observed writer rank last.
                         unseen = o.culprit.phase != "input" and not o.culprit.op
                         dark = o.meant and (unseen or _BLANK in o.culprit.detail)
                         key = (dark, o.source == _BEFORE, o.meant, is_inf, o.order, o.surfaced)
@@ -543,34 +485,13 @@ def _after_writing(values: Tensor, before: _Origin | None, origin: _Origin) -> _
     return origin if whole else _earliest([before, origin])
 
 
-def _named_tensors(
-    func: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[str, Tensor, bool]]:
-    """Every tensor among the arguments: its name, empty if only written, and whether written."""
-    if isinstance(func, torch._ops.HigherOrderOperator):  # flex_attention: it has no schema
-        for path, leaf in tree_flatten_with_path((args, dict(kwargs)))[0]:
-            if isinstance(leaf, Tensor):
-                yield f"args{keystr(path[1:])}", leaf, False
-        return
-    for i, argument in enumerate(func._schema.arguments):
-        value = args[i] if i < len(args) else kwargs.get(argument.name)
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        name = "" if written and argument.kwarg_only else argument.name
-        if isinstance(value, Tensor):
-            yield name, value, written
-        elif isinstance(value, (list, tuple)):
-            for j, item in enumerate(value):
-                if isinstance(item, Tensor):
-                    yield name and f"{name}[{j}]", item, written
-
-
 def _plain(name: str) -> str:
     return name.replace("_", "").lower()
 
 
 def _culprit(site: _Site, kind: str, inputs: Iterable[_Input]) -> Culprit:
     operands = tuple(
-        _operand(entry.name, entry.tensor, entry.extremes or _extremes(entry.tensor))
+        operand(entry.name, entry.tensor, entry.bounds or extremes(entry.tensor))
         for entry in inputs
         if entry.name
     )
@@ -588,29 +509,7 @@ def _surfaced(culprit: Culprit, site: _Site, name: str = "") -> Culprit:
     if culprit.phase not in ("parameter", "input"):
         return culprit
     if culprit.detail == OUTSIDE and name:  # the operation that saw it first may be another
-        operands = tuple(operand._replace(name=name) for operand in culprit.inputs)
+        operands = tuple(given._replace(name=name) for given in culprit.inputs)
         culprit = culprit._replace(name=name, inputs=operands)
     module = culprit.module if culprit.phase == "parameter" else site.module
     return culprit._replace(module=module, op=site.op, place=site.place)
-
-
-def _extremes(tensor: Tensor) -> _Extremes:
-    """Least and greatest element, not yet read from the device."""
-    if tensor.is_floating_point():
-        parts = [v.float() if v.itemsize == 1 else v for v in real_values(tensor)]
-    elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        parts = []
-    elif tensor.is_complex():
-        parts = [part.norm(dim=-1) for part in real_values(tensor)]
-    else:
-        parts = [tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor]
-    bounds = [part.aminmax() for part in parts if part.numel() and not part.is_meta]
-    if not bounds:
-        return None
-    low, high = zip(*bounds, strict=True)
-    return torch.stack(low).amin(), torch.stack(high).amax()
-
-
-def _operand(name: str, tensor: Tensor, extremes: _Extremes) -> Operand:
-    low, high = (math.nan, math.nan) if extremes is None else (float(e) for e in extremes)
-    return Operand(name, tuple(tensor.shape), tensor.dtype, low, high)

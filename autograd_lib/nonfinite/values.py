@@ -1,0 +1,122 @@
+"""What the tensors of a step hold: whether a NaN or an Inf, and between which bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+Extremes = tuple[Tensor, Tensor] | None
+Operator = torch._ops.OpOverload | torch._ops.HigherOrderOperator
+
+
+class Operand(NamedTuple):
+    """One tensor that an operation was given.
+
+    Attributes:
+        name: its name in the schema of the operation, such as "self".
+        shape: its shape.
+        dtype: its dtype.
+        min: its least element, of a complex tensor the least modulus; NaN if there is a NaN in
+            it, or no element at all.
+        max: the greatest.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    min: float
+    max: float
+
+
+def real_values(tensor: Tensor) -> list[Tensor]:
+    """The dense real tensors in which the floating-point values of `tensor` lie."""
+    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return [v for part in parts if isinstance(part, Tensor) for v in real_values(part)]
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
+        return []
+    if nn.parameter.is_lazy(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return []
+    if _has_no_memory(tensor):
+        return []
+    values = tensor.detach()
+    if values.is_mkldnn:
+        values = values.to_dense()
+    elif values.layout is torch.sparse_coo:
+        values = values._values()
+    elif values.is_nested or values.layout is not torch.strided:
+        values = values.values()
+    return [torch.view_as_real(values.resolve_conj()) if values.is_complex() else values]
+
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    """Tell whether reading `tensor` would be a segmentation fault.
+
+    Zeros that autograd does not write out have no memory; nor has what FSDP has freed.
+    """
+    if tensor._is_zerotensor():
+        return True
+    return tensor.layout is torch.strided and not tensor.untyped_storage().nbytes()
+
+
+def kinds(tensor: Tensor) -> tuple[bool, bool]:
+    """Tell whether `tensor` holds a NaN, and whether it holds an Inf."""
+    nan = inf = False
+    for part in real_values(tensor):
+        values = part.float() if part.itemsize == 1 else part  # float8 has no reductions
+        # A finite sum settles it at a tenth of the price of isfinite().all().
+        wide = torch.promote_types(values.dtype, torch.float32)
+        if not math.isfinite(values.sum(dtype=wide).item()):
+            nan = nan or bool(values.isnan().any())
+            inf = inf or bool(values.isinf().any())
+    return nan, inf
+
+
+def extremes(tensor: Tensor) -> Extremes:
+    """Least and greatest element, not yet read from the device."""
+    if tensor.is_floating_point():
+        parts = [v.float() if v.itemsize == 1 else v for v in real_values(tensor)]
+    elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        parts = []
+    elif tensor.is_complex():
+        parts = [part.norm(dim=-1) for part in real_values(tensor)]
+    else:
+        parts = [tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor]
+    bounds = [part.aminmax() for part in parts if part.numel() and not part.is_meta]
+    if not bounds:
+        return None
+    low, high = zip(*bounds, strict=True)
+    return torch.stack(low).amin(), torch.stack(high).amax()
+
+
+def operand(name: str, tensor: Tensor, bounds: Extremes) -> Operand:
+    """Describe a tensor by its name and its bounds, which are read from the device here."""
+    low, high = (math.nan, math.nan) if bounds is None else (float(bound) for bound in bounds)
+    return Operand(name, tuple(tensor.shape), tensor.dtype, low, high)
+
+
+def named_tensors(
+    func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor, bool]]:
+    """Every tensor among the arguments: its name, empty if only written, and whether written."""
+    if isinstance(func, torch._ops.HigherOrderOperator):  # flex_attention: it has no schema
+        for path, leaf in tree_flatten_with_path((args, dict(kwargs)))[0]:
+            if isinstance(leaf, Tensor):
+                yield f"args{keystr(path[1:])}", leaf, False
+        return
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        name = "" if written and argument.kwarg_only else argument.name
+        if isinstance(value, Tensor):
+            yield name, value, written
+        elif isinstance(value, (list, tuple)):
+            for j, item in enumerate(value):
+                if isinstance(item, Tensor):
+                    yield name and f"{name}[{j}]", item, written
