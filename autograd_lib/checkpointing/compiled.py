@@ -50,7 +50,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class Thrifty:
+class Budgeted:
     """A module compiled under an `activation_memory_budget`, to save less for backward.
 
     With that option PyTorch 2.13 draws random numbers anew in backward (pytorch#190758), and the
@@ -75,11 +75,11 @@ class Thrifty:
             return call(*args, **kwargs)
         if self._compiled is None:
 
-            def run_thriftily(*args: Any, **kwargs: Any) -> Any:
+            def run_budgeted(*args: Any, **kwargs: Any) -> Any:
                 return call(*args, **kwargs)
 
             options = {"custom_partitioner_fn": _partitioner()}
-            self._compiled = torch.compile(run_thriftily, options=options)
+            self._compiled = torch.compile(run_budgeted, options=options)
         mode = tuple(module.training for module in self.module.modules())
         if self.random or mode in self._watched:
             return self._compiled(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""Checkpoint plans: what to save and what to compute again, optimal under a budget of bytes.
+"""Checkpoint plans: what to save and what to recompute, optimal under a budget of bytes.
 
-`torch.utils.checkpoint` trades time for memory where it is told to. `plan_checkpoints` says where:
-it measures each block of a model, finds the fastest schedule whose peak fits the budget, and
-applies it with PyTorch's own checkpoints.
+`torch.utils.checkpoint` trades time for memory. `plan_checkpoints` decides where to use it: it
+measures each block of a model and finds the fastest schedule whose peak fits the budget, which is
+then applied with PyTorch's own checkpoints.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class CheckpointPlan(Table):
 
     Attributes:
         steps: For each block "save", "selective" or "recompute"; a tuple of steps stands for a run
-            of blocks under one checkpoint, of which only the input is kept: in backward it runs
-            again by these steps.
+            of blocks under one checkpoint, which saves its input only: in backward the run is
+            repeated by these steps.
         budget: The bytes that were allowed.
         predicted_bytes: Peak by this plan.
         predicted_time: Seconds by this plan.
@@ -57,7 +57,7 @@ class CheckpointPlan(Table):
         rules: The same two figures for rules of thumb: "everything" (each block recomputed) and
             "square root" (about sqrt(n) equal runs, the last saved: `checkpoint_sequential`).
         curve: Both figures of every optimal plan, from the least bytes to the least time.
-        refused: Blocks that cannot be recomputed, by index, with the reason.
+        refused: Why a block cannot be recomputed, by the index of the block.
     """
 
     steps: Steps
@@ -91,14 +91,14 @@ class CheckpointPlan(Table):
         )
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Let the blocks of `model` run by this plan from now on.
+        """Make the blocks of `model` run by this plan.
 
         Each is checkpointed by `torch.utils.checkpoint` (``use_reentrant=False``). Gradients are
-        bit-equal to those without a plan, dropout included (of compiled selective blocks equal
-        within rounding). Buffers that a forward changes, as BatchNorm's running statistics, are
-        changed once per step. Names and order of parameters,
-        buffers and modules stay what they are; a plan replaces the one applied before. Hooks on
-        submodules of a recomputed block run again with it.
+        bit-equal to those without a plan, dropout included (those of compiled selective blocks
+        are equal within rounding). Buffers that a forward changes, such as BatchNorm's running
+        statistics, change once per step. Names and order of parameters, buffers and modules stay
+        the same; a plan replaces the one applied before. Hooks on submodules of a recomputed block
+        run again with it.
 
         Args:
             model: Holds the blocks that were measured, or is a copy of the model that does.
@@ -215,26 +215,25 @@ def plan_checkpoints(
     Each block is measured once, alone: seconds forward and backward, the bytes it saves, the
     high-water marks of its phases by the events of the allocator. From these a dynamic program
     finds every schedule for which no other needs less memory and less time; of those that fit the
-    budget the fastest is the plan. A block is saved, recomputed, or recomputed but for its matrix
-    products, convolutions and attention ("selective"; in a compiled block, what its compiler finds
-    cheap to compute again, by `activation_memory_budget`). A compiled block that draws random
+    budget the fastest is the plan. A block is saved, recomputed, or recomputed except for its
+    matrix products, convolutions and attention ("selective"; in a compiled block the compiler
+    chooses what to recompute, by `activation_memory_budget`). A compiled block that draws random
     numbers in any mode is never selective, because PyTorch 2.13 would draw them anew in backward.
-    If `blocks` is an `nn.Sequential`, several blocks may stand under one checkpoint, and within it
-    others again.
+    If `blocks` is an `nn.Sequential`, a checkpoint may hold several blocks, and within it further
+    checkpoints.
 
     For $n$ equal blocks this contains the binomial schedules, which need memory and repeat work
     in proportion to $\log n$ (Griewank and Walther, *ACM Trans. Math. Softw.* 26, 2000); for
     unequal ones it is the program of Beaumont et al. (*Optimal checkpointing for heterogeneous
     chains*, Inria RR-9302, 2019), with selective steps added and memory exact, not in slots.
 
-    The predicted peak is exact up to what the steps share: it is low by gradients that go around
-    the chain or to other arguments of the blocks, and by the partial gradients of a weight that
-    several blocks share.
+    The predicted peak leaves out gradients that go around the chain or to other arguments of the
+    blocks, and the partial gradients of a weight that several blocks share. It is exact otherwise.
 
-    A checkpoint puts back PyTorch's default random numbers, no others. A block that draws from
-    Python's or NumPy's, or from a generator of its own, would be given silently wrong gradients.
-    So each block runs twice: one whose gradient changes, or during which such a generator moves,
-    is saved whatever it costs, with a warning that names the reason.
+    A checkpoint restores PyTorch's default generator of random numbers and no other. A block that
+    draws from Python's or NumPy's generator, or from one of its own, would get wrong gradients
+    silently. So each block is run twice: one whose gradient differs, or that advances such a
+    generator, is always saved, with a warning that names the reason.
 
     Args:
         blocks: Modules that run one after the other, once each, each taking the output of the one
@@ -248,12 +247,12 @@ def plan_checkpoints(
             time with the blocks.
         budget: Bytes, at the peak of one step, gradients of parameters included, above what stood
             before a step that starts with every `.grad` None.
-        accumulate: Whether the step consists of several forwards and backwards whose gradients add
-            up, of which `sample` is one: from the second on the gradients stand from the start.
+        accumulate: Whether `sample` is one of several forwards and backwards whose gradients add
+            up in one step: from the second on, the gradients of the first are there already.
 
     Returns:
-        The plan. Nothing is changed until `CheckpointPlan.apply`: parameters, gradients, buffers
-        and random numbers are what they were.
+        The plan. Parameters, gradients, buffers and random states are restored; nothing changes
+        until `CheckpointPlan.apply`.
 
     Raises:
         TypeError: An argument is of another kind.
@@ -367,7 +366,7 @@ def _rules(chain: Chain) -> dict[str, Steps]:
     roots: list[Step] = []
     for start in range(0, count, size):
         end = min(start + size, count)
-        last = end + size > count  # `checkpoint_sequential` gives it the remainder, and saves it
+        last = end + size > count  # `checkpoint_sequential` adds the remainder to it and saves it
         if last or not recomputable(blocks[start:end]):
             roots += ["save"] * ((count if last else end) - start)
         else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autograd_lib.checkpointing.compiled import Thrifty
+from autograd_lib.checkpointing.compiled import Budgeted
 from autograd_lib.checkpointing.recompute import Contexts
 from autograd_lib.checkpointing.solver import Block, Mode, Recomputation
 from autograd_lib.checkpointing.trace import Input, Layout, Marks, Output, Trace
@@ -57,7 +57,7 @@ class Probe:
         self.generators = [*GLOBAL_GENERATORS, *own]
         self.random = torch.get_rng_state()
         self.contexts = Contexts([block])
-        self.thrifty = None if block._compiled_call_impl is None else Thrifty(block)
+        self.budgeted = None if block._compiled_call_impl is None else Budgeted(block)
         # set by each run
         self.input_gradient: Layout | None = None
         self.source = self.target = self.output = 0
@@ -108,7 +108,7 @@ class Probe:
 
     def _keeps_everything(self) -> bool:
         """Whether the block is compiled and draws random numbers, as far as was seen until now."""
-        return self.thrifty is not None and self.thrifty.random
+        return self.budgeted is not None and self.budgeted.random
 
     # One run, in three ways
 
@@ -133,8 +133,8 @@ class Probe:
         return self.contexts.checkpoint(False, run, x)
 
     def _selective(self, _: Marks, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
-        if self.thrifty is not None:
-            return self.thrifty(x, *args, **kwargs)
+        if self.budgeted is not None:
+            return self.budgeted(x, *args, **kwargs)
         return self.contexts.checkpoint(True, self.module, x, *args, **kwargs)
 
     def _run(
@@ -212,7 +212,7 @@ class Probe:
 
     def _rounds_otherwise(self, call: Callable[..., Tensor], plain: dict[str, Tensor]) -> bool:
         """Whether kernels are compiled anew, or add in any order without a checkpoint too."""
-        compiled = call == self._selective and self.thrifty is not None
+        compiled = call == self._selective and self.budgeted is not None
         return compiled or _error(self._gradients(self._plain), plain) > 0
 
     # What the runs tell

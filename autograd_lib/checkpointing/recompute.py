@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import flop_registry
 
-from autograd_lib.checkpointing.compiled import Thrifty, compile_module
+from autograd_lib.checkpointing.compiled import Budgeted, compile_module
 from autograd_lib.checkpointing.solver import NAMES, Step, length
 
 _Tensors = dict[tuple[nn.Module, str], Tensor]  # by module and name
@@ -168,22 +168,22 @@ def undone(modules: Sequence[nn.Module]) -> Iterator[None]:
 class _BlockForward:
     """The forward of one block by its step; not a closure, so that models can be copied.
 
-    Selective checkpoints refuse compiled code: a compiled block is compiled by `Thrifty` instead.
-    That saves nothing where the block draws random numbers; such a block is recomputed.
+    Selective checkpoints refuse compiled code: a compiled block runs as `Budgeted` instead. That
+    saves no memory where the block draws random numbers; such a block is recomputed.
     """
 
     def __init__(self, block: nn.Module, step: str) -> None:
         self.replaced = vars(block).get(slot(block))  # compiled, or replaced by other code
         self.block, self.selective = block, step == "selective"
         compiled = block._compiled_call_impl is not None
-        self.thrifty = Thrifty(block) if self.selective and compiled else None
+        self.budgeted = Budgeted(block) if self.selective and compiled else None
         self.contexts = Contexts([block])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.thrifty is not None and not self.thrifty.random:
-            return self.thrifty(*args, **kwargs)
+        if self.budgeted is not None and not self.budgeted.random:
+            return self.budgeted(*args, **kwargs)
         forward = self.replaced or type(self.block).forward.__get__(self.block)
-        selective = self.selective and self.thrifty is None
+        selective = self.selective and self.budgeted is None
         return self.contexts.checkpoint(selective, forward, *args, **kwargs)
 
 
@@ -194,7 +194,7 @@ class _ChainForward:
         self.replaced = vars(sequence).get(slot(sequence))
         self.sequence, self.steps = sequence, steps
         self.contexts: dict[tuple[int, int], Contexts] = {}
-        self.thrifty = {i: Thrifty(block) for i, block in enumerate(sequence)}
+        self.budgeted = {i: Budgeted(block) for i, block in enumerate(sequence)}
 
     def __call__(self, x: Any) -> Any:
         return self._run(self.steps, 0, x)
@@ -206,8 +206,8 @@ class _ChainForward:
             compiled = blocks[start]._compiled_call_impl is not None
             if step == "save":
                 x = blocks[start](x)
-            elif step == "selective" and compiled and not self.thrifty[start].random:
-                x = self.thrifty[start](x)
+            elif step == "selective" and compiled and not self.budgeted[start].random:
+                x = self.budgeted[start](x)
             else:
                 contexts = self.contexts.get((start, end))
                 if contexts is None:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from autograd_lib.checkpointing.compiled import Thrifty, _draws, is_random
+from autograd_lib.checkpointing.compiled import Budgeted, _draws, is_random
 from autograd_lib.checkpointing.recompute import apply_checkpoints
 from autograd_lib.memory import peak_bytes, saved_tensors
 
@@ -759,10 +759,10 @@ def test_compiled_selective_blocks_keep_less(container: type[nn.Module]) -> None
 def test_compiled_selective_blocks_are_undone() -> None:
     model = branches()
     apply_checkpoints(nn.ModuleList(model), {"": ("selective", "selective")}, compile=True)
-    thrifty = [block._compiled_call_impl for block in model]
+    budgeted = [block._compiled_call_impl for block in model]
     apply_checkpoints(nn.ModuleList(model), {"": ("save", "save")})
     assert all(
-        block._compiled_call_impl is t.replaced for block, t in zip(model, thrifty, strict=True)
+        block._compiled_call_impl is t.replaced for block, t in zip(model, budgeted, strict=True)
     )
 
 
@@ -852,7 +852,7 @@ def test_blocks_that_draw_nothing_are_not_random(block: nn.Module) -> None:
 
 def test_what_only_functions_draw_is_seen_at_a_run() -> None:
     block = Drawing("functions")
-    found = Thrifty(block)
+    found = Budgeted(block)
     found._compiled = block  # in place of its compiled form, which draws as often
     x = torch.randn(4, 8, 16)
     for training, expected in ((False, False), (True, True)):
