@@ -12,18 +12,18 @@ from torch.autograd.function import Function
 
 from autograd_lib.higher_order.dispatch import Jet, lift, primal
 from autograd_lib.higher_order.series import (
+    Accumulator,
     Contraction,
     LogSumExp,
     Operation,
-    Room,
     add_product,
     apply,
     correlate,
     orders_of,
     pad,
     product,
-    speed_of,
     sum_products,
+    time_derivative,
 )
 
 
@@ -49,19 +49,19 @@ class Elementary:
     def integrate(self, stack: Tensor, length: int) -> Tensor:
         """From `k y_k = sum_j j x_j d_(k-j)`, with d the coefficients of the derivative."""
         d, _ = self.slope(stack[: length - 1], len(stack), length - 1)
-        speed = speed_of(stack)
+        speed = time_derivative(stack)
         rest = product(speed, d, length - 1, len(speed), len(d))
         return torch.cat([self.value(stack[0])[None], rest / orders_of(rest)])
 
     def slope(self, stack: Tensor, live: int, length: int) -> tuple[Tensor, int]:
-        """The coefficients of the derivative, and how many of them live."""
-        assert self.derivative is not None, "where there is none, this method is another"
+        """Return the coefficients of the derivative, and how many of them are live."""
+        assert self.derivative is not None, "a subclass without a derivative overrides this method"
         return lift(self.derivative(Jet(stack, Taylor(length), live)))
 
     def second_order(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The value, the derivative and the second derivative."""
         along = Jet(torch.stack([x, torch.ones_like(x)]), Taylor(3))
-        y, slope, half = along.ring.elementary(self, along).stack.unbind()
+        y, slope, half = along.algebra.elementary(self, along).stack.unbind()
         return y, slope, 2 * half
 
 
@@ -75,7 +75,7 @@ class Riccati(Elementary):
         self.constant, self.linear, self.square = constant, linear, square
 
     def _coefficient(self, y: Sequence[Tensor], k: int) -> Tensor:
-        """That of order k of the derivative."""
+        """Return the coefficient of order k of the derivative."""
         if not self.square:
             slope = y[k] if self.linear == 1 else y[k] * self.linear
         else:
@@ -89,15 +89,15 @@ class Riccati(Elementary):
 
     def recurrence(self, stack: Tensor, length: int) -> Tensor:
         x = stack.unbind()
-        room = Room(stack, length)
-        y = room.rows
+        sums = Accumulator(stack, length)
+        y = sums.rows
         y[0].copy_(self.value(x[0]))
         slopes = []
         for k in range(1, length):
             slopes.append(self._coefficient(y, k - 1))
             for j in range(1, min(k + 1, len(x))):
                 add_product(y[k], x[j], slopes[k - j], value=j / k)
-        return room.stack()
+        return sums.stack()
 
     def slope(self, stack: Tensor, live: int, length: int) -> tuple[Tensor, int]:
         if not (self.square or self.constant):
@@ -112,7 +112,7 @@ class Riccati(Elementary):
 
 
 class _ElementaryFunction(Function):
-    """The series forward; backward the product with the derivative, as for a single number."""
+    """Forward: the series of the value. Backward: the product with the series of the derivative."""
 
     generate_vmap_rule = True
 
@@ -136,8 +136,8 @@ class _ElementaryFunction(Function):
         return correlate(grad, d, live, ctx.size), None, None, None
 
 
-class Ring(ABC):
-    """How coefficients multiply: everything else follows from it."""
+class Algebra(ABC):
+    """How coefficients multiply; every other operation is built on this."""
 
     def __init__(self) -> None:
         self.recording = torch.is_grad_enabled()
@@ -163,7 +163,7 @@ class Ring(ABC):
         """The log-sum-exp over one dimension, which is kept, and the softmax."""
 
 
-class Taylor(Ring):
+class Taylor(Algebra):
     """Powers of t below `length`."""
 
     def __init__(self, length: int) -> None:
@@ -194,8 +194,8 @@ class Taylor(Ring):
         return Jet(total, self), Jet(softmax, self)
 
 
-class Laplace(Ring):
-    """A value, its derivatives along d directions, and the sum of its second ones along each."""
+class Laplace(Algebra):
+    """A value, its d first derivatives along directions, and the sum of its second ones."""
 
     def product(self, a: Tensor, b: Tensor) -> Jet:
         ndim = max(a.ndim, b.ndim)

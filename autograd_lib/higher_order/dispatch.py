@@ -12,7 +12,7 @@ from torch.autograd.function import Function
 from torch.overrides import resolve_name
 
 if TYPE_CHECKING:
-    from autograd_lib.higher_order.algebra import Ring
+    from autograd_lib.higher_order.algebra import Algebra
 
 
 RULES: dict[Any, Callable[..., Any]] = {}
@@ -39,29 +39,29 @@ class Jet(Tensor):
     """A tensor that depends on the direction: the stack of its coefficients, shown as their first.
 
     `stack` has the shape `(n, *shape)`; coefficients beyond the n-th are zero. Those from `live` on
-    are zero too, and there because a gradient with respect to them is wanted.
+    are zero too; they are stored where a gradient with respect to them is needed.
     """
 
     stack: Tensor
-    ring: Ring
+    algebra: Algebra
     live: int
 
     @staticmethod
-    def __new__(cls, stack: Tensor, ring: Ring, live: int | None = None) -> Jet:
+    def __new__(cls, stack: Tensor, algebra: Algebra, live: int | None = None) -> Jet:
         self = Tensor._make_wrapper_subclass(
             cls, stack.shape[1:], dtype=stack.dtype, device=stack.device
         )
         self.stack = stack
-        self.ring = ring
+        self.algebra = algebra
         self.live = len(stack) if live is None else min(live, len(stack))
         return self
 
-    # Asked for all the time, so not by way of __torch_function__.
+    # Read often, so without the detour through __torch_function__.
     shape = property(lambda self: self.stack.shape[1:])
     ndim = property(lambda self: self.stack.ndim - 1)
     dtype = property(lambda self: self.stack.dtype)
     device = property(lambda self: self.stack.device)
-    # The graph is that of the stack, for who hooks it.
+    # The autograd graph is that of the stack; tools that hook tensors read these.
     requires_grad = property(lambda self: self.stack.requires_grad)
     grad_fn = property(lambda self: self.stack.grad_fn)
 
@@ -70,7 +70,7 @@ class Jet(Tensor):
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Jet:
         """Apply a linear function to the stack; it must keep the first dimension."""
-        return Jet(f(self.stack), self.ring, self.live)
+        return Jet(f(self.stack), self.algebra, self.live)
 
     @classmethod
     def __torch_function__(
@@ -78,31 +78,33 @@ class Jet(Tensor):
     ) -> Any:
         kwargs = dict(kwargs or {})
         rule = RULES.get(func)
-        in_place = kwargs.get("out") is not None or kwargs.get("inplace")
+        in_place = kwargs.pop("out", None) is not None or kwargs.pop("inplace", False)
         if rule is None or in_place:
             name = resolve_name(func) or getattr(func, "__name__", str(func))
             raise _no_rule(name, bool(in_place))
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
-        ring = ring_of(args, kwargs)
-        if ring.level != torch._C._functorch.maybe_current_level():
+        algebra = algebra_of(args, kwargs)
+        if algebra.level != torch._C._functorch.maybe_current_level():
             raise NotImplementedError(
                 f"jet: {resolve_name(func)} met a value that jet follows inside a transform of "
                 "torch.func, which would take it for a constant; put the transform around jet"
             )
-        if ring.forward_mode and not torch._C._is_fwd_grad_enabled():
+        if algebra.forward_mode and not torch._C._is_fwd_grad_enabled():
             raise NotImplementedError(
                 f"jet: the forward of the torch.autograd.Function {_running_function()} met a "
-                "value that jet follows; give it a rule with @jet_rule, or remove the hook it is of"
+                "value that jet follows; give it a rule with @jet_rule, or remove the hook that "
+                "calls it"
             )
-        if ring.recording and not torch.is_grad_enabled():
+        if algebra.recording and not torch.is_grad_enabled():
             args, kwargs = primal(args), primal(kwargs)  # what no_grad computes is constant
             return func(*args, **kwargs)
         return rule(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
-        # Reached past the rules only: inside torch.func, a compiled or a scripted function.
+        # Only calls that bypass __torch_function__ arrive here: inside torch.func, and in compiled
+        # or scripted functions.
         raise _no_rule(f"{func}, reached inside a transform or a compiled function,")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -110,18 +112,18 @@ class Jet(Tensor):
 
 
 def _running_function() -> str:
-    """The Function whose forward called."""
+    """Return the name of the Function whose forward is running."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
         cls = frame.f_locals.get("cls")
         if isinstance(cls, type) and issubclass(cls, Function):
             return cls.__name__
-    return "at work"
+    return "that is running"
 
 
 def jets(values: Any) -> list[Jet]:
-    """The followed values among arguments."""
+    """Return the followed values among arguments, nested ones too."""
     found: list[Jet] = []
     for value in values.values() if isinstance(values, dict) else values:
         if type(value) is Jet:
@@ -132,7 +134,7 @@ def jets(values: Any) -> list[Jet]:
 
 
 def primal(values: Any) -> Any:
-    """The arguments with every followed value replaced by its value at t = 0."""
+    """Return the arguments with every followed value replaced by its value at t = 0."""
     if isinstance(values, Jet):
         return values.stack[0]
     if isinstance(values, dict):
@@ -142,19 +144,19 @@ def primal(values: Any) -> Any:
     return values
 
 
-def ring_of(*values: Any) -> Ring:
-    """The ring of the followed values among arguments, which all must share."""
+def algebra_of(*values: Any) -> Algebra:
+    """Return the algebra of the followed values among arguments, which they must share."""
     first, *others = jets(values)
-    if any(other.ring is not first.ring for other in others):
+    if any(other.algebra is not first.algebra for other in others):
         raise NotImplementedError(
             "jet: values of two calls of jet or laplacian met; they cannot be nested: take a "
             "higher order, or torch.func.grad around jet"
         )
-    return first.ring
+    return first.algebra
 
 
 def lift(x: Tensor, ndim: int | None = None) -> tuple[Tensor, int]:
-    """The stack of a value, constants too, with as many dimensions as asked for; what is live."""
+    """Return the stack of a value or a constant, with `ndim` dimensions, and how many are live."""
     stack, live = (x.stack, x.live) if isinstance(x, Jet) else (x[None], 1)
     if ndim is not None and ndim > x.ndim:
         stack = stack.reshape(len(stack), *[1] * (ndim - x.ndim), *x.shape)

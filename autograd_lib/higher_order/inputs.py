@@ -10,19 +10,21 @@ from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet
 
+Inputs = Tensor | Mapping[str, Tensor]
 Scalar = Callable[..., Tensor]
 
 
-def check_point(operation: str, x: object, real: bool = False) -> None:
-    """Refuse what is neither a tensor of the right kind nor a dict of them."""
+def check_floating(operation: str, x: object, name: str = "x", real: bool = False) -> None:
+    """Refuse what is neither a floating-point tensor nor a dict of them."""
     for t in x.values() if isinstance(x, Mapping) else [x]:
         if not isinstance(t, Tensor) or not (
             t.is_floating_point() or (t.is_complex() and not real)
         ):
+            kind = "real floating-point" if real else "floating-point or complex"
             got = t.dtype if isinstance(t, Tensor) else type(t).__name__
             raise TypeError(
-                f"{operation}: expected x to be a {'real ' if real else ''}floating-point tensor, "
-                f"or a dict of them, got {got}"
+                f"{operation}: expected {name} to be a {kind} tensor, or a dict of them, "
+                f"got {got}; convert it first, as in {name}.float()"
             )
 
 
@@ -43,11 +45,12 @@ def tensors_of(x: Inputs) -> list[Tensor]:
 
 
 def ordered_like(x: Inputs, v: Inputs) -> Inputs:
-    """The same dict in the order of `x`."""
+    """Return `v`, a dict with its entries in the order of `x`."""
     return {k: v[k] for k in x} if isinstance(x, Mapping) and isinstance(v, Mapping) else v
 
 
 def structured_like(x: Inputs, values: Sequence[Any]) -> Any:
+    """Return a dict of the values if `x` is a dict, and else the one value."""
     return dict(zip(x, values, strict=True)) if isinstance(x, Mapping) else values[0]
 
 
@@ -65,13 +68,10 @@ def sum_dtype(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-Inputs = Tensor | Mapping[str, Tensor]
-
-
 def check_uncompiled(operation: str) -> None:
-    """Refuse to run under torch.compile, which does not see how a value is followed."""
-    # Dynamo leaves code that raises while it is traced to Python, where its callback still stands
-    # and would compile the functions that are called.
+    """Refuse to run under torch.compile, which does not call the rules."""
+    # Where tracing raises, Dynamo runs the code in Python, but with its callback still set, which
+    # would compile the functions that are called.
     if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback():
         raise NotImplementedError(
             f"{operation}: expected to be called outside of torch.compile, which in PyTorch 2.13 "
@@ -82,7 +82,7 @@ def check_uncompiled(operation: str) -> None:
 
 
 def follow(operation: str, x: Inputs, v: Inputs, make: Callable[[Tensor, Tensor], Any]) -> Any:
-    """Pair every tensor of `x` with that of `v`, once both are checked."""
+    """Check `x` and `v`, and apply `make` to each tensor of `x` and that of `v`."""
     if isinstance(x, Mapping) or isinstance(v, Mapping):
         if not (isinstance(x, Mapping) and isinstance(v, Mapping)) or x.keys() != v.keys():
             names = [sorted(side) if isinstance(side, Mapping) else "a tensor" for side in (x, v)]
@@ -92,12 +92,7 @@ def follow(operation: str, x: Inputs, v: Inputs, make: Callable[[Tensor, Tensor]
             )
         return {name: follow(f"{operation}, {name!r}", x[name], v[name], make) for name in x}
     for name, side in (("x", x), ("v", v)):
-        if not isinstance(side, Tensor) or not (side.is_floating_point() or side.is_complex()):
-            got = side.dtype if isinstance(side, Tensor) else type(side).__name__
-            raise TypeError(
-                f"{operation}: expected {name} to be a floating-point or complex tensor, or a "
-                f"dict of them, got {got}; convert it first, as in {name}.float()"
-            )
+        check_floating(operation, side, name)
         if isinstance(side, Jet):
             raise NotImplementedError(
                 f"{operation}: {name} is followed by another call already; calls cannot be nested: "

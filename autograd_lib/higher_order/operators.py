@@ -17,7 +17,7 @@ from autograd_lib.higher_order.dispatch import Jet
 from autograd_lib.higher_order.inputs import (
     Inputs,
     Scalar,
-    check_point,
+    check_floating,
     check_recording,
     check_scalar,
     check_tensor,
@@ -68,8 +68,8 @@ def hvp(f: Scalar, x: Inputs, v: Inputs) -> Any:
 def linearize_hvp(f: Scalar, x: Inputs) -> Callable[[Inputs], Any]:
     r"""Return the function $v \mapsto \nabla^2 f(x)\, v$, for many vectors at one point.
 
-    The graph of the gradient is built once and kept for as long as the function is, as is the
-    memory that it holds; each product is one backward through it. `torch.func.vmap` over the
+    The graph of the gradient is built once and kept, with its memory, for as long as the function
+    exists; each product is one backward through it. `torch.func.vmap` over the
     function takes several vectors at a time.
 
     Args:
@@ -94,7 +94,7 @@ def linearize_hvp(f: Scalar, x: Inputs) -> Callable[[Inputs], Any]:
 
 
 def linearized_hvp(operation: str, f: Scalar, x: Inputs) -> Callable[[Inputs], Any]:
-    check_point(operation, x)
+    check_floating(operation, x)
     check_recording(operation)
     leaves = map_tensors(lambda t: t.detach().requires_grad_(), x)
     inputs = tensors_of(leaves)
@@ -122,7 +122,7 @@ def linearized_hvp(operation: str, f: Scalar, x: Inputs) -> Callable[[Inputs], A
 
 @contextlib.contextmanager
 def _advice() -> Iterator[None]:
-    """Add to PyTorch's error what to do about it."""
+    """Add the remedy to PyTorch's error about fused attention."""
     try:
         yield
     except RuntimeError as error:
@@ -140,11 +140,11 @@ def laplacian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     Collapsed Taylor mode, the forward Laplacian (Li et al. 2024, "A computational framework for
     neural network-based variational Monte Carlo with forward Laplacian"): beside the value every
     operation carries the derivatives along the d coordinates and the sum of the second ones, so
-    that no Hessian is built. By the rules of `jet`, and differentiable as it is.
+    that no Hessian is built. It uses the rules of `jet` and is differentiable, too.
 
     Args:
-        f: a function of one tensor that returns a tensor, of a scalar as a rule.
-        x: a floating-point tensor, of shape `(d,)` as a rule. Take `torch.func.vmap` over batches.
+        f: a function of one tensor that returns a tensor, usually a scalar.
+        x: a floating-point tensor, usually of shape `(d,)`. Take `torch.func.vmap` over batches.
 
     Returns:
         A tensor like `f(x)`.
@@ -190,14 +190,14 @@ def hessian_diagonal(
     r"""Estimate the diagonal of the Hessian.
 
     The mean of $v \odot \nabla^2 f(x)\, v$ over random signs $v$ (Bekas, Kokiopoulou & Saad 2007,
-    "An estimator for the diagonal of a matrix"). What is off the diagonal is the noise: a
-    diagonal Hessian is exact after two samples.
+    "An estimator for the diagonal of a matrix"). The noise comes from the entries off the
+    diagonal: a diagonal Hessian is exact after two samples.
 
     Args:
         f: a scalar function of one tensor, or of one dict of tensors.
         x: where to differentiate: a real floating-point tensor or a dict of them.
         samples: the number of vectors, at least 2; one Hessian-vector product each.
-        generator: where the signs come from; the default one of the device if None.
+        generator: the source of the signs; the default one of the device if None.
 
     Returns:
         An `Estimate`, value and standard error like `x`. The error falls as `samples**-0.5`.
@@ -226,14 +226,14 @@ def hessian_trace(
 ) -> Estimate:
     r"""Estimate the trace of the Hessian.
 
-    The mean of $v^\top \nabla^2 f(x)\, v$ over random signs $v$ (Hutchinson 1990). `laplacian` has
-    it without noise, at a cost that grows with the dimension.
+    The mean of $v^\top \nabla^2 f(x)\, v$ over random signs $v$ (Hutchinson 1990). `laplacian`
+    computes it without noise, at a cost that grows with the dimension.
 
     Args:
         f: a scalar function of one tensor, or of one dict of tensors.
         x: where to differentiate: a real floating-point tensor or a dict of them.
         samples: the number of vectors, at least 2; one Hessian-vector product each.
-        generator: where the signs come from; the default one of the device if None.
+        generator: the source of the signs; the default one of the device if None.
 
     Returns:
         An `Estimate` of two scalars, which prints as value ± standard error. The error falls as
@@ -269,34 +269,31 @@ def _mean(
     statistic: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
     shape: Callable[[list[Tensor]], Any],
 ) -> Estimate:
-    """Mean and standard error of a statistic of signs v and Hv, by Welford's recurrence."""
+    """Estimate the mean of a statistic of random signs v and of Hv, with its standard error."""
     if not isinstance(samples, int) or samples < 2:
         raise ValueError(
             f"{operation}: expected 2 samples or more, for there is an error to state, "
             f"got {samples!r}"
         )
-    check_point(operation, x, real=True)
+    check_floating(operation, x, real=True)
     product = linearized_hvp(operation, f, x)
-    means: list[Tensor] = []
-    squares: list[Tensor] = []
+    state: list[tuple[Any, Any]] = []
     for n in range(1, samples + 1):
-        signs = map_tensors(
-            lambda t: (
-                torch.randint(0, 2, t.shape, dtype=t.dtype, device=t.device, generator=generator)
-                * 2
-                - 1
-            ),
-            x,
-        )
+        signs = map_tensors(lambda t: _random_signs(t, generator), x)
         found = statistic(tensors_of(signs), tensors_of(product(signs)))
-        if n == 1:
-            means, squares = found, [torch.zeros_like(t) for t in found]
-            continue
-        steps = [value - mean for value, mean in zip(found, means, strict=True)]
-        means = [mean + step / n for mean, step in zip(means, steps, strict=True)]
-        squares = [
-            square + step * (value - mean)
-            for square, step, value, mean in zip(squares, steps, found, means, strict=True)
-        ]
-    errors = [(square / (samples - 1) / samples).sqrt() for square in squares]
-    return Estimate(shape(means), shape(errors))
+        before = state or [(0.0, 0.0)] * len(found)
+        state = [_welford(n, value, *old) for value, old in zip(found, before, strict=True)]
+    errors = [(square / (samples - 1) / samples).sqrt() for _, square in state]
+    return Estimate(shape([mean for mean, _ in state]), shape(errors))
+
+
+def _random_signs(t: Tensor, generator: torch.Generator | None) -> Tensor:
+    bits = torch.randint(0, 2, t.shape, dtype=t.dtype, device=t.device, generator=generator)
+    return bits * 2 - 1
+
+
+def _welford(n: int, value: Tensor, mean: Any, square: Any) -> tuple[Tensor, Tensor]:
+    """Update the mean of n - 1 values and the sum of their squared deviations by another value."""
+    step = value - mean
+    mean = mean + step / n
+    return mean, square + step * (value - mean)

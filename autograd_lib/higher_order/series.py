@@ -1,7 +1,7 @@
 """Arithmetic on stacks of Taylor coefficients, `(n, *shape)`: products, contractions, recurrences.
 
-What is not linear consists of these few functions. Each has a backward of its own: the adjoint of
-a product of series is again one, with the orders reversed.
+Everything that is not linear is built from these few functions. Each has its own backward: the
+adjoint of a product of series is a product with the orders reversed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch.autograd.function import Function
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """Apply a Function of this module, by the shortest way that is open.
+    """Apply a Function of this module with little overhead.
 
-    Without a gradient to record there is no need of one; without torch.func, none of the binding
-    of arguments to its signature, which takes longer than the function where tensors are small.
+    Where no gradient is recorded, only its forward runs. Outside of torch.func the method of C++
+    is called, without the binding of arguments that `Function.apply` does before it, and that
+    takes longer than the function itself on small tensors.
     """
     if torch.is_grad_enabled():
         if torch._C._are_functorch_transforms_active():
@@ -37,16 +38,17 @@ def orders_of(stack: Tensor) -> Tensor:
     return orders.reshape(-1, *[1] * (stack.ndim - 1))
 
 
-def speed_of(stack: Tensor) -> Tensor:
+def time_derivative(stack: Tensor) -> Tensor:
     """The coefficients of the derivative in t."""
     return stack[1:] * orders_of(stack[1:])
 
 
-class Room:
-    """Zeros to sum coefficients up in: in eager mode rows of one stack, which needs no copy then.
+class Accumulator:
+    """Zeros in which coefficients are summed.
 
-    A compiler that follows every operation would write the whole stack anew for each row, and
-    autograd refuses rows that are written: there the rows are tensors of their own.
+    In eager mode they are the rows of one stack, so that no copy is needed at the end. A compiler
+    that records every operation would copy the whole stack for each written row, and autograd
+    refuses rows that are written to: there each row is a tensor of its own.
     """
 
     def __init__(self, like: Tensor, length: int) -> None:
@@ -107,12 +109,12 @@ class _Product(Function):
                 n = min(live_a, size - 1)
                 add_product(z[1 : 1 + n], a[:n], b[1])
             return z
-        room = Room(a[:1] * b[:1], size)  # which is batched under vmap if one of them is
+        sums = Accumulator(a[:1] * b[:1], size)  # batched under vmap if a or b is
         left, right = a[:live_a].unbind(), b[:live_b].unbind()
-        for k, z in enumerate(room.rows):
+        for k, z in enumerate(sums.rows):
             for j in range(max(0, k + 1 - live_a), min(k + 1, live_b)):
                 add_product(z, left[k - j], right[j])
-        return room.stack()
+        return sums.stack()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -135,21 +137,21 @@ def correlate(grad: Tensor, d: Tensor, live: int, length: int) -> Tensor:
     d = d[:live].conj()
     if live == 1:
         return grad[:length] * d
-    room = Room(grad[:1] * d[:1], length)
+    sums = Accumulator(grad[:1] * d[:1], length)
     slopes, rows = d.unbind(), grad.unbind()
-    for i, x in enumerate(room.rows):
+    for i, x in enumerate(sums.rows):
         for j in range(min(live, len(grad) - i)):
             add_product(x, rows[i + j], slopes[j])
-    return room.stack()
+    return sums.stack()
 
 
 # ------------------------------------------------------------------ contraction
 
 
 class Operation(ABC):
-    """A bilinear function of two stacks, and its adjoints in both: sums over pairs of orders.
+    """A bilinear function of two stacks of coefficients, and its adjoint in each.
 
-    What is given is the function of a stack and of one coefficient, and both its adjoints.
+    A subclass defines the function of one stack and one coefficient, and both its adjoints.
     """
 
     @abstractmethod
@@ -158,7 +160,7 @@ class Operation(ABC):
 
     @abstractmethod
     def apply_left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
-        """Map `(n, *z)` and `(*b)` to the gradient `(n, *a)`; `a` has its shape but for n."""
+        """Map `(n, *z)` and `(*b)` to the gradient `(n, *a)`; of `a` the shape is used."""
 
     @abstractmethod
     def apply_right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ class Operation(ABC):
 
 
 class Contraction(Function):
-    """`z_k = c_k + sum_j operation(a_(k-j), b_j)`: one call for all k, none for a dead b_j."""
+    """`z_k = c_k + sum_j operation(a_(k-j), b_j)`: one call for all k and each live b_j."""
 
     generate_vmap_rule = True
 
@@ -246,8 +248,8 @@ class LogSumExp(Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int, length: int, live: int) -> tuple[Tensor, Tensor]:
-        room = Room(x, length)
-        s = room.rows
+        sums = Accumulator(x, length)
+        s = sums.rows
         s[0].copy_(torch.softmax(x[0], dim))
         totals = [torch.logsumexp(x[0], dim, keepdim=True)]
         c = [s[0]]  # the coefficients of x - l, from the first order on
@@ -258,7 +260,7 @@ class LogSumExp(Function):
             totals.append(speed.sum(dim, keepdim=True))
             c.append(-totals[k] if k >= live else x[k] - totals[k])
             add_product(s[k], s[0], c[k])
-        return torch.stack(totals), room.stack()
+        return torch.stack(totals), sums.stack()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -286,8 +288,8 @@ def power(exponent: Any) -> Callable[[Tensor, int], Tensor]:
 
     def series(stack: Tensor, length: int) -> Tensor:
         x = (stack / stack[0]).unbind()
-        room = Room(stack, length)
-        y = room.rows
+        sums = Accumulator(stack, length)
+        y = sums.rows
         y[0].copy_(stack[0] ** exponent)
         for k in range(1, length):
             for j in range(1, min(k + 1, len(x))):
@@ -296,7 +298,7 @@ def power(exponent: Any) -> Callable[[Tensor, int], Tensor]:
                     add_product(y[k], x[j] * weight, y[k - j])
                 else:
                     add_product(y[k], x[j], y[k - j], value=weight)
-        return room.stack()
+        return sums.stack()
 
     return series
 
@@ -308,21 +310,21 @@ def oscillation(
 
     def series(stack: Tensor, length: int) -> Tensor:
         x = stack.unbind()
-        room = Room(stack, length)
-        y, slopes = room.rows, Room(stack, length).rows
+        sums = Accumulator(stack, length)
+        y, slopes = sums.rows, Accumulator(stack, length).rows
         y[0].copy_(value(x[0]))
         slopes[0].copy_(slope(x[0]))
         for k in range(1, length):
             for j in range(1, min(k + 1, len(x))):
                 add_product(y[k], x[j], slopes[k - j], value=j / k)
                 add_product(slopes[k], x[j], y[k - j], value=sign * j / k)
-        return room.stack()
+        return sums.stack()
 
     return series
 
 
 def derivative(coefficient: Tensor, k: int) -> Tensor:
-    """The derivative of order k, by which the k-th coefficient falls short by k!."""
+    """Return the derivative of order k, which is k! times the k-th coefficient."""
     if k < 2:
         return coefficient
     dtype = coefficient.dtype

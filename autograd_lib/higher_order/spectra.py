@@ -11,7 +11,7 @@ from torch import Tensor
 from autograd_lib.higher_order.inputs import (
     Inputs,
     Scalar,
-    check_point,
+    check_floating,
     structured_like,
     tensors_of,
 )
@@ -54,7 +54,7 @@ def top_eigenvalues(f: Scalar, x: Inputs, k: int) -> Tensor:
         )
     except ImportError as error:
         raise ImportError("top_eigenvalues: SciPy is needed: pip install scipy") from error
-    check_point("top_eigenvalues", x, real=True)
+    check_floating("top_eigenvalues", x, real=True)
     tensors = tensors_of(x)
     n = sum(t.numel() for t in tensors)
     if not isinstance(k, int) or not 1 <= k <= n:

@@ -1,13 +1,13 @@
 """Taylor mode: all derivatives along a direction in one pass, at a cost polynomial in the order.
 
-A value that depends on $t$ is followed as a `Jet`, the stack of its Taylor coefficients in $t$.
-Every PyTorch function that meets one is looked up in a table of rules (`taylor_rules`, and
-`taylor_layers` for layers); a function without a rule raises, whichever way it is reached. Two
-rings of coefficients share the rules: the powers of one direction up to an order, and, for the
-Laplacian, the first orders of many directions with the sum of their second orders.
+A value that depends on $t$ is followed as a `Jet`, the stack of its Taylor coefficients in $t$
+(`dispatch`). A PyTorch function that is called with one is looked up in a table of rules (`rules`);
+a function without a rule raises. Two algebras of coefficients share the rules (`algebra`): the
+powers of one direction up to an order, and, for the Laplacian, the first derivatives along many
+directions with the sum of the second ones.
 
-The rules work on whole stacks: a linear function costs one call for all coefficients. What is not
-linear comes down to a product, a contraction and an elementary function (`_series`).
+The rules work on whole stacks: a linear function costs one call for all coefficients. Every other
+function is composed of products, contractions and elementary functions (`series`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Rule = TypeVar("Rule", bound=Callable[..., Any])
 def jet_rule(*functions: Callable[..., Any], derivative: bool = False) -> Callable[[Rule], Rule]:
     """Register the decorated function as the rule by which `jet` follows PyTorch functions.
 
-    The rule is called in their place, with the same arguments, whenever one of these is a value
-    that `jet` follows. It is ordinary PyTorch code over functions that have rules.
+    The rule is called in their place, with the same arguments but `out` and `inplace`, whenever one
+    of these is a value that `jet` follows. It is PyTorch code over functions that have rules.
 
     Args:
         functions: functions of PyTorch, such as `torch.erfc` (the method `Tensor.erfc` of the same
@@ -81,7 +81,7 @@ def jet_rule(*functions: Callable[..., Any], derivative: bool = False) -> Callab
 
 def _integral(function: Any, slope: Callable[[Tensor], Tensor]) -> Callable[[Jet], Jet]:
     elementary = Elementary(getattr(function, "apply", function), slope)
-    return lambda x: x.ring.elementary(elementary, x)
+    return lambda x: x.algebra.elementary(elementary, x)
 
 
 def _divert(function: type[Function], rule: Callable[..., Any]) -> None:
@@ -137,8 +137,8 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
     check_uncompiled("jet")
     if not isinstance(order, int) or order < 0:
         raise ValueError(f"jet: expected an order of 0 or more, got {order!r}")
-    ring = Taylor(order + 1)
-    inputs = follow("jet", x, v, lambda x, v: Jet(torch.stack([x, v])[: order + 1], ring))
+    algebra = Taylor(order + 1)
+    inputs = follow("jet", x, v, lambda x, v: Jet(torch.stack([x, v])[: order + 1], algebra))
     stack, _ = lift(check_tensor("jet", f(inputs)))
     derivatives = [derivative(c, k) for k, c in enumerate(stack)]
     zeros = [torch.zeros_like(stack[0])] * (order + 1 - len(stack))

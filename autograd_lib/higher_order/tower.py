@@ -84,8 +84,8 @@ def derivative_tower(
 
     Args:
         model: a module; its parameters that require a gradient are differentiated, shared ones
-            once. It is left as it is: parameters, gradients, buffers, mode; but while this runs,
-            its parameters are others, so no other thread may use it.
+            once. Its parameters, gradients, buffers and mode are the same afterwards; during the
+            call its parameters are replaced, so no other thread may use it.
         loss_fn: `loss_fn(model(input), target)` is the loss, a scalar.
         input: what `model` is called with.
         target: the second argument of `loss_fn`.
@@ -140,12 +140,12 @@ def derivative_tower(
 
     with torch.enable_grad():
         v = _direction(inside, parameters) if direction is None else direction
-        ring = Taylor(order)
+        algebra = Taylor(order)
 
         def seed(x: Tensor, v: Tensor) -> Jet:
             zeros = x.new_zeros(max(order - 2, 0), *x.shape)
             stack = torch.cat([torch.stack([x, v.detach()])[:order], zeros])
-            return Jet(stack.requires_grad_(), ring, live=2)
+            return Jet(stack.requires_grad_(), algebra, live=2)
 
         seeds = follow("derivative_tower, direction", parameters, v, seed)
         stacks = [seed.stack for seed in seeds.values()]
@@ -173,9 +173,9 @@ def derivative_tower(
 
 
 class _Inside(nn.Module):
-    """A model and what is done with it while its parameters are others.
+    """Call a function with the model while `functional_call` replaces its parameters.
 
-    Its backward is done there too: a checkpointed block runs again in it.
+    The backward runs there, too: it computes a checkpointed block again.
     """
 
     def __init__(self, model: nn.Module, action: Callable[[nn.Module], Any]) -> None:
@@ -188,7 +188,7 @@ class _Inside(nn.Module):
 
 
 def _direction(inside: Callable[..., Any], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradient by its norm, for the dropout masks that the next forward will draw."""
+    """Return the gradient divided by its norm, with the dropout masks of the next forward."""
     devices = {p.device for p in parameters.values() if p.device.type != "cpu"}
     leaves = {k: p.requires_grad_() for k, p in map_tensors(Tensor.detach, parameters).items()}
 

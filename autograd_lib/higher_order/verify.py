@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,6 @@ from torch import Tensor
 from autograd_lib.higher_order.inputs import (
     Inputs,
     Scalar,
-    check_point,
     check_tensor,
     follow,
     map_tensors,
@@ -29,32 +29,29 @@ from autograd_lib.report.tables import Row, Table
 __all__ = ["DerivativeReport", "verify_derivatives"]
 
 
+@dataclass(frozen=True, repr=False, eq=False)
 class DerivativeReport(Table):
     """Derivatives along a direction, computed in several ways, beside an independent fit.
 
     Attributes:
         fit: the derivatives of a Chebyshev fit, by order from 0.
         uncertainty: how far two fits differ, by order.
-        values: for each way, the derivatives as far as it came.
-        errors: for each way that raised, what.
+        values: for each way, the derivatives up to the order that it reached.
+        errors: for each way that raised, what it raised.
+        rtol: the relative error that passes.
         first_wrong: for each way, the first order at which it disagrees with the fit, or which it
             does not reach; None where all orders agree.
     """
 
-    def __init__(
-        self,
-        fit: list[float],
-        uncertainty: list[float],
-        values: dict[str, list[float]],
-        errors: dict[str, str],
-        rtol: float,
-    ) -> None:
-        self.fit = fit
-        self.uncertainty = uncertainty
-        self.values = values
-        self.errors = errors
-        self._rtol = rtol
-        self.first_wrong = {name: self._first_wrong(name) for name in values}
+    fit: list[float]
+    uncertainty: list[float]
+    values: dict[str, list[float]]
+    errors: dict[str, str]
+    rtol: float
+
+    @functools.cached_property
+    def first_wrong(self) -> dict[str, int | None]:
+        return {name: self._first_wrong(name) for name in self.values}
 
     def _first_wrong(self, name: str) -> int | None:
         found = self.values[name]
@@ -63,18 +60,18 @@ class DerivativeReport(Table):
 
     @property
     def ok(self) -> bool:
-        """Whether every way got through and agrees with a fit that resolves f."""
+        """Whether the fit resolves f, and every way reached the last order and agrees with it."""
         return self._resolved(1) and all(wrong is None for wrong in self.first_wrong.values())
 
     def _resolved(self, k: int, found: float = 0.0) -> bool:
-        """Whether the fit knows the order well enough to vouch for a number."""
+        """Whether the fit is accurate enough at this order to judge a number."""
         scale, largest = max(abs(self.fit[k]), abs(found)), np.nanmax(np.abs(self.fit))
         return 10 * self.uncertainty[k] <= max(1e-2 * scale, 1e-6 * largest)
 
     def _verdict(self, found: list[float], k: int) -> str:
         if math.isinf(self.uncertainty[k]):
             return "?"
-        allowed = self._rtol * max(abs(self.fit[k]), abs(found[k])) + 10 * self.uncertainty[k]
+        allowed = self.rtol * max(abs(self.fit[k]), abs(found[k])) + 10 * self.uncertainty[k]
         if not abs(found[k] - self.fit[k]) <= allowed:
             return "wrong"
         return "" if self._resolved(k, found[k]) else "?"
@@ -118,8 +115,8 @@ def verify_derivatives(
     $f(x + tv)$ is sampled in float64 at Chebyshev points and interpolated (Trefethen 2019,
     "Approximation Theory and Approximation Practice"); the fit's own derivatives at 0 are compared
     with those that automatic differentiation returns. By default: `jet`; `reverse`, nested
-    `torch.autograd.grad`; `forward`, nested `torch.func.jvp`. Of several widths the one whose fits
-    of two degrees agree best is taken, and their difference stated.
+    `torch.autograd.grad`; `forward`, nested `torch.func.jvp`. Several widths are tried; the one
+    whose fits of two degrees agree best counts, and their difference is the uncertainty.
 
     Args:
         f: a function as for `jet`. It must take float64: convert a copy of a model by
@@ -147,7 +144,6 @@ def verify_derivatives(
     """
     if not isinstance(order, int) or order < 1:
         raise ValueError(f"verify_derivatives: expected an order of 1 or more, got {order!r}")
-    check_point("verify_derivatives", x)
     follow("verify_derivatives", x, v, lambda x, v: x)
 
     def wide(t: Tensor) -> Tensor:

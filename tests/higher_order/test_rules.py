@@ -1604,7 +1604,7 @@ HOME = "autograd_lib.higher_order.rules."
 EXEMPT = """
     cuda get_device is_leaf requires_grad can_cast __index__ __contains__ __repr__ __format__
     register_hook multi_head_attention_forward dropout1d dropout2d dropout3d ndimension nelement
-    __ge__ __gt__ __le__ __lt__ __ne__ __iter__ __matmul__ __mod__ __rmatmul__ __truediv__
+    __ge__ __gt__ __le__ __lt__ __ne__ __matmul__ __mod__ __rmatmul__ __truediv__
 """
 
 
@@ -1982,9 +1982,15 @@ def test_multihead_attention_of_one_sequence_and_causal() -> None:
 
     expected = nested(lambda t: attend(x + t * v, True), 3, "cpu")
     assert_near(jet(lambda x: attend(x, False), x, v, 3), expected, 1e-9)
-    odd = nn.MultiheadAttention(4, 2, add_zero_attn=True, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="multi_head_attention_forward"):
-        jet(lambda x: odd(x, x, x)[0], x, v, 2)
+
+
+@pytest.mark.parametrize("option", ["add_zero_attn", "add_bias_kv"])
+def test_multihead_attention_with_another_key(option: str) -> None:
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(4, 2, dtype=torch.float64, **{option: True})
+    x, v = real(3, 2, 4), real(3, 2, 4)
+    expected = nested(lambda t: module(x + t * v, x, x)[0], 3, "cpu")
+    assert_near(jet(lambda y: module(y, x, x)[0], x, v, 3), expected, 1e-9)
 
 
 # ------------------------------------------------------------------ refused options

@@ -12,12 +12,13 @@ from torch import Tensor
 from autograd_lib.higher_order.algebra import Elementary, Taylor
 from autograd_lib.higher_order.dispatch import Jet, lift, primal
 from autograd_lib.higher_order.rules.elementary import elementary
-from autograd_lib.higher_order.series import Room, add_product, sum_products
+from autograd_lib.higher_order.rules.registration import decomposed
+from autograd_lib.higher_order.series import Accumulator, add_product, sum_products
 from autograd_lib.higher_order.taylor import jet_rule
 
 
 @jet_rule(F.silu)
-def _silu(input: Jet, inplace: bool = False) -> Tensor:
+def _silu(input: Jet) -> Tensor:
     def slope(x: Tensor) -> Tensor:
         s = torch.sigmoid(x)
         return s * (1 + x * (1 - s))
@@ -39,7 +40,7 @@ def _gelu(input: Jet, approximate: str = "none") -> Tensor:
     if approximate == "tanh":
         inner = math.sqrt(2 / math.pi) * (input + 0.044715 * input**3)
         return 0.5 * input * (1 + torch.tanh(inner))
-    return input.ring.elementary(_GELU, input)
+    return input.algebra.elementary(_GELU, input)
 
 
 class _Gelu(Elementary):
@@ -50,12 +51,12 @@ class _Gelu(Elementary):
 
     def recurrence(self, stack: Tensor, length: int) -> Tensor:
         x, (below, _) = stack.unbind(), _normal(stack, length)
-        room = Room(stack, length)
-        room.rows[0].copy_(F.gelu(x[0]))
-        for k, y in enumerate(room.rows[1:], start=1):
+        sums = Accumulator(stack, length)
+        sums.rows[0].copy_(F.gelu(x[0]))
+        for k, y in enumerate(sums.rows[1:], start=1):
             for j in range(min(k + 1, len(x))):
                 add_product(y, x[j], below[k - j])
-        return room.stack()
+        return sums.stack()
 
     def slope(self, stack: Tensor, live: int, length: int) -> tuple[Tensor, int]:
         """`P + x p`."""
@@ -83,11 +84,10 @@ def _normal(stack: Tensor, length: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 _GELU = _Gelu()
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 
-@jet_rule(F.mish)
-def _mish(input: Jet, inplace: bool = False) -> Tensor:
-    return input * torch.tanh(F.softplus(input))
+jet_rule(F.mish)(lambda input: input * torch.tanh(F.softplus(input)))
 
 
 @jet_rule(F.glu)
@@ -104,18 +104,11 @@ def _softplus(input: Jet, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     return torch.where(primal(input) * beta > threshold, input, smooth)
 
 
-@jet_rule(F.softsign)
-def _softsign(input: Jet) -> Tensor:
-    return input / (1 + input.abs())
-
-
-@jet_rule(F.relu, torch.relu)
-def _relu(input: Jet, inplace: bool = False) -> Tensor:
-    return input.map(lambda c: c * (c[0] > 0))
+jet_rule(F.relu, torch.relu)(lambda input: input.map(lambda c: c * (c[0] > 0)))
 
 
 @jet_rule(F.leaky_relu)
-def _leaky_relu(input: Jet, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+def _leaky_relu(input: Jet, negative_slope: float = 0.01) -> Tensor:
     return torch.where(primal(input) > 0, input, input * negative_slope)
 
 
@@ -126,39 +119,22 @@ def _prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 
 @jet_rule(F.elu)
-def _elu(input: Jet, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+def _elu(input: Jet, alpha: float = 1.0) -> Tensor:
     below = torch.expm1(torch.where(primal(input) > 0, 0.0, input))
     return torch.where(primal(input) > 0, input, alpha * below)
 
 
-@jet_rule(F.celu, torch.celu)
-def _celu(input: Jet, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    return alpha * F.elu(input / alpha)
-
-
-@jet_rule(F.selu, torch.selu)
-def _selu(input: Jet, inplace: bool = False) -> Tensor:
-    return 1.0507009873554804934193349852946 * F.elu(input, 1.6732632423543772848170429916717)
-
-
-@jet_rule(F.relu6)
-def _relu6(input: Jet, inplace: bool = False) -> Tensor:
-    return F.hardtanh(input, 0.0, 6.0)
+jet_rule(F.celu, torch.celu)(lambda input, alpha=1.0: alpha * F.elu(input / alpha))
+jet_rule(F.selu, torch.selu)(lambda input: _SELU_SCALE * F.elu(input, _SELU_ALPHA))
+decomposed(F.softsign)
+jet_rule(F.relu6)(lambda input: F.hardtanh(input, 0.0, 6.0))
 
 
 @jet_rule(F.hardtanh)
-def _hardtanh(
-    input: Jet, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> Tensor:
+def _hardtanh(input: Jet, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
     inside = (primal(input) > min_val) & (primal(input) < max_val)
     return torch.where(inside, input, primal(input).clamp(min_val, max_val))
 
 
-@jet_rule(F.hardsigmoid)
-def _hardsigmoid(input: Jet, inplace: bool = False) -> Tensor:
-    return F.hardtanh(input + 3, 0.0, 6.0) / 6
-
-
-@jet_rule(F.hardswish)
-def _hardswish(input: Jet, inplace: bool = False) -> Tensor:
-    return input * F.hardsigmoid(input)
+jet_rule(F.hardsigmoid)(lambda input: F.hardtanh(input + 3, 0.0, 6.0) / 6)
+jet_rule(F.hardswish)(lambda input: input * F.hardsigmoid(input))

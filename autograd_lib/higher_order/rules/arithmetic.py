@@ -8,16 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, lift, primal, ring_of
+from autograd_lib.higher_order.dispatch import Jet, algebra_of, lift, primal
 from autograd_lib.higher_order.rules.elementary import elementary
-from autograd_lib.higher_order.rules.registration import only_first
+from autograd_lib.higher_order.rules.registration import decomposed, family, require_first_only
 from autograd_lib.higher_order.series import power
 from autograd_lib.higher_order.taylor import jet_rule
 
 
 def _add_stacks(x: Tensor, y: Tensor) -> Tensor:
     """The sum of two values, constants among them; the shorter stack ends first."""
-    ring = ring_of(x, y)
+    algebra = algebra_of(x, y)
     ndim, dtype = max(x.ndim, y.ndim), torch.result_type(primal(x), primal(y))
     (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
     a, b = a.to(dtype), b.to(dtype)
@@ -27,7 +27,7 @@ def _add_stacks(x: Tensor, y: Tensor) -> Tensor:
     total = a[:n] + b
     if n < len(a):
         total = torch.cat([total, a[n:].expand(-1, *total.shape[1:])])
-    return Jet(total, ring, max(live_a, live_b))
+    return Jet(total, algebra, max(live_a, live_b))
 
 
 @jet_rule(torch.add)
@@ -38,7 +38,7 @@ def _add(x: Any, other: Any, *, alpha: float = 1) -> Tensor:
     x, other = (x, other) if isinstance(x, Tensor) else (other, x)
     return Jet(
         torch.cat([x.stack[:1] + other, x.stack[1:].to(torch.result_type(x, other))]),
-        x.ring,
+        x.algebra,
         x.live,
     )
 
@@ -57,7 +57,7 @@ def _rsub(x: Any, other: Any, alpha: float = 1) -> Tensor:
 def _mul(x: Any, other: Any) -> Tensor:
     if isinstance(x, Tensor) and isinstance(other, Tensor):
         # A constant without dimensions is a factor of the stack, and keeps its weak dtype.
-        return cast(Tensor, ring_of(x, other).product(x, other))
+        return cast(Tensor, algebra_of(x, other).product(x, other))
     x, other = (x, other) if isinstance(x, Tensor) else (other, x)
     return cast(Tensor, x.map(lambda c: c * other))
 
@@ -71,44 +71,26 @@ def _div(x: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
         # A stack has a dimension more than its value, and so another say in the dtype.
         dtype = torch.result_type(primal(x), other)
         divisor = other.to(dtype) if isinstance(other, Tensor) else other
-        return Jet(stack.to(dtype) / divisor, x.ring, x.live)
+        return Jet(stack.to(dtype) / divisor, x.algebra, x.live)
     return x * torch.reciprocal(other)
 
 
-@jet_rule(Tensor.__rdiv__, Tensor.__rtruediv__)
-def _rdiv(x: Jet, y: Any) -> Tensor:
-    return torch.reciprocal(x) * y
-
-
-def _modulus(function: Any, *others: Any) -> None:
-    @jet_rule(function, *others)
+@family
+def _modulus(function: Any) -> None:
+    @jet_rule(function)
     def rule(x: Jet, other: Any) -> Tensor:
-        only_first(function, x, (other,))
+        require_first_only(function, x, (other,))
         return x + (function(primal(x), other) - primal(x))
 
 
-_modulus(torch.remainder, Tensor.__mod__)
-_modulus(torch.fmod)
+_modulus(torch.remainder, Tensor.__mod__, torch.fmod)
+decomposed(Tensor.__rdiv__, Tensor.__rtruediv__, Tensor.__rpow__)
 
 
-@jet_rule(torch.addcmul)
-def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
-    return x + value * (a * b)
-
-
-@jet_rule(torch.addcdiv)
-def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
-    return x + value * (a / b)
-
-
-@jet_rule(torch.lerp)
-def _lerp(x: Tensor, end: Tensor, weight: Any) -> Tensor:
-    return x + weight * (end - x)
-
-
-@jet_rule(torch.square)
-def _square(x: Jet) -> Tensor:
-    return x * x
+jet_rule(torch.addcmul)(lambda x, a, b, *, value=1: x + value * (a * b))
+jet_rule(torch.addcdiv)(lambda x, a, b, *, value=1: x + value * (a / b))
+jet_rule(torch.lerp)(lambda x, end, weight: x + weight * (end - x))
+jet_rule(torch.square)(lambda x: x * x)
 
 
 @jet_rule(torch.float_power)
@@ -151,8 +133,3 @@ def _integer_power(x: Tensor, n: int) -> Tensor:
         return x if n else torch.ones_like(x)
     half = _integer_power(x, n // 2)
     return half * half * x if n % 2 else half * half
-
-
-@jet_rule(Tensor.__rpow__)
-def _rpow(x: Jet, base: Any) -> Tensor:
-    return torch.exp(x * (base.log() if isinstance(base, Tensor) else math.log(base)))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, jets, ring_of
+from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets
+from autograd_lib.higher_order.rules.registration import decomposed
 from autograd_lib.higher_order.series import Operation
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -93,24 +94,24 @@ _MATMUL = _Matmul()
 
 
 @jet_rule(torch.matmul, Tensor.__matmul__, torch.bmm, torch.mm, torch.mv, torch.dot)
-def _matmul(x: Tensor, other: Tensor) -> Tensor:
-    return matrix_product(x, other)
-
-
-def matrix_product(x: Tensor, y: Tensor, addend: Tensor | None = None) -> Tensor:
-    if not jets((x, y)):
-        product = x @ y
+def matrix_product(x: Tensor, other: Tensor, addend: Tensor | None = None) -> Tensor:
+    """The product of matrices or vectors, with an addend, in one contraction where possible."""
+    if not jets((x, other)):
+        product = x @ other
     elif x.ndim == 1:
-        product = torch.matmul(x.unsqueeze(0), y).squeeze(-2 if y.ndim > 1 else -1)
-    elif y.ndim == 1:
-        product = torch.matmul(x, y.unsqueeze(-1)).squeeze(-1)
-    elif _live(y) > max(_live(x), 2):  # the second is walked through, the first taken whole
-        product = torch.matmul(y.mT, x.mT).mT
+        product = torch.matmul(x.unsqueeze(0), other).squeeze(-2 if other.ndim > 1 else -1)
+    elif other.ndim == 1:
+        product = torch.matmul(x, other.unsqueeze(-1)).squeeze(-1)
+    elif _live(other) > max(_live(x), 2):  # the loop is over the coefficients of the second
+        product = torch.matmul(other.mT, x.mT).mT
     else:
-        if x.ndim < y.ndim and y.ndim > 2:
-            x = x.expand(*[1] * (y.ndim - x.ndim), *x.shape)
-        return ring_of(x, y, addend).contract(_MATMUL, x, y, addend)
+        if x.ndim < other.ndim and other.ndim > 2:
+            x = x.expand(*[1] * (other.ndim - x.ndim), *x.shape)
+        return algebra_of(x, other, addend).contract(_MATMUL, x, other, addend)
     return product if addend is None else product + addend
+
+
+decomposed(Tensor.__rmatmul__)
 
 
 def _live(x: Tensor) -> int:
@@ -122,11 +123,6 @@ def _inner(x: Tensor, other: Tensor) -> Tensor:
     if not (x.ndim and other.ndim):
         return x * other
     return torch.tensordot(x, other, ([-1], [-1]))
-
-
-@jet_rule(Tensor.__rmatmul__)
-def _rmatmul(x: Tensor, other: Tensor) -> Tensor:
-    return torch.matmul(other, x)
 
 
 @jet_rule(F.linear)
@@ -142,9 +138,7 @@ def _addmm(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
     return beta * input + alpha * torch.matmul(a, b)
 
 
-@jet_rule(torch.outer, torch.ger)
-def _outer(x: Tensor, other: Tensor) -> Tensor:
-    return x.unsqueeze(-1) * other
+jet_rule(torch.outer, torch.ger)(lambda x, other: x.unsqueeze(-1) * other)
 
 
 class _Einsum(Operation):
@@ -189,7 +183,7 @@ def _einsum(equation: str, *operands: Any) -> Tensor:
         if jets((x, y)):
             if _live(y) > _live(x):
                 a, b, x, y = b, a, y, x
-            product: Tensor = ring_of(x, y).contract(_Einsum(a, b, target), x, y)
+            product: Tensor = algebra_of(x, y).contract(_Einsum(a, b, target), x, y)
         else:
             product = torch.einsum(f"{a},{b}->{target}", x, y)
         terms, values = [target, *terms[2:]], [product, *values[2:]]

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, jets, primal, ring_of
+from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, primal
+from autograd_lib.higher_order.rules.registration import family
 from autograd_lib.higher_order.series import Operation
 from autograd_lib.higher_order.taylor import jet_rule
 
 
+@family
 def _max_pooling(n: int) -> None:
     with_indices = getattr(F, f"max_pool{n}d_with_indices")
 
@@ -28,8 +30,7 @@ def _max_pooling(n: int) -> None:
         return both(input, *args[:5], **kwargs)[0]
 
 
-for _n in (1, 2, 3):
-    _max_pooling(_n)
+_max_pooling(1, 2, 3)
 
 
 class _Convolution(Operation):
@@ -54,64 +55,46 @@ class _Convolution(Operation):
         return cast(Tensor, self._backward(grad.flatten(0, 1), a.flatten(0, 1), b, False, True)[1])
 
 
-def _convolution(n: int, transposed: bool) -> None:
+_OPTIONS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1}
+_ORDER = ("stride", "padding", "dilation", "groups")
+_ORDER_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
+
+
+def _convolution(n: int, function: Any, order: tuple[str, ...]) -> None:
+    """A convolution over n dimensions that takes its options in this order."""
+
     def several(value: Any) -> list[int]:
         return [value] * n if isinstance(value, int) else list(value)
 
-    def convolve(
-        input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, *options: Any
+    @jet_rule(function)
+    def rule(
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any
     ) -> Tensor:
-        stride, dilation, output_padding, groups = options
         if input.ndim == n + 1:
-            batch = input.unsqueeze(0)
-            return convolve(batch, weight, bias, padding, *options).squeeze(0)
+            return rule(input.unsqueeze(0), weight, bias, *options, **named).squeeze(0)
+        chosen = {**_OPTIONS, **dict(zip(order, options, strict=False)), **named}
+        dilation, padding = several(chosen["dilation"]), chosen["padding"]
         if padding == "same":
-            total = [d * (k - 1) for d, k in zip(several(dilation), weight.shape[2:], strict=True)]
+            total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
             ends = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
             input, padding = F.pad(input, ends), 0
         whole = (
-            several(stride),
+            several(chosen["stride"]),
             several(0 if padding == "valid" else padding),
-            several(dilation),
-            transposed,
-            several(output_padding),
-            groups,
+            dilation,
+            order is _ORDER_TRANSPOSED,
+            several(chosen["output_padding"]),
+            chosen["groups"],
         )
         if jets((input, weight)):
-            product: Tensor = ring_of(input, weight).contract(_Convolution(*whole), input, weight)
+            product: Tensor = algebra_of(input, weight).contract(
+                _Convolution(*whole), input, weight
+            )
         else:
             product = torch.convolution(input, weight, None, *whole)
         return product if bias is None else product + bias.reshape(-1, *[1] * n)
 
-    if transposed:
-
-        @jet_rule(getattr(torch, f"conv_transpose{n}d"))
-        def upward(
-            input: Tensor,
-            weight: Tensor,
-            bias: Tensor | None = None,
-            stride: Any = 1,
-            padding: Any = 0,
-            output_padding: Any = 0,
-            groups: int = 1,
-            dilation: Any = 1,
-        ) -> Tensor:
-            return convolve(input, weight, bias, padding, stride, dilation, output_padding, groups)
-    else:
-
-        @jet_rule(getattr(torch, f"conv{n}d"))
-        def onward(
-            input: Tensor,
-            weight: Tensor,
-            bias: Tensor | None = None,
-            stride: Any = 1,
-            padding: Any = 0,
-            dilation: Any = 1,
-            groups: int = 1,
-        ) -> Tensor:
-            return convolve(input, weight, bias, padding, stride, dilation, 0, groups)
-
 
 for _n in (1, 2, 3):
-    _convolution(_n, transposed=False)
-    _convolution(_n, transposed=True)
+    _convolution(_n, getattr(torch, f"conv{_n}d"), _ORDER)
+    _convolution(_n, getattr(torch, f"conv_transpose{_n}d"), _ORDER_TRANSPOSED)

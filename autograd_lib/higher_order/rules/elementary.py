@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autograd_lib.higher_order.algebra import Elementary, Riccati
-from autograd_lib.higher_order.dispatch import Jet, jets, primal, ring_of
+from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, primal
 from autograd_lib.higher_order.series import oscillation, power
 from autograd_lib.higher_order.taylor import jet_rule
 
 
 def elementary(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return cast(Tensor, ring_of((x,)).elementary(Elementary(*args, **kwargs), cast(Jet, x)))
+    return cast(Tensor, algebra_of((x,)).elementary(Elementary(*args, **kwargs), cast(Jet, x)))
 
 
 def _elementwise(elementary: Elementary, *functions: Any) -> None:
     @jet_rule(*functions)
     def rule(x: Jet) -> Tensor:
-        return x.ring.elementary(elementary, x)
+        return x.algebra.elementary(elementary, x)
 
 
 def _smooth(
@@ -90,9 +90,7 @@ def _polygamma(n: Any, x: Any) -> Tensor:
     return elementary(x, lambda t: torch.polygamma(n, t), lambda t: torch.polygamma(n + 1, t))
 
 
-@jet_rule(torch.exp2)
-def _exp2(x: Jet) -> Tensor:
-    return torch.exp(x * math.log(2))
+jet_rule(torch.exp2)(lambda x: torch.exp(x * math.log(2)))
 
 
 @jet_rule(torch.logit)

@@ -9,25 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, lift, ring_of
-from autograd_lib.higher_order.rules.registration import from_right, only_first, wrap
+from autograd_lib.higher_order.dispatch import Jet, algebra_of, lift
+from autograd_lib.higher_order.rules.registration import from_right, require_first_only, wrap
 from autograd_lib.higher_order.series import pad
 from autograd_lib.higher_order.taylor import jet_rule
 
-
-@jet_rule(torch.take)
-def _take(x: Jet, index: Tensor) -> Tensor:
-    return x.flatten()[index]
-
-
-@jet_rule(torch.unbind)
-def _unbind(x: Jet, dim: int = 0) -> Any:
-    return wrap(x.stack.unbind(from_right(x, dim)), x)
-
-
-@jet_rule(torch.chunk)
-def _chunk(x: Jet, chunks: int, dim: int = 0) -> Any:
-    return wrap(x.stack.chunk(chunks, from_right(x, dim)), x)
+jet_rule(torch.take)(lambda x, index: x.flatten()[index])
+jet_rule(torch.chunk)(lambda x, chunks, dim=0: wrap(x.stack.chunk(chunks, from_right(x, dim)), x))
 
 
 @jet_rule(torch.split, Tensor.split, torch.functional.split)
@@ -36,14 +24,9 @@ def _split(x: Jet, split_size_or_sections: Any = None, dim: int = 0, **kwargs: A
     return wrap(torch.split(x.stack, sizes, from_right(x, dim)), x)
 
 
-@jet_rule(Tensor.__iter__)
-def _iter(x: Jet) -> Any:
-    return iter(wrap(x.stack.unbind(1), x))
-
-
 @jet_rule(Tensor.__getitem__)
 def _getitem(x: Jet, index: Any) -> Jet:
-    only_first(Tensor.__getitem__, x, index)
+    require_first_only(Tensor.__getitem__, x, index)
     parts = index if isinstance(index, tuple) else (index,)
     if all(part is None or part is ... or isinstance(part, int | slice) for part in parts):
         return x.map(lambda c: c[(slice(None), *parts)])
@@ -54,7 +37,7 @@ def _getitem(x: Jet, index: Any) -> Jet:
 
 @jet_rule(torch.gather)
 def _gather(x: Jet, dim: int, index: Tensor, **_: Any) -> Jet:
-    only_first(torch.gather, x, index)
+    require_first_only(torch.gather, x, index)
     return x.map(lambda c: c.gather(from_right(x, dim), index.expand(len(c), *index.shape)))
 
 
@@ -81,11 +64,11 @@ def _embedding(
 
 
 def _join(function: Any, values: Sequence[Tensor], dim: int) -> Jet:
-    ring = ring_of(values)
+    algebra = algebra_of(values)
     lifted = [lift(x) for x in values]
     size = max(len(stack) for stack, _ in lifted)
     stacks = [pad(stack, size) for stack, _ in lifted]
-    return Jet(function(stacks, dim), ring, max(live for _, live in lifted))
+    return Jet(function(stacks, dim), algebra, max(live for _, live in lifted))
 
 
 @jet_rule(torch.cat, torch.concat, torch.concatenate)
@@ -100,9 +83,7 @@ def _stack(tensors: Sequence[Tensor], dim: int = 0) -> Jet:
     return _join(torch.stack, tensors, dim % (tensors[0].ndim + 1) + 1)
 
 
-@jet_rule(torch.hstack)
-def _hstack(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(tensors, 0 if tensors[0].ndim < 2 else 1)  # type: ignore[arg-type]
+jet_rule(torch.hstack)(lambda tensors: torch.cat(tensors, 0 if tensors[0].ndim < 2 else 1))
 
 
 @jet_rule(torch.vstack, torch.row_stack)

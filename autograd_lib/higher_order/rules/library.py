@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,22 +24,15 @@ from autograd_lib.functions.losses import _BoundWithForwardMode
 from autograd_lib.higher_order.dispatch import Jet, primal
 from autograd_lib.higher_order.taylor import jet_rule
 
-
-@jet_rule(CustomAutogradFunction)
-def _custom_linear(input: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(input, weight)
-
-
-@jet_rule(_StraightThrough)
-def _straight_through(x: Jet, f: Callable[[Tensor], Tensor]) -> Tensor:
-    return x + (f(primal(x)) - primal(x)).detach()
+jet_rule(CustomAutogradFunction)(F.linear)
+jet_rule(_StraightThrough)(lambda x, f: x + (f(primal(x)) - primal(x)).detach())
 
 
 @jet_rule(_ScaleGradient, _ClipGradient)
-def _bent(*args: Any) -> Tensor:
+def _no_gradient_rule(*args: Any) -> Tensor:
     raise NotImplementedError(
-        "jet: scale_gradient, reverse_gradient and clip_gradient have no rule: they bend gradients "
-        "on their way back, and a derivative along a direction is none"
+        "jet: scale_gradient, reverse_gradient and clip_gradient have no rule: they change "
+        "gradients in backward only, so that no derivative along a direction belongs to them"
     )
 
 
@@ -61,16 +53,6 @@ def _safe_norm(x: Jet) -> Tensor:
     return torch.where(zero, 0.0, torch.sqrt(squares))
 
 
-@jet_rule(_LowMemoryReLU)
-def _low_memory_relu(x: Jet) -> Tensor:
-    return F.relu(x)
-
-
-@jet_rule(_CodedActivation)
-def _coded_activation(x: Jet, kind: Any) -> tuple[Tensor]:
-    return (kind.forward(x),)
-
-
-@jet_rule(_BoundWithForwardMode)
-def _bound(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return torch.clamp(x, low, high)
+jet_rule(_LowMemoryReLU)(F.relu)
+jet_rule(_CodedActivation)(lambda x, kind: (kind.forward(x),))
+jet_rule(_BoundWithForwardMode)(torch.clamp)

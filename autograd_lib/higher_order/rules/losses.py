@@ -44,51 +44,39 @@ def _weighted(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return _reduce(loss * weight, reduction)
 
 
-@_loss(F.mse_loss)
-def _mse_loss(
-    input: Tensor,
-    target: Tensor,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    return _weighted((input - target).square(), weight, reduction)
+def _elementwise_loss(function: Any, loss: Callable[..., Tensor]) -> None:
+    """A loss of each element, reduced with a weight for each."""
+
+    @_loss(function)
+    def rule(
+        *pair: Tensor, reduction: str = "mean", weight: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        return _weighted(loss(*pair, **options), weight, reduction)
 
 
-@_loss(F.l1_loss)
-def _l1_loss(
-    input: Tensor,
-    target: Tensor,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    return _weighted((input - target).abs(), weight, reduction)
-
-
-@jet_rule(F.huber_loss)
-def _huber_loss(
-    input: Tensor,
-    target: Tensor,
-    reduction: str = "mean",
-    delta: float = 1.0,
-    weight: Tensor | None = None,
-) -> Tensor:
+def _huber(input: Tensor, target: Tensor, delta: float = 1.0) -> Tensor:
     error = input - target
     size = error.abs()
-    far = primal(size) > delta
-    loss = torch.where(far, delta * (size - 0.5 * delta), 0.5 * error.square())
-    return _weighted(loss, weight, reduction)
+    return torch.where(primal(size) > delta, delta * (size - 0.5 * delta), 0.5 * error.square())
 
 
-@_loss(F.smooth_l1_loss)
-def _smooth_l1_loss(
-    input: Tensor,
-    target: Tensor,
-    reduction: str = "mean",
-    beta: float = 1.0,
-) -> Tensor:
-    if beta == 0:
-        return F.l1_loss(input, target, reduction=reduction)
-    return F.huber_loss(input, target, reduction=reduction, delta=beta) / beta
+def _smooth_l1(input: Tensor, target: Tensor, beta: float = 1.0) -> Tensor:
+    return _huber(input, target, beta) / beta if beta else (input - target).abs()
+
+
+_elementwise_loss(F.mse_loss, lambda input, target: (input - target).square())
+_elementwise_loss(F.l1_loss, lambda input, target: (input - target).abs())
+_elementwise_loss(F.huber_loss, _huber)
+_elementwise_loss(F.smooth_l1_loss, _smooth_l1)
+
+
+def _target_weights(
+    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The class of each target, 0 where it is ignored, and its weight, 0 there too."""
+    kept = target != ignore_index
+    classes = torch.where(kept, target, 0)
+    return classes, kept.to(dtype) if weight is None else weight[classes] * kept
 
 
 @_loss(F.nll_loss)
@@ -100,11 +88,9 @@ def _nll_loss(
     reduction: str = "mean",
 ) -> Tensor:
     dim = 0 if input.ndim == 1 else 1
-    kept = target != ignore_index
-    places = torch.where(kept, target, 0)
-    picked = input.gather(dim, places.unsqueeze(dim)).squeeze(dim)
-    weights = kept.to(input.dtype) if weight is None else weight[places] * kept
-    loss = -torch.where(kept, picked, 0.0) * weights
+    classes, weights = _target_weights(target, weight, ignore_index, input.dtype)
+    picked = input.gather(dim, classes.unsqueeze(dim)).squeeze(dim)
+    loss = -torch.where(target != ignore_index, picked, 0.0) * weights
     return loss.sum() / weights.sum() if reduction == "mean" else _reduce(loss, reduction)
 
 
@@ -119,36 +105,31 @@ def _cross_entropy(
 ) -> Tensor:
     dim = 0 if input.ndim == 1 else 1
     logs = input.log_softmax(dim)
-    classes = input.shape[dim]
-    by_class = None
+    share = label_smoothing / input.shape[dim]
+    weighted = logs
     if weight is not None:
-        by_class = weight.reshape(-1, *[1] * (input.ndim - 1 - dim))
+        weighted = logs * weight.reshape(-1, *[1] * (input.ndim - 1 - dim))
     if target.shape == input.shape:  # probabilities
-        target = target * (1 - label_smoothing) + label_smoothing / classes
-        loss = -(logs * (target if by_class is None else target * by_class)).sum(dim)
-        return loss.sum() / (loss.numel()) if reduction == "mean" else _reduce(loss, reduction)
+        loss = -(weighted * (target * (1 - label_smoothing) + share)).sum(dim)
+        return _reduce(loss, reduction)
+    options: Any = {"weight": weight, "ignore_index": ignore_index}
     if not label_smoothing:
-        return F.nll_loss(logs, target, weight, ignore_index=ignore_index, reduction=reduction)
-    kept = target != ignore_index
-    places = torch.where(kept, target, 0)
-    picked = F.nll_loss(logs, target, weight, ignore_index=ignore_index, reduction="none")
-    spread = -(logs if by_class is None else logs * by_class).sum(dim)
-    loss = (1 - label_smoothing) * picked + label_smoothing / classes * torch.where(
-        kept, spread, 0.0
-    )
+        return F.nll_loss(logs, target, **options, reduction=reduction)
+    picked = F.nll_loss(logs, target, **options, reduction="none")
+    spread = torch.where(target != ignore_index, -weighted.sum(dim), 0.0)
+    loss = (1 - label_smoothing) * picked + share * spread
     if reduction != "mean":
         return _reduce(loss, reduction)
-    total = kept.sum() if weight is None else (weight[places] * kept).sum()
-    return loss.sum() / total
+    return loss.sum() / _target_weights(target, weight, ignore_index, loss.dtype)[1].sum()
 
 
 @_loss(F.binary_cross_entropy_with_logits)
 def _bce_with_logits(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
+    weight: Any = None,
     reduction: str = "mean",
-    pos_weight: Tensor | None = None,
+    pos_weight: Any = None,
 ) -> Tensor:
     scale = 1.0 if pos_weight is None else pos_weight
     loss = -(scale * target * F.logsigmoid(input) + (1 - target) * F.logsigmoid(-input))
@@ -156,25 +137,16 @@ def _bce_with_logits(
 
 
 @_loss(F.binary_cross_entropy)
-def _bce(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    # as PyTorch, which bounds the logarithms by -100
-    loss = -(
-        target * input.log().clamp_min(-100) + (1 - target) * (1 - input).log().clamp_min(-100)
-    )
+def _bce(input: Tensor, target: Tensor, weight: Any = None, reduction: str = "mean") -> Tensor:
+    # PyTorch bounds the logarithms by -100, too.
+    logs, complements = (x.log().clamp_min(-100) for x in (input, 1 - input))
+    loss = -(target * logs + (1 - target) * complements)
     return _reduce(loss if weight is None else loss * weight, reduction)
 
 
 @_loss(F.kl_div)
 def _kl_div(
-    input: Tensor,
-    target: Tensor,
-    reduction: str = "mean",
-    log_target: bool = False,
+    input: Tensor, target: Tensor, reduction: str = "mean", log_target: bool = False
 ) -> Tensor:
     if log_target:
         loss = target.exp() * (target - input)

@@ -10,22 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet, primal
-from autograd_lib.higher_order.rules.registration import from_right, widened, wrap
+from autograd_lib.higher_order.rules.registration import (
+    decomposed,
+    family,
+    from_right,
+    widened,
+    wrap,
+)
 from autograd_lib.higher_order.taylor import jet_rule
 
 
-@jet_rule(torch.sum)
-def _sum(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if not x.ndim:
-        return x if dtype is None else x.to(dtype)
-    return wrap(x.stack.sum(from_right(x, dim), keepdim, dtype=dtype), x)
+@family
+def _total(function: Any) -> None:
+    """A sum or a mean."""
+
+    @jet_rule(function)
+    def rule(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+        if not x.ndim:
+            return widened(x, dtype)
+        return wrap(function(x.stack, from_right(x, dim), keepdim, dtype=dtype), x)
 
 
-@jet_rule(torch.mean)
-def _mean(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if not x.ndim:
-        return x if dtype is None else x.to(dtype)
-    return wrap(x.stack.mean(from_right(x, dim), keepdim, dtype=dtype), x)
+_total(torch.sum, torch.mean)
+decomposed(F.softmax, F.log_softmax, F.softmin, torch.norm, F.normalize)
 
 
 @jet_rule(torch.logsumexp, torch.special.logsumexp)
@@ -37,44 +44,20 @@ def _logsumexp(x: Jet, dim: Any, keepdim: bool = False) -> Tensor:
         total = torch.logsumexp(rows, -1)
         shape = [1 if d not in kept else n for d, n in enumerate(x.shape)]
         return total.reshape(shape) if keepdim else total
-    total = x.ring.logsumexp(x, from_right(x, dims[0]))[0]
+    total = x.algebra.logsumexp(x, from_right(x, dims[0]))[0]
     return total if keepdim else total.squeeze(dims[0])
-
-
-def _implied(x: Tensor, dim: int | None) -> int:
-    """The dimension that PyTorch takes, with a warning of its deprecation, where none is given."""
-    if dim is not None:
-        return dim
-    return 0 if x.ndim in (0, 1, 3) else 1
-
-
-@jet_rule(F.softmax)
-def _softmax(input: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
-    return torch.softmax(input, _implied(input, dim), dtype)
-
-
-@jet_rule(F.log_softmax)
-def _log_softmax(
-    input: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
-) -> Tensor:
-    return torch.log_softmax(input, _implied(input, dim), dtype)
 
 
 @jet_rule(torch.softmax, torch.special.softmax)
 def _softmax_of(x: Jet, dim: int, dtype: Any = None) -> Tensor:
     x = cast(Jet, widened(x, dtype))
-    return cast(Tensor, x.ring.logsumexp(x, from_right(x, dim))[1])
+    return cast(Tensor, x.algebra.logsumexp(x, from_right(x, dim))[1])
 
 
 @jet_rule(torch.log_softmax, torch.special.log_softmax)
 def _log_softmax_of(x: Jet, dim: int, dtype: Any = None) -> Tensor:
     x = cast(Jet, widened(x, dtype))
-    return x - x.ring.logsumexp(x, from_right(x, dim))[0]
-
-
-@jet_rule(F.softmin)
-def _softmin(input: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
-    return F.softmax(-input, dim, dtype=dtype)
+    return x - x.algebra.logsumexp(x, from_right(x, dim))[0]
 
 
 @jet_rule(torch.var)
@@ -91,9 +74,7 @@ def _var(
     return centered.square().sum(dims, keepdim) / (n - correction)
 
 
-@jet_rule(torch.std)
-def _std(*args: Any, **kwargs: Any) -> Tensor:
-    return torch.var(*args, **kwargs).sqrt()
+jet_rule(torch.std)(lambda *args, **kwargs: torch.var(*args, **kwargs).sqrt())
 
 
 @jet_rule(torch.var_mean)
@@ -135,22 +116,6 @@ def _vector_norm(
     return (x.abs() ** ord).sum(dims, keepdim) ** (1 / ord)
 
 
-@jet_rule(torch.norm, Tensor.norm)
-def _norm(
-    input: Jet,
-    p: Any = "fro",
-    dim: Any = None,
-    keepdim: bool = False,
-    out: None = None,
-    dtype: Any = None,
-) -> Tensor:
-    if p not in (None, "fro") and not isinstance(p, int | float):
-        raise NotImplementedError(f"jet: torch.norm has no rule for p={p!r}")
-    return torch.linalg.vector_norm(
-        input, 2 if p in (None, "fro") else p, dim, keepdim, dtype=dtype
-    )
-
-
 @jet_rule(torch.linalg.norm)
 def _linalg_norm(
     x: Jet, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
@@ -161,13 +126,6 @@ def _linalg_norm(
     if (matrix and ord is not None) or isinstance(ord, str):
         raise NotImplementedError(f"jet: torch.linalg.norm has no rule for matrices, ord={ord!r}")
     return torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
-
-
-@jet_rule(F.normalize)
-def _normalize(
-    input: Jet, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
-) -> Tensor:
-    return input / torch.linalg.vector_norm(input, p, dim, True).clamp_min(eps)
 
 
 @jet_rule(F.cosine_similarity)

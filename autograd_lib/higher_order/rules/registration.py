@@ -1,7 +1,11 @@
-"""Ways to register the rules of many PyTorch functions at once, and what the rules share."""
+"""Ways to register rules for many PyTorch functions at once, and helpers that rules share."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,15 +31,43 @@ def named(names: str, *homes: Any) -> list[Any]:
     ]
 
 
+def family(register: Callable[..., None]) -> Callable[..., None]:
+    """Make what registers the rule of one function register those of several."""
+
+    @functools.wraps(register)
+    def register_all(*functions: Any, **options: Any) -> None:
+        for function in functions:
+            register(function, **options)
+
+    return register_all
+
+
+@family
+def decomposed(function: Any) -> None:
+    """Functions that PyTorch writes in Python, each with PyTorch's own source as its rule.
+
+    The source runs without its first lines' check for overrides, which would call the rule again.
+    """
+    body = inspect.unwrap(function)
+    unchecked = {
+        f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")
+    }
+    names = {**body.__globals__, **unchecked, "__name__": __name__}
+    rule = FunctionType(body.__code__, names, None, body.__defaults__, body.__closure__)
+    rule.__kwdefaults__ = body.__kwdefaults__
+    jet_rule(function)(rule)
+
+
 def wrap(result: Any, like: Jet) -> Any:
+    """Follow the result of a linear function of the stack of `like`."""
     if isinstance(result, Tensor):
         if not (result.is_floating_point() or result.is_complex()):
             return result[0]  # converted to integers, where there are no derivatives
-        return Jet(result, like.ring, like.live)
+        return Jet(result, like.algebra, like.live)
     return tuple(wrap(part, like) for part in result)
 
 
-def only_first(function: Any, x: Any, *others: Any) -> None:
+def require_first_only(function: Any, x: Any, *others: Any) -> None:
     if not isinstance(x, Jet) or jets(others):
         raise NotImplementedError(
             f"jet: {function.__name__} has a rule only where its first argument, and no other, "
@@ -43,17 +75,19 @@ def only_first(function: Any, x: Any, *others: Any) -> None:
         )
 
 
+@family
 def linear(function: Any) -> None:
-    """A function linear in its first argument, coefficient by coefficient."""
+    """Functions linear in their first argument, applied to each coefficient by `torch.vmap`."""
 
     @jet_rule(function)
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
-        only_first(function, x, args, kwargs)
+        require_first_only(function, x, args, kwargs)
         return wrap(torch.vmap(lambda c: function(c, *args, **kwargs))(x.stack), x)
 
 
-def numberwise(function: Any) -> None:
-    """A linear function that takes the stack as it is, for it counts no dimension from the left."""
+@family
+def linear_elementwise(function: Any) -> None:
+    """Linear functions of the whole stack, since they count no dimension from the left."""
 
     @jet_rule(function)
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -69,18 +103,19 @@ def from_right(x: Tensor, dim: Any) -> Any:
     return tuple(from_right(x, d) for d in (dim or range(x.ndim)))
 
 
-def along(function: Any, *names: str) -> None:
-    """A linear function that takes dimensions by these names, in this order, before others."""
+@family
+def linear_along(function: Any, **dimensions: int) -> None:
+    """Linear functions whose next arguments are these dimensions, with their defaults."""
 
     @jet_rule(function)
     def rule(x: Jet, *args: Any, **kwargs: Any) -> Any:
-        only_first(function, x, args, kwargs)
-        dims = {
-            **dict(zip(names, args, strict=False)),
-            **{n: kwargs.pop(n) for n in names if n in kwargs},
-        }
-        moved = [from_right(x, dims[n]) for n in names if n in dims]
-        return wrap(function(x.stack, *moved, *args[len(names) :], **kwargs), x)
+        require_first_only(function, x, args, kwargs)
+        given = dict(zip(dimensions, args, strict=False))
+        dims = [
+            from_right(x, given.get(name, kwargs.pop(name, default)))
+            for name, default in dimensions.items()
+        ]
+        return wrap(function(x.stack, *dims, *args[len(dims) :], **kwargs), x)
 
 
 def sizes_of(sizes: tuple[Any, ...]) -> tuple[int, ...]:

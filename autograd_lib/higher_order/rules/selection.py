@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, jets, lift, primal, ring_of
+from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, lift, primal
+from autograd_lib.higher_order.rules.registration import family
 from autograd_lib.higher_order.series import pad
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -15,7 +16,7 @@ from autograd_lib.higher_order.taylor import jet_rule
 @jet_rule(torch.where)
 def _where(condition: Tensor, x: Any, other: Any) -> Any:
     condition = primal(condition)
-    ring, like = ring_of(x, other), jets((x, other))[0]
+    algebra, like = algebra_of(x, other), jets((x, other))[0]
     x, y = (
         t if isinstance(t, Tensor) else torch.tensor(t, dtype=like.dtype, device=like.device)
         for t in (x, other)
@@ -24,7 +25,7 @@ def _where(condition: Tensor, x: Any, other: Any) -> Any:
     (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
     size = max(len(a), len(b))
     a, b = (pad(c.to(dtype), size) for c in (a, b))
-    return Jet(torch.where(condition, a, b), ring, max(live_a, live_b))
+    return Jet(torch.where(condition, a, b), algebra, max(live_a, live_b))
 
 
 # after that of torch.where, whose rule goes to the method too
@@ -33,9 +34,7 @@ def _where_method(x: Any, condition: Tensor, other: Any) -> Any:
     return _where(condition, x, other)
 
 
-@jet_rule(torch.masked_fill)
-def _masked_fill(x: Tensor, mask: Tensor, value: Any) -> Tensor:
-    return torch.where(mask, value, x)
+jet_rule(torch.masked_fill)(lambda x, mask, value: torch.where(mask, value, x))
 
 
 @jet_rule(torch.abs, torch.absolute)
@@ -52,14 +51,8 @@ def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     return x if max is None else torch.where(primal(x) > primal(max), max, x)
 
 
-@jet_rule(torch.clamp_min)
-def _clamp_min(x: Tensor, min: Any) -> Tensor:
-    return torch.clamp(x, min)
-
-
-@jet_rule(torch.clamp_max)
-def _clamp_max(x: Tensor, max: Any) -> Tensor:
-    return torch.clamp(x, max=max)
+jet_rule(torch.clamp_min)(torch.clamp)
+jet_rule(torch.clamp_max)(lambda x, max: torch.clamp(x, max=max))
 
 
 @jet_rule(torch.maximum)
@@ -68,12 +61,11 @@ def _maximum(x: Tensor, other: Tensor) -> Tensor:
     return torch.where(a > b, x, torch.where(a < b, other, (x + other) / 2))
 
 
-@jet_rule(torch.minimum)
-def _minimum(x: Tensor, other: Tensor) -> Tensor:
-    return -torch.maximum(-x, -other)
+jet_rule(torch.minimum)(lambda x, other: -torch.maximum(-x, -other))
 
 
-def _extreme(name: str) -> None:
+@family
+def _extremum(name: str) -> None:
     function = getattr(torch, name)
 
     @jet_rule(function)
@@ -95,8 +87,7 @@ def _extreme(name: str) -> None:
         return (x * (first / first.sum(dims, keepdim=True))).sum(dims, keepdim)
 
 
-_extreme("max")
-_extreme("min")
+_extremum("max", "min")
 
 
 @jet_rule(torch.sort)

@@ -13,15 +13,8 @@ from autograd_lib.higher_order.dispatch import Jet, lift, primal
 from autograd_lib.higher_order.rules.registration import from_right, getter, sizes_of, wrap
 from autograd_lib.higher_order.taylor import jet_rule
 
-
-@jet_rule(torch.t, getter("T"))
-def _t(x: Jet) -> Jet:
-    return x if x.ndim < 2 else x.map(lambda c: c.mT)
-
-
-@jet_rule(getter("H"))
-def _h(x: Jet) -> Jet:
-    return x.map(lambda c: c.mH)
+jet_rule(torch.t, getter("T"))(lambda x: x if x.ndim < 2 else x.map(lambda c: c.mT))
+jet_rule(getter("H"))(lambda x: x.map(lambda c: c.mH))
 
 
 @jet_rule(Tensor.view, torch.reshape)
@@ -34,9 +27,7 @@ def _reshape(x: Jet, *shape: Any, **kwargs: Any) -> Jet:
     return x.map(lambda c: c.reshape(len(c), *sizes))
 
 
-@jet_rule(Tensor.view_as, Tensor.reshape_as)
-def _reshape_as(x: Tensor, other: Tensor) -> Tensor:
-    return x.reshape(other.shape)
+jet_rule(Tensor.view_as, Tensor.reshape_as)(lambda x, other: x.reshape(other.shape))
 
 
 @jet_rule(torch.permute)
@@ -45,9 +36,7 @@ def _permute(x: Jet, *dims: Any, **kwargs: Any) -> Jet:
     return x.map(lambda c: c.permute(0, *[d + 1 for d in order]))
 
 
-@jet_rule(torch.moveaxis)
-def _moveaxis(x: Jet, source: Any, destination: Any) -> Tensor:
-    return torch.movedim(x, source, destination)
+jet_rule(torch.moveaxis)(lambda x, source, destination: x.movedim(source, destination))
 
 
 @jet_rule(torch.flip)
@@ -61,26 +50,17 @@ def _tile(x: Jet, *dims: Any, **kwargs: Any) -> Tensor:
     return x.repeat(*[1] * (x.ndim - len(repeats)), *repeats)
 
 
-@jet_rule(torch.diagflat)
-def _diagflat(x: Jet, offset: int = 0) -> Tensor:
-    return x.flatten().diag(offset)
+jet_rule(torch.diagflat)(lambda x, offset=0: x.flatten().diag(offset))
 
 
-@jet_rule(torch.broadcast_to)
-def _broadcast_to(x: Jet, *size: Any, **kwargs: Any) -> Jet:
-    return _expand(x, *(size or tuple(kwargs.values())))
-
-
-@jet_rule(Tensor.expand)
-def _expand(x: Jet, *sizes: Any, implicit: bool = False) -> Jet:
-    shape = sizes_of(sizes)
+@jet_rule(Tensor.expand, torch.broadcast_to)
+def _expand(x: Jet, *sizes: Any, implicit: bool = False, **kwargs: Any) -> Jet:
+    shape = sizes_of(sizes or tuple(kwargs.values()))
     stack, _ = lift(x, len(shape))
-    return Jet(stack.expand(len(stack), *shape), x.ring, x.live)
+    return Jet(stack.expand(len(stack), *shape), x.algebra, x.live)
 
 
-@jet_rule(Tensor.expand_as)
-def _expand_as(x: Tensor, other: Tensor) -> Tensor:
-    return x.expand(other.shape)
+jet_rule(Tensor.expand_as)(lambda x, other: x.expand(other.shape))
 
 
 @jet_rule(torch.flatten)
@@ -103,9 +83,7 @@ def _squeeze(x: Jet, dim: Any = None) -> Jet:
     return _reshape(x, tuple(n for d, n in enumerate(x.shape) if n != 1 or d not in gone))
 
 
-@jet_rule(torch.atleast_1d)
-def _atleast_1d(x: Tensor) -> Tensor:
-    return x if x.ndim else x.reshape(1)
+jet_rule(torch.atleast_1d)(lambda x: x if x.ndim else x.reshape(1))
 
 
 @jet_rule(torch.broadcast_tensors)

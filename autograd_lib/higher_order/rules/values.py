@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet, primal
-from autograd_lib.higher_order.rules.registration import getter, named, wrap
+from autograd_lib.higher_order.rules.registration import family, getter, named, wrap
 from autograd_lib.higher_order.taylor import jet_rule
 
 _PLAIN = """
@@ -29,6 +29,7 @@ _PLAIN_GETTERS = """
 """
 
 
+@family
 def _plain(function: Any) -> None:
     """A function that sees the values alone: constants, conditions, steps, places."""
 
@@ -37,10 +38,7 @@ def _plain(function: Any) -> None:
         return function(*primal(args), **primal(kwargs))
 
 
-for _function in named(_PLAIN, torch, Tensor):
-    _plain(_function)
-for _name in _PLAIN_GETTERS.split():
-    _plain(getter(_name))
+_plain(*named(_PLAIN, torch, Tensor), *[getter(name) for name in _PLAIN_GETTERS.split()])
 
 
 @jet_rule(torch.sgn)
