@@ -24,7 +24,7 @@ _MODELS: dict[str, type[nn.Module]] = {
     "transformer": CustomTransformerModel,
     "rnn": CustomRNNModel,
 }
-_FITTING = {"digits": "cnn", "source": "transformer", "highlight": "rnn"}
+_FITTING = {"digits": "cnn", "rows": "rnn", "source": "transformer"}
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
@@ -270,7 +270,6 @@ def make_loaders(
     make = partial(
         DataLoader,
         batch_size=batch // processes,
-        collate_fn=task.collate,
         num_workers=workers,
         persistent_workers=workers > 0,
     )

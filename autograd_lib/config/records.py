@@ -252,15 +252,15 @@ class DataConfig(Record):
     """What is learned from.
 
     Attributes:
-        name: "digits" are images of 8 x 8 pixels for the CNN, "source" the characters of Python's
-            standard library for the Transformer, "highlight" the kind of token of each of its
-            characters for the RNN. All come with what is installed.
+        name: "digits" are images of 8 x 8 pixels for the CNN, "rows" the same images as sequences
+            of 8 rows for the RNN, "source" the characters of Python's standard library for the
+            Transformer. All come with what is installed.
         batch_size: Samples of a step, at least 1, of all processes together.
         workers: Processes that load data, at least 0; 0 loads it in the training process.
         options: Arguments of the data set by their names.
     """
 
-    name: Literal["digits", "source", "highlight"] = "digits"
+    name: Literal["digits", "rows", "source"] = "digits"
     batch_size: _Count = 64
     workers: _Natural = 0
     options: _Options = field(default_factory=dict, hash=False)

@@ -204,7 +204,7 @@ def test_too_many_nonfinite_steps_end_the_run_with_the_report(
     ("arguments", "message"),
     [
         (["missing.yaml"], r"error: .*missing\.yaml.*"),
-        (["xyz"], r"error: CONFIG: .* digits_cnn, highlight_rnn, .* got 'xyz', which is neither$"),
+        (["xyz"], r"error: CONFIG: .* digits_cnn, rows_rnn, .* got 'xyz', which is neither$"),
         (["digit_cnn"], r"error: CONFIG: .* got 'digit_cnn', .* did you mean 'digits_cnn'\?$"),
         (["configs/source_transformer.yml"], r"error: CONFIG: .* mean 'source_transformer'\?$"),
         (["."], r"error: CONFIG: .* got '\.', which is neither$"),
@@ -324,12 +324,9 @@ def test_a_given_file_is_completed(
 def test_each_configuration_trains(path: Path, config: Path) -> None:
     """For a few steps; what it reaches is said in it, and measured by running it."""
     few = ["training.epochs=1", "training.device=cpu", "data.batch_size=4"]
-    options = {
-        "source": ["windows=12", "test_windows=4", "length=16"],
-        "highlight": ["lines=12", "test_lines=4"],
-    }
-    few += [f"data.options.{o}" for o in options.get(load_config(path).data.name, [])]
-    if load_config(path).data.name == "digits":
+    if load_config(path).data.name == "source":
+        few += [f"data.options.{o}" for o in ("windows=12", "test_windows=4", "length=16")]
+    else:
         few[-1] = "data.batch_size=700"
     overrides = [word for override in few for word in ("--set", override)]
     assert main(["train", str(path), *overrides]) == 0
@@ -352,7 +349,7 @@ def test_a_configuration_of_the_library_trains_by_name(
 
 
 def test_there_is_a_configuration_for_each_data_set() -> None:
-    assert {load_config(path).data.name for path in CONFIGS} == {"digits", "source", "highlight"}
+    assert {load_config(path).data.name for path in CONFIGS} == {"digits", "rows", "source"}
 
 
 # doctor, demo

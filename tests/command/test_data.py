@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import ast
-import builtins
-import keyword
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn import datasets
-from torch.utils.data import DataLoader
 
 from autograd_lib.command.build import build, make_loaders, make_schedule, pick_device
 from autograd_lib.command.data import (
-    CLASSES,
     VOCABULARY,
     SequenceCrossEntropy,
     Task,
     _encode,
-    highlighted,
     load_data,
 )
 from autograd_lib.config import AutogradConfig, OptimizerConfig, load_config
 
 SMALL = {
     "digits": {},
+    "rows": {},
     "source": {"length": 32, "windows": 50, "test_windows": 20},
-    "highlight": {"lines": 60, "test_lines": 20},
 }
 MODELS = {
     "digits": {"name": "cnn", "options": {"channels": [8, 8]}},
     "source": {"name": "transformer", "options": {"d_model": 8, "num_layers": 1}},
-    "highlight": {"name": "rnn", "options": {"hidden_size": 8}},
+    "rows": {"name": "rnn", "options": {"hidden_size": 8}},
 }
 
 
@@ -133,141 +126,42 @@ def test_more_windows_than_there_are_is_an_error_with_their_number() -> None:
         load_data("source", windows=9_000_000)
 
 
-SAMPLE = '''\
-@cache
-def f(self, x: int = 0x1F) -> str:  # why
-    """Doc
-    string."""
-    if not self.print(x) and x<=2.5e-3:
-
-        # alone
-        print(f"{x!r} is {len(x)}", rb'\\0',
-              None)
-    match = a.\\
-        lambda_
-'''
-# One letter for a class: space, k, b, n, 0, s, #, o.
-EXPECTED = [
-    ("@cache", "onnnnn"),
-    (
-        "def f(self, x: int = 0x1F) -> str:  # why",
-        "kkk nonnnno no bbb o 0000o oo bbbo  #####",
-    ),
-    ('    """Doc\n    string."""', "    " + "s" * 21),
-    (
-        "    if not self.print(x) and x<=2.5e-3:",
-        "    kk kkk nnnnonnnnnono kkk noo000000o",
-    ),
-    ("        # alone", "        #######"),
-    (
-        "        print(f\"{x!r} is {len(x)}\", rb'\\0',\n              None)",
-        "        bbbbbo" + "s" * 20 + "o sssssso" + " " * 15 + "kkkko",
-    ),
-    ("    match = a.\\\n        lambda_", "    nnnnn o no" + " " * 10 + "nnnnnnn"),
-]
+def test_rows_are_the_images_from_top_to_bottom() -> None:
+    images, rows = load_data("digits"), load_data("rows")
+    assert rows.sizes == {"input_size": 8, "output_size": 10}
+    for part in ("train", "test"):
+        (whole, labels), (sequence, same) = (getattr(t, part).tensors for t in (images, rows))
+        assert sequence.shape == (len(labels), 8, 8)
+        assert torch.equal(whole[:, 0], sequence)
+        assert torch.equal(labels, same)
 
 
-def test_classes_of_every_kind_of_character() -> None:
-    letters = " kbn0s#o"
-    assert len(letters) == len(CLASSES)
-    found = [(text, "".join(letters[c] for c in classes)) for text, classes in highlighted(SAMPLE)]
-    assert found == EXPECTED
+def test_rows_are_judged_after_the_last_one() -> None:
+    task = load_data("rows")
+    logits, targets = torch.randn(5, 8, 10), torch.tensor([3, 1, 4, 1, 5])
+    logits[0, -1, 3] = logits[1, -1, 1] = logits[2, 0, 4] = 99.0
+    logits[2:, -1, 0] = 50.0
+    expected = [-logits[b, -1].log_softmax(0)[targets[b]] for b in range(5)]
+    found = task.loss_fn(logits, targets)
+    assert found.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-6)
+    assert task.metrics["accuracy"](logits, targets).item() == pytest.approx(2 / 5)
 
 
-def places(tree: ast.AST) -> Iterator[tuple[ast.AST, int, int]]:
-    for node in ast.walk(tree):
-        if getattr(node, "lineno", 0) == 1 and node.end_lineno == 1:
-            yield node, node.col_offset, node.end_col_offset
-
-
-def test_classes_agree_with_the_syntax_tree() -> None:
-    """The tree is made by the parser, which knows nothing of `tokenize`."""
-    counted = dict.fromkeys(CLASSES, 0)
-    for text, classes in highlighted(library("argparse")[0]):
-        indent = len(text) - len(text.lstrip())
-        line = text[indent:]
-        if not line.isascii() or "\n" in line:
-            continue
-        try:
-            tree = ast.parse(line)
-        except SyntaxError:  # the head of a block, or a `return`
-            continue
-        names = [CLASSES[c] for c in classes[indent:]]
-        in_string = np.zeros(len(line), bool)
-        for node, begin, end in places(tree):
-            if isinstance(node, ast.JoinedStr) or (
-                isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes))
-            ):
-                in_string[begin:end] = True
-        for node, begin, end in places(tree):
-            if in_string[begin]:
-                continue
-            expected = None
-            if isinstance(node, ast.Name):
-                expected = "builtin" if hasattr(builtins, node.id) else "name"
-            elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
-                expected = "number"
-            elif isinstance(node, ast.Constant) and (node.value is None or node.value is True):
-                expected = "keyword"
-            if expected:
-                assert set(names[begin:end]) == {expected}, line
-                counted[expected] += 1
-        for node, begin, end in places(tree):
-            # Adjacent strings are one node, with whitespace between them.
-            if in_string[begin] and isinstance(node, ast.Constant) and " " not in line[begin:end]:
-                assert set(names[begin:end]) == {"string"}, line
-                counted["string"] += 1
-    assert all(counted[kind] > 20 for kind in ("builtin", "name", "number", "keyword", "string"))
-
-
-def test_words_that_are_keywords_are_classed_so_outside_strings_and_comments() -> None:
-    for text, classes in highlighted(library("textwrap")[0]):
-        for word in re.finditer(r"[A-Za-z_]\w*", text):
-            kinds = {CLASSES[c] for c in classes[word.start() : word.end()]}
-            if not kinds & {"string", "comment"}:
-                assert (kinds == {"keyword"}) == keyword.iskeyword(word.group()), text
-
-
-def test_lines_are_of_one_part_only_and_no_longer_than_asked() -> None:
-    task = load_data("highlight", lines=2000, test_lines=400, length=60)
-    parts = [
-        {decoded(part[i][0]).strip() for i in range(len(part))} for part in (task.train, task.test)
-    ]
-    assert [len(part) for part in parts] == [2000, 400]
-    assert not parts[0] & parts[1]
-    assert max(len(task.train[i][0]) for i in range(2000)) <= 60
-
-
-def test_a_batch_of_lines_is_padded_with_what_the_loss_ignores() -> None:
-    task = load_data("highlight", lines=40, test_lines=10)
-    (one_hot, lengths), targets = next(iter(DataLoader(task.train, 8, collate_fn=task.collate)))
-    assert one_hot.shape == (8, int(lengths.max()), task.sizes["input_size"])
-    for i in range(8):
-        codes, classes = task.train[i]
-        n = int(lengths[i])
-        assert n == len(codes)
-        assert torch.equal(one_hot[i, :n].argmax(-1), codes.long())
-        assert torch.equal(one_hot[i, :n].sum(-1), torch.ones(n))
-        assert torch.equal(targets[i, :n], classes)
-        assert (targets[i, n:] == -100).all()
-
-
-def test_the_loss_and_the_accuracy_of_sequences_are_over_what_counts() -> None:
+def test_the_loss_and_the_accuracy_of_text_are_over_all_positions() -> None:
     logits, targets = torch.randn(3, 5, 4), torch.randint(0, 4, (3, 5))
-    targets[0, 2:] = targets[2, 1:] = -100
-    counted = [(b, s) for b in range(3) for s in range(5) if targets[b, s] != -100]
-    expected = [-logits[b, s].log_softmax(0)[targets[b, s]] for b, s in counted]
+    places = [(b, s) for b in range(3) for s in range(5)]
+    expected = [-logits[b, s].log_softmax(0)[targets[b, s]] for b, s in places]
     found = SequenceCrossEntropy()(logits, targets)
     assert found.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-6)
-    right = sum(logits[b, s].argmax() == targets[b, s] for b, s in counted)
-    accuracy = load_data("highlight", **SMALL["highlight"]).metrics["accuracy"]
-    assert accuracy(logits, targets).item() == pytest.approx(float(right) / len(counted))
+    right = sum(logits[b, s].argmax() == targets[b, s] for b, s in places)
+    accuracy = load_data("source", **SMALL["source"]).metrics["accuracy"]
+    assert accuracy(logits, targets).item() == pytest.approx(float(right) / len(places))
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("digit", {}, r"data\.name: expected one of digits, source, highlight, got 'digit'; did "
+        ("digit", {}, r"data\.name: expected one of digits, rows, source, got 'digit'; did "
          r"you mean 'digits'\?"),
         ("source", {"window": 3}, r"data\.options\.window: data 'source' has no such option, "
          r"expected length, windows, test_windows; did you mean 'windows'\?"),
@@ -275,7 +169,7 @@ def test_the_loss_and_the_accuracy_of_sequences_are_over_what_counts() -> None:
          "expected none$"),
         ("source", {"length": 0}, r"data\.options\.length: expected an integer from 1 on, got 0"),
         ("source", {"length": True}, "expected an integer from 1 on, got True"),
-        ("highlight", {"lines": "3"}, "expected an integer from 1 on, got '3'"),
+        ("source", {"windows": "3"}, "expected an integer from 1 on, got '3'"),
     ],
 )  # fmt: skip
 def test_errors_name_the_path_and_the_nearest(name: str, options: dict, message: str) -> None:
@@ -420,14 +314,14 @@ def test_options_and_features_reach_what_they_are_for() -> None:
     plain = build(config_of("source"))
     assert type(plain.system.module.blocks[0].activation) is torch.nn.GELU
     # The RNN has no such Functions, and trains all the same.
-    build(config_of("highlight", autograd_system={"advanced_features": {"custom_gradients": True}}))
+    build(config_of("rows", autograd_system={"advanced_features": {"custom_gradients": True}}))
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"model": {"name": "cnn"}}, r"model\.name: 'cnn' does not fit data\.name 'source'; what "
-         r"fits is cnn on digits; transformer on source; rnn on highlight"),
+         r"fits is cnn on digits; rnn on rows; transformer on source"),
         ({"model": {"name": "transformer", "options": {"d_modle": 8}}},
          r"model\.options\.d_modle: CustomTransformerModel has no such option, expected one of "
          r"d_model, .*; did you mean 'd_model'\?"),

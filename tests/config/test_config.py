@@ -797,7 +797,7 @@ def test_an_override_does_not_hide_a_mistake_of_the_file(write):
         (MonitoringConfig, {"vanish_below": -1}, ValueError, "to be a number >= 0, got -1"),
         (MonitoringConfig, {"explode_above": 1e-9}, ValueError, "vanish_below < explode"),
         (FeaturesConfig, {"custom_gradients": None}, TypeError, "to be True or False, got None"),
-        (DataConfig, {"name": "mnist"}, ValueError, "'digits' or 'source' or 'highlight', got"),
+        (DataConfig, {"name": "mnist"}, ValueError, "'digits' or 'rows' or 'source', got"),
         (DataConfig, {"batch_size": 0}, ValueError, "batch_size to be an integer >= 1"),
         (DataConfig, {"batch_size": 1.0}, TypeError, "an integer >= 1, got 1.0"),
         (DataConfig, {"workers": -1}, ValueError, "workers to be an integer >= 0"),
