@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import platform
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils import collect_env
 
 import autograd_lib
-from autograd_lib.report.tables import Row, readable_bytes, text_table
+from autograd_lib.report.tables import Row, text_table
 
 # Each by the name that pip installs it under.
 _OPTIONAL = (
@@ -23,34 +23,34 @@ _OPTIONAL = (
 _LONGEST = 60  # of a reason in the table
 
 
-def diagnose() -> tuple[str, bool]:
+def diagnose(*, compile: bool = False) -> tuple[str, bool]:
     """Try what training may use.
+
+    Args:
+        compile: Whether `torch.compile` is tried too, which takes a while.
 
     Returns:
         The report, and whether all that is essential works.
     """
-    results = {name: _tried(probe) for name, probe in _PROBES.items()}
+    probes = _PROBES | ({"torch.compile, of one function": _compiled} if compile else {})
+    results = {name: _tried(probe) for name, probe in probes.items()}
     rows = [(name, outcome, f"{seconds:.1f} s") for name, (outcome, seconds) in results.items()]
     tables = [
         text_table("Versions", ("package", "version"), _versions()),
-        text_table("Devices", ("device", "what it is"), _devices()),
+        text_table("Machine", ("part", "what it is"), _machine()),
         text_table("What works here", ("feature", "result", "time"), rows),
     ]
     broken = [name for name in _ESSENTIAL if results[name][0] != "works"]
     verdict = (
         f"Broken, and nothing works without: {', '.join(broken)}."
         if broken
-        else ("All that is essential works.")
+        else "All that is essential works."
     )
     return "\n\n".join([*tables, verdict]), not broken
 
 
 def _versions() -> list[Row]:
-    rows: list[Row] = [
-        ("python", platform.python_version()),
-        ("autograd_lib", autograd_lib.__version__),
-        ("torch", torch.__version__),  # which says of what build it is
-    ]
+    rows: list[Row] = [("autograd_lib", autograd_lib.__version__), ("torch", torch.__version__)]
     for package in ("numpy", *_OPTIONAL):
         try:
             rows.append((package, importlib.metadata.version(package)))
@@ -59,21 +59,14 @@ def _versions() -> list[Row]:
     return rows
 
 
-def _devices() -> list[Row]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows: list[Row] = [("cpu", f"threads: {torch.get_num_threads()}, cores: {cores}")]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        for i in range(torch.accelerator.device_count()):
-            name = f"{kind}:{i}"
-            what = str(kind)
-            if torch.cuda.is_available():
-                found = torch.cuda.get_device_properties(i)
-                what = f"{found.name}, {readable_bytes(found.total_memory)}"
-            rows.append((name, what))
-    else:
-        rows.append(("accelerator", "none"))
-    return rows
+def _machine() -> list[Row]:
+    found = collect_env.get_env_info()._asdict()
+    rows: list[Row] = [
+        (name.replace("_", " "), " | ".join(str(found[name]).splitlines()))
+        for name in ("python_version", "os", "nvidia_gpu_models", "nvidia_driver_version")
+        if found.get(name)
+    ]
+    return [*rows, ("threads", str(torch.get_num_threads())), ("device", str(_device()))]
 
 
 def _tried(probe: Callable[[], None]) -> tuple[str, float]:
@@ -124,27 +117,18 @@ def _compiled() -> None:
     _expect(x.grad if x.grad is not None else 0.0, 27.0)
 
 
-def _bf16() -> None:
-    layer = torch.nn.Linear(8, 8, bias=False).to(_device())
-    torch.nn.init.ones_(layer.weight)
-    with torch.autocast(_device().type, torch.bfloat16):
-        output = layer(torch.ones(1, 8, device=_device()))
-    if output.dtype is not torch.bfloat16:
-        raise TypeError(f"expected torch.bfloat16, got {output.dtype}")
-    output.float().sum().backward()
-    _expect(layer.weight.grad.sum() if layer.weight.grad is not None else 0.0, 64.0)
-
-
-def _fp16() -> None:
-    layer = torch.nn.Linear(8, 8, bias=False).to(_device())
+def _autocast(dtype: torch.dtype) -> None:
+    kind = _device().type
+    layer = torch.nn.Linear(8, 8, bias=False, device=kind)
     torch.nn.init.ones_(layer.weight)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
-    scaler = torch.amp.GradScaler(_device().type)
-    with torch.autocast(_device().type, torch.float16):
-        loss = layer(torch.ones(1, 8, device=_device())).float().mean()
-    scaler.scale(loss).backward()
+    scaler = torch.amp.GradScaler(kind, enabled=dtype is torch.float16)
+    with torch.autocast(kind, dtype):
+        output = layer(torch.ones(1, 8, device=kind))
+    if output.dtype is not dtype:
+        raise TypeError(f"expected {dtype}, got {output.dtype}")
+    scaler.scale(output.float().mean()).backward()
     scaler.step(optimizer)
-    scaler.update()
     _expect(layer.weight.detach().mean(), 1 - 0.5 / 8)
 
 
@@ -164,21 +148,12 @@ def _gloo() -> None:
         distributed.destroy_process_group()
 
 
-def _fsdp2() -> None:
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - it may be what fails
-
-    if not callable(fully_shard):
-        raise TypeError("fully_shard is no function")
-
-
 _PROBES: dict[str, Callable[[], None]] = {
     "autograd, second order": _autograd,
     "tensors to NumPy and back": _numpy,
     "forward-mode derivatives": _forward,
-    "bf16 autocast": _bf16,
-    "fp16 with GradScaler": _fp16,
+    "bf16 autocast": partial(_autocast, torch.bfloat16),
+    "fp16 with GradScaler": partial(_autocast, torch.float16),
     "gloo, one process": _gloo,
-    "FSDP2, its import": _fsdp2,
-    "torch.compile, of one function": _compiled,
 }
 _ESSENTIAL = ("autograd, second order", "tensors to NumPy and back")

@@ -150,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "say what is installed, and try what training may use"
     doctor = commands.add_parser("doctor", help=text, description=text.capitalize() + ".")
+    doctor.add_argument("--compile", action="store_true", help="try torch.compile too, for a while")
     doctor.set_defaults(run=_doctor)
 
     text = "run the demonstrations, which take about a minute"
@@ -218,8 +219,8 @@ def _config(arguments: argparse.Namespace) -> None:
     print(text, end="")
 
 
-def _doctor(_: argparse.Namespace) -> int:
-    report, sound = diagnose()
+def _doctor(arguments: argparse.Namespace) -> int:
+    report, sound = diagnose(compile=arguments.compile)
     print(report)
     return 0 if sound else 1
 

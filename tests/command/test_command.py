@@ -246,6 +246,7 @@ def test_help_explains_every_argument(
     assert exit_info.value.code == 0
     output = capsys.readouterr().out
     expected = {"train": ("--set", "--resume", "--directory", "last.pt"), "config": ("--set",)}
+    expected["doctor"] = ("--compile",)
     for word in expected.get("".join(command), ()):
         assert word in output
     if command in (["train"], ["config"]):
@@ -361,11 +362,13 @@ def test_the_doctor_tries_everything(
     def compiled() -> None:
         raise RuntimeError("no compiler\nand more")
 
-    probes = {**_doctor._PROBES, "torch.compile, of one function": compiled}  # which takes long
-    monkeypatch.setattr(_doctor, "_PROBES", probes)
-    assert main(["doctor"]) == 0  # a compiler is not essential
+    monkeypatch.setattr(_doctor, "_compiled", compiled)  # the true one takes long
+    assert main(["doctor"]) == 0
+    assert "torch.compile" not in capsys.readouterr().out
+    assert main(["doctor", "--compile"]) == 0  # a compiler is not essential
+    probes = [*_doctor._PROBES, "torch.compile, of one function"]
     output = capsys.readouterr().out
-    for package in ("python", "torch", "numpy", "matplotlib", "pydantic", "jax"):
+    for package in ("python version", "torch", "numpy", "matplotlib", "pydantic", "jax"):
         assert re.search(rf"^{package} +\S", output, re.M)
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", output, re.M)
     for name in probes:
