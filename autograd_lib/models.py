@@ -8,7 +8,7 @@ that `plan_checkpoints` and `Settings` find it. Samples of a batch do not depend
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from numbers import Integral
@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from autograd_lib.functions.activations import low_memory_gelu, low_memory_silu
 
@@ -374,37 +373,19 @@ class CustomRNNModel(nn.Module):
         if output_size is not None:
             self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden_size, output_size))
 
-    def forward(self, x: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Compute the outputs.
 
         Args:
             x: Shape (batch, seq, input_size), floating point.
-            lengths: How many steps of each sequence are not padding, integers in [1, seq] of shape
-                (batch,), in any order; best on the CPU, where they are needed. Nothing is computed
-                for the padding.
 
         Returns:
-            Shape (batch, seq, output_size or hidden_size); zero beyond the lengths.
+            Shape (batch, seq, output_size or hidden_size).
 
         Raises:
-            TypeError: `x` is not floating point, or `lengths` are not integers.
-            ValueError: A shape is wrong, or a length out of range.
+            TypeError: `x` is not floating point.
+            ValueError: The shape is wrong.
         """
-        self._check(x)
-        if lengths is None:
-            return self.head(self.blocks(x))
-        # Uncompiled: PyTorch 2.13 loses what is in a PackedSequence where the graph breaks. Not a
-        # decorator, which would import the compiler, as large as torch itself, with this module.
-        return torch.compiler.disable(self._packed)(x, lengths)
-
-    def _packed(self, x: Tensor, lengths: Tensor | Sequence[int]) -> Tensor:
-        lengths = torch.as_tensor(lengths).cpu()
-        _check_lengths(lengths, *x.shape[:2])
-        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        output = _on_data(self.head, self.blocks(packed))
-        return pad_packed_sequence(output, batch_first=True, total_length=x.shape[1])[0]
-
-    def _check(self, x: Tensor) -> None:
         size = self.input_size
         if x.dim() != 3 or x.shape[2] != size or not x.shape[1]:
             raise ValueError(
@@ -417,10 +398,11 @@ class CustomRNNModel(nn.Module):
                 f"CustomRNNModel: expected x in floating point, got {x.dtype}; embed tokens, or "
                 "convert by x.float()"
             )
+        return self.head(self.blocks(x))
 
 
 class _RecurrentBlock(nn.Module):
-    """Dropout and one layer, of padded or of packed sequences."""
+    """Dropout and one layer."""
 
     def __init__(
         self, cell: str, inputs: int, hidden: int, bidirectional: bool, dropout: float
@@ -440,31 +422,9 @@ class _RecurrentBlock(nn.Module):
             if cell == "lstm" and name.startswith("bias_ih"):
                 nn.init.ones_(parameter.data[size : 2 * size])  # input, forget, cell, output
 
-    def forward(self, x: Any) -> Any:
-        return self.rnn(_on_data(self.dropout, x))[0]
-
-
-def _on_data(function: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """Apply a function to each step, of a tensor or of packed sequences."""
-    return x._replace(data=function(x.data)) if isinstance(x, PackedSequence) else function(x)
-
-
-def _check_lengths(lengths: Tensor, batch: int, seq: int) -> None:
-    if lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise TypeError(
-            f"CustomRNNModel: expected lengths to be integers, got {lengths.dtype}; from a mask "
-            "of padding they are (~mask).sum(1)"
-        )
-    if lengths.shape != (batch,):
-        raise ValueError(
-            f"CustomRNNModel: expected lengths of shape ({batch},), one for each sequence, got "
-            f"{tuple(lengths.shape)}"
-        )
-    if batch and not 1 <= int(lengths.min()) <= int(lengths.max()) <= seq:
-        raise ValueError(
-            f"CustomRNNModel: expected lengths in [1, {seq}], got {lengths.min()} to "
-            f"{lengths.max()}; leave out sequences without steps"
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.rnn(self.dropout(x))[0]
+        return output
 
 
 class _LowMemoryGELU(nn.GELU):

@@ -263,35 +263,24 @@ def rnn_like(model: CustomRNNModel) -> nn.LSTM | nn.GRU:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_the_rnn_with_lengths_is_one_sequence_at_a_time(cell, bidirectional, dtype, device):
+def test_the_rnn_is_that_of_pytorch(cell, bidirectional, dtype, device):
     model = CustomRNNModel(
         3, 4, 5, num_layers=3, cell=cell, bidirectional=bidirectional, dropout=0.3
     )
     model = model.eval().to(device, dtype)
     whole, head = rnn_like(model).eval(), copy.deepcopy(model.head)
-    x, lengths = torch.randn(4, 8, 3, dtype=dtype, device=device), [2, 6, 1, 4]
-    x = x.masked_fill(torch.arange(8)[:, None] >= torch.tensor(lengths)[:, None, None], math.nan)
-    x.requires_grad_()
-    output = model(x, torch.tensor(lengths))
-    assert output.shape == (4, 8, 5)
-    assert torch.equal(output, model(x, lengths))
-    weight = torch.randn_like(output)
-    (output * weight).sum().backward()
-    ours = [
-        *(p.grad for p in model.blocks.parameters()),
-        *(p.grad for p in model.head.parameters()),
-    ]
-    given = x.grad.clone()
-    x.grad = None
-    total: Tensor | float = 0.0
-    for i, length in enumerate(lengths):
-        alone = head(whole(x[i : i + 1, :length])[0])
-        torch.testing.assert_close(output[i : i + 1, :length], alone)
-        assert not output[i, length:].any()  # zero, whatever stands in the padding
-        total = total + (alone * weight[i, :length]).sum()
-    total.backward()
-    assert_all_close(ours, [p.grad for p in (*whole.parameters(), *head.parameters())])
-    torch.testing.assert_close(given, x.grad)
+    x = torch.randn(4, 8, 3, dtype=dtype, device=device, requires_grad=True)
+    ours, theirs = model(x), head(whole(x)[0])
+    assert ours.shape == (4, 8, 5)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(ours)
+    found = torch.autograd.grad(
+        (ours * weight).sum(), [x, *model.blocks.parameters(), *model.head.parameters()]
+    )
+    expected = torch.autograd.grad(
+        (theirs * weight).sum(), [x, *whole.parameters(), *head.parameters()]
+    )
+    assert_all_close(found, expected)
 
 
 def test_without_output_size_the_rnn_returns_its_states():
@@ -299,7 +288,6 @@ def test_without_output_size_the_rnn_returns_its_states():
     x = torch.randn(2, 5, 3)
     torch.testing.assert_close(model(x), rnn_like(model)(x)[0])
     assert isinstance(model.head, nn.Identity)
-    assert torch.equal(model(x, [5, 2])[1, 2:], torch.zeros(3, 6))
 
 
 TINY: dict[str, Case] = {
@@ -471,17 +459,16 @@ def test_custom_gradients_are_exact_in_float64(name):
 
 @every_case
 def test_blocks_under_checkpoints_give_the_same_bits(make, draw):
-    """Dropout, running statistics and packed sequences included."""
+    """Dropout and running statistics included."""
     model, x = make(dropout=0.5), draw()
     other = copy.deepcopy(model)
     steps = ["recompute"] * (len(model.blocks) - 1)
     Settings(checkpoint={"blocks": [*steps, "save"]}).apply(other)
-    for extra in [(), ([7, 1, 3],)] if isinstance(model, CustomRNNModel) else [()]:
-        found = []
-        for each in (model, other):
-            torch.manual_seed(5)
-            found.append(gradients(each, x, *extra))
-        assert_all_close(*found, rtol=0, atol=0)
+    found = []
+    for each in (model, other):
+        torch.manual_seed(5)
+        found.append(gradients(each, x))
+    assert_all_close(*found, rtol=0, atol=0)
     assert_all_close([*model.buffers()], [*other.buffers()], rtol=0, atol=0)
     with saved_tensors(model) as plain:
         model(x)
@@ -535,9 +522,8 @@ def test_a_compiled_rnn_is_right_with_its_graph_breaks(cell):
     with pytest.raises(torch._dynamo.exc.Unsupported, match="does not support RNN"):
         torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     compiled = torch.compile(model, backend="aot_eager")
-    for extra in ((), ([2, 6],)):
-        torch.testing.assert_close(compiled(x, *extra), model(x, *extra))
-        compiled(x, *extra).sum().backward()
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
     assert missing_gradients(model) == []
 
 
@@ -791,18 +777,6 @@ INPUTS = [
         TypeError,
         "floating point, got torch.i",
     ),
-    (
-        lambda: rnn()(torch.randn(2, 7, 3), torch.tensor([1.0, 2.0])),
-        *(TypeError, r"lengths to be integers, got torch.float32; .* \(~mask\).sum\(1\)"),
-    ),
-    (lambda: rnn()(torch.randn(2, 7, 3), [True, True]), TypeError, "integers, got torch.bool"),
-    (lambda: rnn()(torch.randn(2, 7, 3), [1]), ValueError, r"lengths of shape \(2,\).*got \(1,\)"),
-    (
-        lambda: rnn()(torch.randn(2, 7, 3), [0, 7]),
-        ValueError,
-        r"in \[1, 7\], got 0 to 7; leave out",
-    ),
-    (lambda: rnn()(torch.randn(2, 7, 3), [1, 8]), ValueError, r"lengths in \[1, 7\], got 1 to 8"),
 ]
 
 
