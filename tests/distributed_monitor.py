@@ -176,7 +176,7 @@ def ddp_noise(rank: int) -> None:
                     module(torch.randn(4, 3)).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    records = monitor._rings["noise"].values[:7]
+    records = monitor._record.rings["noise"].values[:7]
     expected = [(1, 1), (2, 1), (1, 0.5), (2, 1), (1, 1), (2, 1), (3, 2)]
     assert [tuple(record[:2].tolist()) for record in records] == expected
 
@@ -218,7 +218,7 @@ def fsdp_accumulates(rank: int) -> None:
         same(monitor.history, one_process(inputs))
         on_all_ranks(monitor.history)
         if reduce_all:
-            records = monitor._rings["noise"].values[:6]
+            records = monitor._record.rings["noise"].values[:6]
             assert records[:, :2].tolist() == [[1, 0.5], [2, 1]] * 3, records
             totals = monitor.history["total_norm"]
             np.testing.assert_allclose(records[1::2, 2], totals**2, rtol=1e-5)

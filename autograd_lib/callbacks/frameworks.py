@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from autograd_lib.monitor.monitor import GradientMonitor, _check_integer
+from autograd_lib.monitor.monitor import GradientMonitor
+from autograd_lib.monitor.options import check_integer
 from autograd_lib.nonfinite.guard import (
     NonFinite,
     NonFiniteGuard,
@@ -105,7 +106,7 @@ class _Callback:
     _operation: str
 
     def __init__(self, guard: bool, max_nonfinite: int, options: dict[str, Any]) -> None:
-        _check_integer(self._operation, "max_nonfinite", max_nonfinite, 1)
+        check_integer(self._operation, "max_nonfinite", max_nonfinite, 1)
         known = [*inspect.signature(GradientMonitor).parameters][3:]
         if unknown := [name for name in options if name not in known]:
             raise TypeError(

@@ -15,7 +15,7 @@ from autograd_lib.core.rows import merge
 
 
 class Activations:
-    """Collects what the modules of a model put out within a step."""
+    """Collects statistics of the outputs of modules within a step."""
 
     def __init__(self, model: nn.Module, which: bool | Sequence[str]) -> None:
         modules = dict(model.named_modules())
@@ -31,7 +31,7 @@ class Activations:
         self._plans: dict[tuple[Any, ...], Reduction] = {}
 
     def note(self, place: int, output: Any) -> None:
-        """Reduce what the module at a place of `names` put out."""
+        """Reduce the output of the module at position `place` of `names`."""
         # Checkpointing calls modules again within backward, to compute what it did not keep. Its
         # reentrant form made the first call without gradients, as evaluation does.
         if torch._C._current_autograd_node() is not None:

@@ -1,4 +1,4 @@
-"""A monitor's history taken elsewhere: CSV, Parquet, TensorBoard."""
+"""A monitor's history written as CSV, as Parquet and to TensorBoard."""
 
 from __future__ import annotations
 

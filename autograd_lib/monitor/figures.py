@@ -2,10 +2,9 @@
 
 Every function takes the history of a `GradientMonitor`, draws into a Matplotlib `Axes` and returns
 it. Parameters are rows in the order of the model, the first on top, so that a gradient flows from
-the bottom of a picture to its top. What is no number is drawn as what it is: a value that is not
-finite, a gradient that is missing or exactly zero, a step that was skipped each have a mark of
-their own, which the legend above the axes explains. Colors differ in grey and for the color-blind;
-no global style is set.
+the bottom of a picture to its top. Values that are not finite, gradients that are missing or
+exactly zero, and skipped steps have marks of their own, which the legend above the axes explains.
+Colors differ in grey and for the color-blind; no global style is set.
 """
 
 from __future__ import annotations
@@ -124,7 +123,7 @@ def plot_gradient_flow(
     never = depth[rows.missing.all(axis=0)]
     mark_edge(ax, 0, never, ("o", GREEN), "no gradient at any step")
     mark_edge(ax, 0, depth[spread[2] == 0], ("<", "black"), "median exactly 0")
-    broken = rows.nonfinite[~rows.skipped].any(axis=0)  # of a skipped step that is no news
+    broken = rows.nonfinite[~rows.skipped].any(axis=0)  # the gradients of a skipped step never are
     mark_edge(ax, 1, depth[broken], ("X", ORANGE), "not finite at some step")
     first, last = rows.step[[0, -1]]
     ax.set_xlabel(f"norm of the gradient, steps {first} to {last}")

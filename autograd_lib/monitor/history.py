@@ -1,4 +1,4 @@
-"""What a monitor remembers: records kept on their device until somebody reads, and what was amiss.
+"""Records that stay on their device until they are read, and the issues found in them.
 
 A `Ring` takes a record with one small copy on the device. On CUDA finished rows travel to pinned
 memory in the background, so that reading them later waits for nothing but the newest ones.
@@ -19,15 +19,15 @@ KINDS = ("nan", "inf", "exploding", "vanishing", "missing")
 
 
 class Issue(NamedTuple):
-    """Something amiss with the gradient of one parameter, from one step on.
+    """A problem with the gradient of one parameter, and the step at which it began.
 
     Attributes:
         kind: "nan" (some element is), "inf" (some element is, and none NaN), "exploding" (the norm
             is above `explode_above`), "vanishing" (below `vanish_below`) or "missing" (the
             parameter requires a gradient and has none).
         parameter: The parameter's name.
-        step: The step at which it began; as long as it lasts no second issue is raised, and of what
-            comes and goes not more than twenty.
+        step: The step at which it began. While it lasts there is no second issue; a problem that
+            comes and goes is reported twenty times at most.
         value: The norm at that step, NaN or infinity for the first two kinds; None where missing.
     """
 
@@ -41,7 +41,7 @@ class Issue(NamedTuple):
         return f"{self.kind} in {self.parameter} since step {self.step}{value}"
 
 
-_MOST_EPISODES = 20  # of one kind in one parameter: one that goes in and out is known by then
+_MOST_EPISODES = 20  # of one kind in one parameter: more would tell nothing new
 
 
 class Ring:
@@ -78,7 +78,7 @@ class Ring:
         self.count += 1
 
     def send(self) -> None:
-        """Start the journey of the new records to the host, and note those that have arrived."""
+        """Start copying new records to the host, and note which copies have finished."""
         if self.device.type == "cpu":
             self._sent = self._arrived = self.count
             return
@@ -151,7 +151,7 @@ class Episodes:
         self.issues: list[Issue] = []
 
     def feed(self, steps: np.ndarray, statistics: dict[str, np.ndarray], absent: np.ndarray) -> int:
-        """Take rows [steps, parameters] in their order; return how many values went wrong anew."""
+        """Take rows [steps, parameters] in their order; return how many new issues need details."""
         norm, abs_max = statistics["norm"], statistics["abs_max"]
         present = (absent == PRESENT) & self._watched
         with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""When a monitor looks: hooks on an optimizer, a scaler, parameters, that hold nothing alive."""
+"""Hooks on an optimizer, a scaler and parameters, which keep none of them alive."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def calling(owner: object, method: str) -> Callable[..., None]:
 
 
 def hooked(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> Handle:
-    """Register the hook, also of a frozen parameter: it may be thawed later."""
+    """Register the hook, on a frozen parameter too: it may require a gradient later."""
     wanted = parameter.requires_grad
     handle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
     parameter.requires_grad_(wanted)
@@ -53,7 +53,7 @@ def remove_all(handles: Sequence[Handle]) -> None:
 
 
 class ScalerHook:
-    """Stands before `scaler.step` and tells the monitor of a step that the optimizer never saw."""
+    """Wraps `scaler.step` and tells the monitor which steps the scaler skipped."""
 
     def __init__(self, scaler: torch.amp.GradScaler, monitor: Any) -> None:
         ref = weakref.ref(monitor)
@@ -63,12 +63,12 @@ class ScalerHook:
             alive = None if hook._removed else ref()
             if alive is not None and alive._optimizer() is not optimizer:
                 alive = None
-            before = alive._step if alive is not None else 0
+            before = alive._record.step if alive is not None else 0
             # Of a copied scaler `around` is still the original's.
             function = type(self).step if around is None else getattr(around, "__func__", None)
             call = around if function is None else MethodType(function, self)
             result = call(optimizer, *args, **kwargs)
-            if alive is not None and alive._step == before:
+            if alive is not None and alive._record.step == before:
                 alive._look(skipped=True)
             return result
 
@@ -79,7 +79,7 @@ class ScalerHook:
         scaler.step = MethodType(step, scaler)  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        """Take it away, now or with the one that stands before it."""
+        """Remove the hook, now or together with the one that wraps it."""
         self._removed = True
         scaler = self._scaler()
         while scaler is not None:
@@ -112,7 +112,7 @@ class EndOfBackward:
         if node is None:
             # Last of all: DistributedDataParallel finishes its reduction in such a call too.
             Variable._execution_engine.queue_callback(calling(self, "_outermost_end"))
-        else:  # It was within another one, as reentrant checkpointing has it: await that one's end.
+        else:  # Nested backward, as in reentrant checkpointing: wait for the outer one.
             self._within.append(node.register_hook(calling(self, "gradient_is_there")))
 
     def _outermost_end(self) -> None:

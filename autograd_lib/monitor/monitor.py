@@ -1,16 +1,15 @@
 """Every gradient at every step, seen without slowing training down.
 
 `GradientMonitor` reduces all gradients to a row of statistics within the step and leaves the row on
-the device; nothing waits until somebody reads. How gradients are reduced stands in `_reductions`,
-what is remembered and what was amiss in `_history`.
+the device; nothing waits until somebody reads. `core.reduction` says how gradients are reduced,
+`record` what is remembered, `history` how issues are found.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import repeat
-from numbers import Real
 from operator import is_not
 from os import PathLike
 from typing import Any, NoReturn
@@ -24,17 +23,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from autograd_lib.core.reduction import Reduction, home
-from autograd_lib.core.rows import BINS, LOWEST, norms, root_sum_squares
+from autograd_lib.core.rows import norms
 from autograd_lib.core.shards import is_distributed
 from autograd_lib.core.statistics import (
-    ALWAYS,
     COUNTS,
     STATISTICS,
-    derive,
-    derive_counts,
-    describe,
 )
-from autograd_lib.gradients import GradientStatistics, check_module
+from autograd_lib.gradients import GradientStatistics
 from autograd_lib.monitor.activations import ActivationHook, Activations
 from autograd_lib.monitor.exports import (
     columns,
@@ -44,12 +39,9 @@ from autograd_lib.monitor.exports import (
 )
 from autograd_lib.monitor.history import (
     FROZEN,
-    KINDS,
     MISSING,
     PRESENT,
-    Episodes,
     Issue,
-    Ring,
 )
 from autograd_lib.monitor.hooks import (
     EndOfBackward,
@@ -62,14 +54,16 @@ from autograd_lib.monitor.hooks import (
     weak,
 )
 from autograd_lib.monitor.noise_scale import NoiseScale, estimate
+from autograd_lib.monitor.options import (
+    check_integer,
+    check_options,
+    check_thresholds,
+    check_watched,
+)
+from autograd_lib.monitor.record import Record
 
 __all__ = ["GradientMonitor", "Issue", "NoiseScale"]
 
-_SEND_EVERY = 64  # rows go to the host in the background; issues are found in those that arrived
-_DETAILED_STEPS = 10  # for so long are counts and histograms taken once an issue has been read
-_MICRO_BATCHES = 16  # in a step, for whose norms there is room
-_UNASKED_HISTOGRAMS = 50  # that are remembered, of steps after an alarm
-_EXCUSED_SKIPS = 20  # in a row: by then a scaler has lowered its scale by a factor of a million
 _MOST_PLANS = 8  # of patterns of absent gradients; then zeros stand in for those that are absent
 
 
@@ -81,9 +75,9 @@ class GradientMonitor:
     one, a step is one completed `backward()` that reaches a parameter, with `.grad` as it stands.
 
     Shared parameters count once, under their first name; sparse gradients as if densified, complex
-    ones by modulus; half-precision ones are reduced in float32, where their norm is finite. Of
-    `DTensor` parameters (FSDP2, tensor parallelism) every rank sees the global values, after one
-    collective per step and sharded mesh dimension: every rank must then have a monitor.
+    ones by modulus; half-precision ones are reduced in float32, where their norm is finite. For
+    `DTensor` parameters (FSDP2, tensor parallelism) each rank reports global values. This takes one
+    collective per step and sharded mesh dimension, so attach a monitor on every rank.
 
     What it hooks: `optimizer.register_step_pre_hook` and `register_step_post_hook`; `scaler.step`,
     to see the steps that it skips; without an optimizer or with `noise=True`,
@@ -103,10 +97,10 @@ class GradientMonitor:
             step that it skips is recorded as skipped, and is no issue before the twentieth in a
             row. Without it, a backward that no optimizer step
             follows counts as accumulation.
-        history: How many of the last looked-at steps are remembered: 56 bytes for each and for
-            each parameter, on the device (on CUDA also in pinned memory).
-        every: Look at the first step and at every so many after it. What `update_every` and
-            `histogram_every` ask for is done in those of their steps that are looked at.
+        history: How many recorded steps to remember, at 56 bytes for each step and parameter, on
+            the device (on CUDA also in pinned memory).
+        every: Record the first step and each `every`-th step after it. `update_every` and
+            `histogram_every` apply to recorded steps alone.
         collect: What to add to norm, mean, std, min, max and abs_max, which are always there:
             "zero_fraction", "nan_count", "inf_count", "cosine" (with the gradient seen before, of
             which a copy is kept).
@@ -156,15 +150,15 @@ class GradientMonitor:
         explode_above: float = 1e3,
         vanish_below: float = 1e-8,
     ) -> None:
-        _check(model, optimizer, scaler)
-        _check_options(
+        check_watched(model, optimizer, scaler)
+        check_options(
             optimizer,
             collect,
             {"history": history, "every": every},
             {"update_every": update_every, "histogram_every": histogram_every},
             noise,
         )
-        _check_thresholds(vanish_below, explode_above)
+        check_thresholds(vanish_below, explode_above)
         named = dict(model.named_parameters())
         if not named:
             raise ValueError("GradientMonitor: the model has no parameters to watch")
@@ -174,27 +168,23 @@ class GradientMonitor:
                 "model once on an input, then make the monitor"
             )
         self._names = list(named)
-        self._numel = np.array([parameter.numel() for parameter in named.values()])
-        self._complex = np.array([parameter.is_complex() for parameter in named.values()])
         self._model = weakref.ref(model)
         self._parameters = [weakref.ref(parameter) for parameter in named.values()]
         self._optimizer = weak(optimizer)
         self._scaler = weak(scaler)
-        self._capacity, self._every = history, every
-        self._update_every, self._histogram_every = update_every, histogram_every
+        self._every, self._update_every, self._histogram_every = (
+            every,
+            update_every,
+            histogram_every,
+        )
         self._collect = frozenset(collect)
         self._noise = noise
         self._activations = Activations(model, activations) if activations else None
 
-        self._step = 0
         self._plans: dict[bytes, Reduction] = {}
-        self._rings: dict[str, Ring] = {}
-        self._absent = np.zeros((history, len(named)), dtype=np.uint8)
-        self._skipped = np.zeros(history, dtype=bool)
-        self._episodes = Episodes(self._names, self._numel > 0, explode_above, vanish_below)
-        self._fed = 0  # rows in which issues were looked for
-        self._skips = 0  # in a row
-        self._detailed_until = 0
+        parameters = [*named.values()]
+        thresholds = explode_above, vanish_below
+        self._record = Record(self._names, parameters, history, histogram_every, thresholds)
         self._previous: list[Tensor | None] | None = None  # gradients, for the cosine
         self._weights: list[Tensor] | None = None  # before the step, for the size of the update
         self._end = EndOfBackward(calling(self, "_after_backward"))
@@ -203,14 +193,14 @@ class GradientMonitor:
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def __repr__(self) -> str:
-        issues = len(self._episodes.issues)
+        issues = len(self._record.episodes.issues)
         found = f"{issues} issue{'s' * (issues > 1)}" if issues else "no issues"
-        return f"GradientMonitor({len(self._names)} parameters, {self._step} steps, {found})"
+        return f"GradientMonitor({len(self._names)} parameters, {self._record.step} steps, {found})"
 
     # Hooks: when a step is.
 
     def register_hooks(self) -> list[Handle]:
-        """Start to watch; a `with` block does so by itself.
+        """Start watching; a `with` block does so by itself.
 
         Returns:
             The handles of the hooks, each with `.remove()`. A second call starts anew, and the
@@ -222,7 +212,9 @@ class GradientMonitor:
         self.remove_hooks()
         model, optimizer, scaler = self._model(), self._optimizer(), self._scaler()
         if model is None:
-            raise RuntimeError("register_hooks: the model that was to be watched is gone")
+            raise RuntimeError(
+                "register_hooks: the model no longer exists (a monitor keeps only a weak reference)"
+            )
         if optimizer is not None:
             self._handles += [
                 # A compiled `optimizer.step` would trace them and what they call.
@@ -248,7 +240,7 @@ class GradientMonitor:
         return list(self._handles)
 
     def remove_hooks(self) -> None:
-        """Stop to watch; what was seen stays readable."""
+        """Stop watching; the history stays readable."""
         if self._finalizer is not None:
             self._finalizer()
         self._handles = []
@@ -256,8 +248,8 @@ class GradientMonitor:
     def __enter__(self) -> GradientMonitor:
         if self._finalizer is not None and self._finalizer.alive:
             raise RuntimeError(
-                "GradientMonitor: it watches already, and the end of this block would stop it; "
-                "leave the other block, or call remove_hooks() first"
+                "GradientMonitor: it is attached already, and the end of this block would detach "
+                "it; leave the other block, or call remove_hooks() first"
             )
         self.register_hooks()
         return self
@@ -272,7 +264,7 @@ class GradientMonitor:
         self.remove_hooks()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        step = self._step + 1
+        step = self._record.step + 1
         self._weights = None
         if not has_closure(args, kwargs):  # else the gradients are yet to come
             scale = getattr(optimizer, "grad_scale", None)  # set for the duration of a fused step
@@ -303,58 +295,33 @@ class GradientMonitor:
         grads = self._gradients()
         if not grads:
             return
-        self._step += 1
+        self._record.step += 1
         self._micro_batches = (0, 0.0)
-        if not _is_due(self._step, self._every):
+        if not _is_due(self._record.step, self._every):
             if self._activations is not None:
                 self._activations.take()
             return
-        detailed = self._step <= self._detailed_until
+        detailed = self._record.step <= self._record.detailed_until
         counts = detailed or not self._collect.isdisjoint(COUNTS)
         absent, plan, fields = self._reduce(grads, counts=counts)
         unscale = None if scale is None else scale.to(fields.device, fields.dtype).reciprocal()
         if unscale is not None:
             fields[1:7] *= unscale
-        place = self._count % self._capacity
-        self._absent[place], self._skipped[place] = absent, skipped is True
-        self._keep("fields", fields[:7])
+        record = self._record
+        record.note(absent, skipped is True)
+        record.keep("fields", fields[:7])
         if isinstance(skipped, Tensor):
-            self._keep("skipped", skipped.reshape(()).to(fields.device, fields.dtype))
+            record.keep("skipped", skipped.reshape(()).to(fields.device, fields.dtype))
         if counts:
-            self._keep("counts", fields[7:])
-        if detailed or _is_due(self._step, self._histogram_every):
-            self._keep("histogram", plan.histograms(_times(grads, unscale)))
+            record.keep("counts", fields[7:])
+        if detailed or _is_due(self._record.step, self._histogram_every):
+            record.keep("histogram", plan.histograms(_times(grads, unscale)))
         if "cosine" in self._collect:
             norm = norms(fields)
-            self._keep("cosine", self._cosine(_times(grads, unscale), norm))
+            record.keep("cosine", self._cosine(_times(grads, unscale), norm))
         if self._activations is not None and (found := self._activations.take()) is not None:
-            self._keep("activations", found)
-        if self._count % min(_SEND_EVERY, self._capacity) == 0:
-            for ring in self._rings.values():
-                ring.send()
-            self._find_issues()
-
-    @property
-    def _count(self) -> int:
-        return self._rings["fields"].count if "fields" in self._rings else 0
-
-    def _keep(self, name: str, record: Tensor) -> None:
-        ring = self._rings.get(name)
-        if ring is None:
-            ring = Ring(self._room(name), record.shape, record.dtype, record.device)
-        elif ring.device != record.device:  # the model has moved
-            ring = Ring.from_state(ring.state_dict(), self._room(name), record.device)
-        self._rings[name] = ring
-        ring.append(self._step, record)
-
-    def _room(self, name: str) -> int:
-        """How many records to keep; histograms are large, and seldom unless they are asked for."""
-        if name == "noise":
-            return _MICRO_BATCHES * self._capacity
-        if name != "histogram" or self._histogram_every == 1:
-            return self._capacity
-        asked = self._capacity // self._histogram_every if self._histogram_every else 0
-        return min(self._capacity, asked + _UNASKED_HISTOGRAMS)
+            record.keep("activations", found)
+        record.send()
 
     def _live_parameters(self) -> Sequence[nn.Parameter]:
         """The watched parameters; none if the model is gone."""
@@ -392,7 +359,7 @@ class GradientMonitor:
                         "model.to_empty(device=...) and load the weights before training"
                     )
             parameters = self._live_parameters()
-            self._numel[:] = [parameter.numel() for parameter in parameters]
+            self._record.numel[:] = [parameter.numel() for parameter in parameters]
             self._plans[key] = Reduction(tensors, parameters)
         return self._plans[key]
 
@@ -405,14 +372,14 @@ class GradientMonitor:
     ) -> tuple[Reduction, Tensor]:
         """The plan for tensors that look like these, and what it reduces them to."""
         if key not in self._plans and len(self._plans) >= _MOST_PLANS:
-            # Other experts in each step: to plan each time would cost more than to read some zeros.
+            # With other experts in each step a new plan would cost more than reading some zeros.
             key = key[:1] + b"filled"
             pairs = zip(tensors, self._live_parameters(), strict=True)
             tensors = [_zeros_like(p) if t is None else t for t, p in pairs]
         plan = self._plan(tensors, key)
         try:
             return plan, plan(tensors, counts=counts)
-        except RuntimeError:  # they look otherwise than when it was made: on another device, say
+        except RuntimeError:  # the plan no longer fits: the model has moved to another device, say
             del self._plans[key]
             plan = self._plan(tensors, key)
             return plan, plan(tensors, counts=counts)
@@ -457,7 +424,7 @@ class GradientMonitor:
             updates = [p - b for p, b in zip(self._live_parameters(), before, strict=False)]
             if updates:
                 plan, fields = self._planned(updates, b"update")
-                self._keep("update_ratio", norms(fields) / norms(plan(before)))
+                self._record.keep("update_ratio", norms(fields) / norms(plan(before)))
 
     def _record_noise(self, scale: Tensor | None) -> None:
         """Record the squared norm of the gradient that has accumulated so far in this step."""
@@ -480,46 +447,15 @@ class GradientMonitor:
         if scale is not None:
             square = square / scale.to(square.device, square.dtype).square()
         known = [square.new_full((), number) for number in self._micro_batches]
-        self._keep("noise", torch.stack([*known, square]))
+        self._record.keep("noise", torch.stack([*known, square]))
 
     # Reading: what waits for the device.
 
-    def _read(self) -> None:
-        for ring in self._rings.values():
-            ring.read()
-        self._find_issues()
-
-    def _find_issues(self) -> None:
-        """Look for issues in the rows that have come to the host since the last time."""
-        if "fields" not in self._rings:
-            return
-        ring = self._rings["fields"]
-        places = ring.places(self._fed)
-        self._fed = max(self._fed, ring.arrived)
-        skipped = self._were_skipped(places)
-        for i, was_skipped in enumerate(skipped.tolist()):
-            self._skips = self._skips + 1 if was_skipped else 0
-            skipped[i] = 0 < self._skips < _EXCUSED_SKIPS
-        places = places[~skipped]  # to skip a step now and then is how a scaler finds its scale
-        absent = self._absent[places]
-        statistics = derive(ring.values[places], absent == PRESENT)
-        if self._episodes.feed(ring.steps[places], statistics, absent):
-            self._detailed_until = self._step + _DETAILED_STEPS
-
-    def _were_skipped(self, places: np.ndarray) -> np.ndarray:
-        """Which of the rows are those of steps that the scaler skipped."""
-        skipped = self._skipped[places]
-        if "skipped" in self._rings:
-            skipped = skipped | (
-                self._rings["skipped"].at(self._rings["fields"].steps[places]) == 1
-            )
-        return skipped
-
     @property
     def issues(self) -> list[Issue]:
-        """What was amiss, in the order of steps; what lasts for many steps is one `Issue`."""
-        self._read()
-        return list(self._episodes.issues)
+        """The issues so far, in the order of steps; a problem that lasts is one `Issue`."""
+        self._record.read()
+        return list(self._record.episodes.issues)
 
     @property
     def history(self) -> dict[str, Any]:
@@ -534,40 +470,7 @@ class GradientMonitor:
         `["histogram_step"]` and 65 `["histogram_edges"]`, powers of two: the first bin holds zeros
         too, the last one all that is larger.
         """
-        self._read()
-        found: dict[str, Any] = {"names": list(self._names), "numel": self._numel.copy()}
-        ring = self._rings.get("fields")
-        if ring is None:
-            nothing = np.zeros((0, len(self._names)))
-            found |= {"step": np.zeros(0, dtype=np.int64), "total_norm": np.zeros(0)}
-            found |= {"skipped": np.zeros(0, dtype=bool), "missing": nothing.astype(bool)}
-            return found | dict.fromkeys(ALWAYS, nothing)
-        places = ring.places()
-        steps, absent = ring.steps[places], self._absent[places]
-        statistics = derive(ring.values[places], absent == PRESENT)
-        for name in ("min", "max"):
-            statistics[name][:, self._complex] = np.nan
-        if self._complex.any():
-            statistics["mean"] = statistics["mean"].astype(np.complex128)
-        norms_there = np.where(absent == PRESENT, statistics["norm"], 0.0)
-        total = root_sum_squares(torch.from_numpy(norms_there)).numpy()
-        found |= {"step": steps, "total_norm": total, **statistics}
-        found["skipped"], found["missing"] = self._were_skipped(places), absent == MISSING
-        if "counts" in self._rings:
-            counts = np.moveaxis(self._rings["counts"].at(steps), 1, 0)
-            counts[:, absent != PRESENT] = np.nan
-            found |= derive_counts(counts, self._numel)
-        for name in ("cosine", "update_ratio"):
-            if name in self._rings:
-                found[name] = self._rings[name].at(steps)
-        if "cosine" in found:
-            found["cosine"][absent != PRESENT] = np.nan
-        if "histogram" in self._rings:
-            ring = self._rings["histogram"]
-            places = ring.places()
-            found["histogram_step"], found["histogram"] = ring.steps[places], ring.values[places]
-            found["histogram_edges"] = np.exp2(np.arange(LOWEST, LOWEST + BINS + 1.0))
-        return found
+        return self._record.arrays()
 
     @property
     def activations(self) -> dict[str, Any]:
@@ -575,19 +478,11 @@ class GradientMonitor:
 
         A row covers all calls of a module within a step; of several outputs the first counts.
         """
-        self._read()
         if self._activations is None:
             raise ValueError(
                 "activations: none were watched; make the monitor with activations=True"
             )
-        names = self._activations.names
-        if "activations" not in self._rings:
-            return {"names": list(names), "step": np.zeros(0, dtype=np.int64)}
-        ring = self._rings["activations"]
-        values = ring.values[ring.places()]
-        numel, steps = values[:, 0], ring.steps[ring.places()]
-        counts = derive_counts(np.moveaxis(values[:, 7:], 1, 0), numel)
-        return {"names": list(names), "step": steps, **derive(values, numel == numel), **counts}  # noqa: PLR0124
+        return self._record.arrays_of_activations(self._activations.names)
 
     def get_gradient_summary(self) -> GradientStatistics:
         """Summarize the last step that was looked at.
@@ -598,29 +493,7 @@ class GradientMonitor:
             number and `["issues"]` lists what still lasts. Before the first step `total_norm` and
             `step` are 0 and `parameters` is empty.
         """
-        history = self.history
-        if not len(history["step"]):
-            return GradientStatistics(0.0, {}, step=0, issues=[])
-        last = self._absent[(self._count - 1) % self._capacity]
-        keys = [name for name in STATISTICS if name in history]
-        parameters: dict[str, dict[str, Any]] = {}
-        for i in np.flatnonzero(last == PRESENT).tolist():
-            values = {key: history[key][-1, i].item() for key in keys}
-            kept = {k: v for k, v in values.items() if k in ALWAYS or v == v}  # noqa: PLR0124
-            numel, is_complex = self._numel[i].item(), bool(self._complex[i])
-            parameters[self._names[i]] = describe(kept, numel, is_complex)
-        return GradientStatistics(
-            history["total_norm"][-1].item(),
-            parameters,
-            step=history["step"][-1].item(),
-            issues=self._lasting(),
-        )
-
-    def _lasting(self) -> list[Issue]:
-        """The issues that have not ended."""
-        newest = {(issue.kind, issue.parameter): issue for issue in self._episodes.issues}
-        lasting = np.argwhere(self._episodes.lasting).tolist()
-        return [newest[KINDS[kind], self._names[i]] for kind, i in lasting]
+        return self._record.summary()
 
     def noise_scale(self, micro_batch: int, last: int | None = None) -> NoiseScale:
         r"""Estimate the batch size beyond which larger batches help little.
@@ -648,18 +521,13 @@ class GradientMonitor:
             raise ValueError("noise_scale: nothing was recorded; make the monitor with noise=True")
         for name, value in {"micro_batch": micro_batch, "last": last}.items():
             if name == "micro_batch" or value is not None:
-                _check_integer("noise_scale", name, value, 1)
-        self._read()
-        ring = self._rings.get("noise")
-        if ring is None:
-            return estimate(np.zeros((0, 4)), micro_batch)
-        places = ring.places()
-        records = np.column_stack([ring.steps[places], ring.values[places]])
-        if last is not None:
+                check_integer("noise_scale", name, value, 1)
+        records = self._record.noise()
+        if last is not None and len(records):
             records = records[records[:, 0] > records[-1, 0] - last]
         return estimate(records, micro_batch)
 
-    # Taking it elsewhere.
+    # Exports.
 
     def scalars(self, *statistics: str) -> dict[str, float]:
         """The last step as a flat dict of numbers, which Weights & Biases and MLflow take as it is.
@@ -676,7 +544,7 @@ class GradientMonitor:
         """
         summary, history = self.get_gradient_summary(), self.history
         found = {"gradients/total_norm": summary["total_norm"]}
-        known = [name for name in STATISTICS if name in history or not self._step]
+        known = [name for name in STATISTICS if name in history or not self._record.step]
         for statistic in statistics or ("norm",):
             if statistic not in known:
                 raise ValueError(f"scalars: expected statistics among {known}, got {statistic!r}")
@@ -691,7 +559,7 @@ class GradientMonitor:
         Raises:
             OSError: The file cannot be written.
         """
-        write_csv(columns(self.history, self._present()), path)
+        write_csv(columns(self.history, self._record.present()), path)
 
     def to_parquet(self, path: str | PathLike[str]) -> None:
         """Write the table of `to_csv` as Parquet.
@@ -700,7 +568,7 @@ class GradientMonitor:
             ImportError: pyarrow is not installed.
             OSError: The file cannot be written.
         """
-        write_parquet(columns(self.history, self._present()), path)
+        write_parquet(columns(self.history, self._record.present()), path)
 
     def to_tensorboard(self, writer: Any) -> None:
         """Write the norms, and the histograms where there are some, to TensorBoard.
@@ -711,52 +579,18 @@ class GradientMonitor:
         """
         write_tensorboard(self.history, writer)
 
-    def _present(self) -> np.ndarray:
-        """Which parameters had a gradient in which remembered step, [steps, parameters]."""
-        ring = self._rings.get("fields")
-        return self._absent[[] if ring is None else ring.places()] == PRESENT
-
     def state_dict(self) -> dict[str, Any]:
         """What is remembered, as tensors and plain values, which `torch.load` takes as safe."""
-        self._read()
-        ring = self._rings.get("fields")
-        places = np.zeros(0, dtype=np.int64) if ring is None else ring.places()
-        return {
-            "names": list(self._names),
-            "step": self._step,
-            "rings": {name: ring.state_dict() for name, ring in self._rings.items()},
-            "absent": torch.from_numpy(self._absent[places]),
-            "skipped": torch.from_numpy(self._skipped[places]),
-            "issues": [tuple(issue) for issue in self._episodes.issues],
-            "lasting": torch.from_numpy(self._episodes.lasting.copy()),
-            "detailed_until": self._detailed_until,
-        }
+        return self._record.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what another monitor of the same model remembered.
+        """Continue the history of another monitor of the same model.
 
         Raises:
             ValueError: The parameters have other names; nothing is changed then.
         """
-        names = state.get("names", []) if isinstance(state, dict) else []
-        if list(names) != self._names:
-            raise ValueError(
-                f"load_state_dict: expected the history of {len(self._names)} parameters "
-                f"{self._names[:3]}…, got that of {len(names)} {names[:3]}…; "
-                "load what state_dict() of a monitor of the same model gave"
-            )
         device = home(self._live_parameters() or [torch.empty(0)])
-        self._rings = {
-            name: Ring.from_state(ring, self._room(name), device)
-            for name, ring in state["rings"].items()
-        }
-        absent, skipped = state["absent"].numpy(), state["skipped"].numpy()
-        places = np.arange(len(absent)) % self._capacity
-        self._absent[places], self._skipped[places] = absent, skipped
-        self._fed = len(absent)
-        self._step, self._detailed_until = state["step"], state["detailed_until"]
-        self._episodes.issues = [Issue(*issue) for issue in state["issues"]]
-        self._episodes.lasting = state["lasting"].numpy().copy()
+        self._record.load_state_dict(state, device)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -775,53 +609,3 @@ def _times(grads: Sequence[Tensor | None], factor: Tensor | None) -> Sequence[Te
 
 def _mesh_size(parameter: Tensor) -> int:
     return parameter.device_mesh.size() if is_distributed(parameter) else 1
-
-
-def _check(model: object, optimizer: object, scaler: object) -> None:
-    check_module("GradientMonitor", model)
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"GradientMonitor: expected optimizer to be a torch.optim.Optimizer, got "
-            f"{type(optimizer).__name__}; of a wrapper pass the optimizer inside"
-        )
-    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-        raise TypeError(
-            f"GradientMonitor: expected scaler to be a torch.amp.GradScaler, got "
-            f"{type(scaler).__name__}"
-        )
-
-
-def _check_integer(operation: str, name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(
-            f"{operation}: expected {name} to be an integer of {least} or more, got {value!r}"
-        )
-
-
-def _check_thresholds(vanish_below: float, explode_above: float) -> None:
-    numbers = isinstance(vanish_below, Real) and isinstance(explode_above, Real)
-    if not numbers or not 0 <= vanish_below < explode_above:
-        raise ValueError(
-            "GradientMonitor: expected numbers 0 <= vanish_below < explode_above, got "
-            f"vanish_below={vanish_below!r}, explode_above={explode_above!r}"
-        )
-
-
-def _check_options(
-    optimizer: Optimizer | None,
-    collect: Sequence[str],
-    least_one: dict[str, int],
-    least_zero: dict[str, int],
-    noise: bool,
-) -> None:
-    for least, options in ((1, least_one), (0, least_zero)):
-        for name, value in options.items():
-            _check_integer("GradientMonitor", name, value, least)
-    known = (*ALWAYS, *COUNTS, "cosine")
-    if not isinstance(collect, Collection) or isinstance(collect, str) or {*collect} - {*known}:
-        raise ValueError(f"GradientMonitor: expected collect among {known}, got {collect!r}")
-    if optimizer is None and (least_zero["update_every"] or noise):
-        option = "noise=True" if noise else "update_every"
-        raise ValueError(
-            f"GradientMonitor: {option} looks at the steps of an optimizer; pass optimizer="
-        )

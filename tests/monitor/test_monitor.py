@@ -674,7 +674,7 @@ def test_scaled_values_are_unscaled_and_skipped_steps_recorded(fused, clip, devi
     bins = np.log2(history["histogram_edges"][:-1])[history["histogram"][0, 0] > 0]
     assert bins.tolist() == ([0.0] if clip else [1.0, 2.0])  # of 3 and 4
     assert history["update_ratio"][0, 0] > 0
-    noise = monitor._rings["noise"].values[:2]
+    noise = monitor._record.rings["noise"].values[:2]
     np.testing.assert_allclose(noise, [[1, 1, 1.5**2 + 2**2], [2, 2, 25.0]])
 
 
@@ -837,7 +837,7 @@ def test_a_monitor_keeps_no_model_alive(optimizer_given) -> None:
     assert monitor.history["step"].tolist() == [1, 2]
     assert monitor.get_gradient_summary()["step"] == 2
     monitor.remove_hooks()
-    with pytest.raises(RuntimeError, match="register_hooks: the model that was to be watched is"):
+    with pytest.raises(RuntimeError, match="register_hooks: the model no longer exists"):
         monitor.register_hooks()
 
 
@@ -859,7 +859,7 @@ def test_a_model_is_freed_by_counting_references() -> None:
 
 def test_rows_take_no_memory_that_grows() -> None:
     monitor = trained(mlp(), torch.randn(5, 8), steps=10, **EVERYTHING)
-    shapes = {name: tuple(ring._records.shape) for name, ring in monitor._rings.items()}
+    shapes = {name: tuple(ring._records.shape) for name, ring in monitor._record.rings.items()}
     noise = shapes.pop("noise")
     assert {shape[0] for shape in shapes.values()} == {2}
     assert noise[0] == 16 * 2  # micro-batches
@@ -1480,7 +1480,7 @@ def test_gradients_that_were_taken_within_backward_are_no_noise() -> None:
             model(torch.ones(1, 2)).sum().backward()
     with pytest.raises(ValueError, match="got 0 such steps"):
         monitor.noise_scale(1)
-    assert "noise" not in monitor._rings
+    assert "noise" not in monitor._record.rings
 
 
 # --- rings
@@ -1668,10 +1668,10 @@ def test_details_for_ten_steps_once_an_issue_was_read() -> None:
             model.p.grad = torch.full((4,), math.nan if step == 2 else 1.0)
             optimizer.step()
             if step == 2:
-                assert "histogram" not in monitor._rings
+                assert "histogram" not in monitor._record.rings
             if step == 5:
                 assert [issue[:3] for issue in monitor.issues] == [("nan", "p", 2)]
-                assert "histogram" not in monitor._rings
+                assert "histogram" not in monitor._record.rings
             if step == 7:
                 assert monitor.get_gradient_summary()["parameters"]["p"]["zero_fraction"] == 0
     history = monitor.history
@@ -1944,12 +1944,12 @@ def test_other_experts_in_every_step_cost_no_new_plans() -> None:
 def test_what_comes_and_goes_is_reported_twenty_times() -> None:
     monitor = look(*[{"p": torch.zeros(2) if i % 2 else torch.ones(2)} for i in range(100)])
     assert [issue.step for issue in monitor.issues] == [*range(2, 42, 2)]
-    assert monitor._detailed_until <= 100 + 10
+    assert monitor._record.detailed_until <= 100 + 10
     again = GradientMonitor(holding(p=torch.zeros(2)))
     again.load_state_dict(monitor.state_dict())
     row = {name: np.zeros((1, 1)) for name in ("norm", "abs_max")}
-    again._episodes.lasting[:] = False
-    assert again._episodes.feed(np.array([101]), row, np.zeros((1, 1))) == 0
+    again._record.episodes.lasting[:] = False
+    assert again._record.episodes.feed(np.array([101]), row, np.zeros((1, 1))) == 0
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -2014,7 +2014,7 @@ def test_a_block_within_a_block_is_refused() -> None:
     layer = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     with GradientMonitor(layer, optimizer) as monitor:
-        with pytest.raises(RuntimeError, match="it watches already"), monitor:
+        with pytest.raises(RuntimeError, match="it is attached already"), monitor:
             pass
         layer(torch.ones(1, 2)).sum().backward()
         optimizer.step()

@@ -1,0 +1,67 @@
+"""What a monitor may be asked for, checked with errors that say what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from numbers import Real
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from autograd_lib.core.statistics import ALWAYS, COUNTS
+from autograd_lib.gradients import check_module
+
+
+def check_watched(model: object, optimizer: object, scaler: object) -> None:
+    """Check what a monitor is given to watch."""
+    check_module("GradientMonitor", model)
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"GradientMonitor: expected optimizer to be a torch.optim.Optimizer, got "
+            f"{type(optimizer).__name__}; of a wrapper pass the optimizer inside"
+        )
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(
+            f"GradientMonitor: expected scaler to be a torch.amp.GradScaler, got "
+            f"{type(scaler).__name__}"
+        )
+
+
+def check_integer(operation: str, name: str, value: object, least: int) -> None:
+    """Check that an option is an integer of `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(
+            f"{operation}: expected {name} to be an integer of {least} or more, got {value!r}"
+        )
+
+
+def check_thresholds(vanish_below: float, explode_above: float) -> None:
+    """Check the norms between which there is no issue."""
+    numbers = isinstance(vanish_below, Real) and isinstance(explode_above, Real)
+    if not numbers or not 0 <= vanish_below < explode_above:
+        raise ValueError(
+            "GradientMonitor: expected numbers 0 <= vanish_below < explode_above, got "
+            f"vanish_below={vanish_below!r}, explode_above={explode_above!r}"
+        )
+
+
+def check_options(
+    optimizer: Optimizer | None,
+    collect: Sequence[str],
+    least_one: dict[str, int],
+    least_zero: dict[str, int],
+    noise: bool,
+) -> None:
+    """Check what a monitor is asked to collect, and how often."""
+    for least, options in ((1, least_one), (0, least_zero)):
+        for name, value in options.items():
+            check_integer("GradientMonitor", name, value, least)
+    known = (*ALWAYS, *COUNTS, "cosine")
+    if not isinstance(collect, Collection) or isinstance(collect, str) or {*collect} - {*known}:
+        raise ValueError(f"GradientMonitor: expected collect among {known}, got {collect!r}")
+    if optimizer is None and (least_zero["update_every"] or noise):
+        option = "noise=True" if noise else "update_every"
+        raise ValueError(
+            f"GradientMonitor: {option} looks at the steps of an optimizer; pass optimizer="
+        )
