@@ -1,8 +1,8 @@
 """Which operation of which module first made a NaN or an Inf, forward or backward.
 
-A gradient that is NaN tells that something broke, not what: one NaN in the loss is a NaN in every
-gradient. So a step is watched by one sum as long as all is well, and observed operation by
-operation when somebody asks or when the sum is not finite.
+A NaN in a gradient does not tell what broke: one NaN in the loss makes every gradient NaN. So a
+guard computes one sum per step, and observes the step operation by operation only where that sum
+is not finite. `find_nonfinite` observes at once.
 """
 
 from __future__ import annotations
@@ -205,12 +205,12 @@ class NonFiniteGuard:
     what the step did stands, bit by bit as without the guard. The guard sees the loss only if
     `step` returns it; otherwise it sees the gradients alone.
 
-    If it is not, the guard puts all that back, replays the step as `find_nonfinite` does, puts
-    it back again and returns the report; skipping the optimizer is all there is to do about the
-    step. Should every element be finite and only the sum overflow, the step stands and nothing is
-    reported. So it does, and nothing is explained, if `step` raises.
+    If it is not, the guard restores all that, replays the step as `find_nonfinite` does, restores
+    it again and returns the report; the caller then skips the optimizer. If every element is finite
+    and only the sum overflows, the step stands and nothing is reported. If `step` raises, nothing
+    is restored or explained.
 
-    Not put back: the gradients of other models (of a GAN guard a module that holds both),
+    Not restored: the gradients of other models (of a GAN guard a module that holds both),
     parameters that the step itself changes (`nn.Embedding` with `max_norm`, an optimizer inside
     `step`; the report says so), the generators of Python and NumPy.
 
@@ -291,7 +291,7 @@ class NonFiniteGuard:
         everywhere = [w for w in _gather(parts.groups, wrong) if w is not None]
         if not everywhere or self._is_for_the_scaler(everywhere):
             return None
-        del result, leaves, losses  # the graph is no longer needed, its memory is
+        del result, leaves, losses  # free the memory of the graph
         try:
             before.restore()
             versions = _versions(parameters)
@@ -304,7 +304,7 @@ class NonFiniteGuard:
             before.restore()
 
     def _look(self, model: nn.Module) -> tuple[_Parts, list[nn.Parameter]]:
-        """The parts of the model, looked up again where one is gone and every so often."""
+        """The parts of the model, looked up again every so often and where a parameter is gone."""
         self._parts.renew_in -= 1
         parameters = self._parts.parameters()
         if self._parts.renew_in < 0 or NoneType in {*map(type, parameters)}:
@@ -358,7 +358,7 @@ def _is_compiled(model: nn.Module) -> bool:
 def _explain(
     model: nn.Module, step: Callable[[], object], before: Culprit | None, groups: Sequence[Any]
 ) -> NonFinite | None:
-    """Observe `step`, of which an unobserved run had the outcome `before`, if there was one."""
+    """Observe `step`; `before` is the outcome of a run without observation, if there was one."""
     culprit = observe(model, step, _report)
     if culprit is None and before is not None:
         culprit = before.also("only without observation: the step, replayed eagerly, is finite")
@@ -373,7 +373,7 @@ def _explain(
         culprit = culprit.also(f"on rank {torch.distributed.get_rank()}")
     found = None if culprit is None else _report(culprit)
     everywhere = [report for report in _gather(groups, found) if report is not None]
-    # What was made by no operation of one rank, and only arrived there, began on another.
+    # A rank on which no operation made the value received it from another rank.
     return min(everywhere, key=_doubt, default=None)
 
 
@@ -452,7 +452,7 @@ def _kind(parameter: Tensor) -> tuple[Any, ...]:
 
 
 class _State:
-    """What a step changes, kept as it was: a clone beside each tensor, and where it stood."""
+    """What a step changes, with a copy of each value from before the step."""
 
     @torch.no_grad()
     def __init__(

@@ -50,7 +50,7 @@ _UNINITIALIZED = re.compile(r"aten\.(new_)?(empty|resize)")  # memory that nobod
 _BLANK = "no observed operation wrote to this memory"
 OUTSIDE = "it came from outside the model"
 UNLINKED = "no observed operation carries it there"
-_MADE, _DATA, _BEFORE = range(3)  # whom to believe first where several NaN meet
+_MADE, _DATA, _BEFORE = range(3)  # which to report first where several NaN meet
 _NEVER = math.inf
 
 
@@ -443,7 +443,7 @@ class _Observer(TorchDispatchMode):
         return final._replace(detail=f"{where} holds it, but no observed operation made it")
 
     def _carried(self, losses: Iterable[object]) -> Iterator[tuple[Any, Culprit, str]]:
-        """What is in the loss and in the gradients: how much it explains, and what to tell."""
+        """The events whose NaN or Inf the loss and the gradients hold: rank, culprit and note."""
         named = [("the loss", loss) for loss in losses if isinstance(loss, Tensor)]
         for name, parameter in self._model.named_parameters():
             if parameter.grad is not None:
@@ -474,7 +474,7 @@ def _roots(frame: FrameType | None) -> list[Tensor]:
 
 
 def _earliest(origins: Iterable[_Origin | None]) -> _Origin | None:
-    """The first event, one that was not meant before any that was, data after what was made."""
+    """The first event; intended ones come last, and data after what the step made."""
     there = [origin for origin in origins if origin is not None]
     return min(there, key=lambda o: (o.meant, o.source, o.order, o.surfaced), default=None)
 
@@ -505,7 +505,7 @@ def _unseen(culprit: Culprit) -> Culprit:
 
 
 def _surfaced(culprit: Culprit, site: _Site, name: str = "") -> Culprit:
-    """Tell of what was given in which operation it came to light, there under which name."""
+    """Name the operation in which a given value surfaced, and the value's name there."""
     if culprit.phase not in ("parameter", "input"):
         return culprit
     if culprit.detail == OUTSIDE and name:  # the operation that saw it first may be another
