@@ -1,4 +1,4 @@
-"""What a loop over a loader needs: to be stopped in order, and to be taken up in the middle."""
+"""What a loop over a loader needs: to stop between steps, and to resume within an epoch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Stop = Callable[[], int]
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Stop]:
-    """Note Ctrl-C and SIGTERM instead of dying of them; a second one interrupts at once.
+    """Note Ctrl-C and SIGTERM instead of being ended by them; a second one interrupts at once.
 
     Gives a function that returns the signal that came, or 0. Outside of the main thread, where
-    Python lets nobody set a handler, nothing is noted.
+    Python allows no handlers, nothing is noted.
     """
     received: list[int] = []
 
@@ -72,21 +72,22 @@ def begin_epoch(loader: Any, epoch: int) -> dict[str, Any]:
     return {**random_state(), "loader": [g.get_state() for g in generators_of(loader)]}
 
 
-def take_up(
+def resume_epoch(
     loader: Any, epoch: int, position: int, start: dict[str, Any]
 ) -> tuple[Iterator[Any], Any, int]:
-    """The batches of an epoch that began with `start`, from `position` on.
+    """The batches of an epoch that began with the random state `start`, from `position` on.
 
-    Those before it are drawn again, with the random numbers of then, and thrown away.
+    Those before it are drawn again, with the random state of that epoch, and dropped.
 
     Returns:
-        The batches; the one before them, or None; and how many were thrown away.
+        The batches; the one before them, or None; and how many were dropped.
     """
     now, generators = random_state(), generators_of(loader)
     if len(generators) != len(start["loader"]):
         raise ValueError(
             f"fit: expected a loader with {len(start['loader'])} generators of its own, as in the "
-            f"interrupted epoch, got {len(generators)}; give the loader that was used then"
+            f"interrupted epoch, got {len(generators)}; give the loader used before the "
+            "interruption"
         )
     begin_epoch(loader, epoch)
     set_random_state(start)

@@ -1,4 +1,4 @@
-"""The processes of a run: what they tell each other, and how a model is spread over them."""
+"""The processes of a run: their collectives, and how a model is parallelized over them."""
 
 from __future__ import annotations
 
@@ -60,35 +60,38 @@ class Peers:
                 distributed.all_reduce(parameter.grad)
                 parameter.grad /= self.world
 
-    def make_alike(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the values of the first."""
         if self.world > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor.detach(), 0)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Raise in every process what is raised within by one of them; otherwise they would wait.
+    def raise_on_all(self) -> Iterator[None]:
+        """Raise in every process what one of them raises in the block, so that none waits for it.
 
-        What is within must not be a collective, or one would be waited for in it.
+        The block must not contain a collective, in which others would wait for that one.
         """
         own: Exception | None = None
         try:
             yield
         except Exception as err:
             own = err
-        told = self.gather_objects(None if own is None else _sendable(own))
+        errors = self.gather_objects(None if own is None else _picklable(own))
         if own is not None:
             raise own
-        for rank, error in enumerate(told):
+        for rank, error in enumerate(errors):
             if error is not None:
                 error.add_note(f"(raised on rank {rank})")
                 raise error
 
-    def in_step(self, batches: Iterable[_T], last: _T | None = None) -> Iterator[tuple[_T, bool]]:
-        """Batches, and whether they count: who has fewer gives its last again, until all are done.
+    def even_batches(
+        self, batches: Iterable[_T], last: _T | None = None
+    ) -> Iterator[tuple[_T, bool]]:
+        """Batches, and whether they count: equally many on every process.
 
-        Every process must take part in what all do together, or leave with all others.
+        A process that runs out repeats its last batch, which does not count, as every process must
+        take part in the collectives of a step.
 
         Args:
             batches: Of this process.
@@ -102,39 +105,39 @@ class Peers:
             except Exception as err:
                 failed = err
             batch = batch if found is None else found
-            told = self.gather(found is not None, batch is not None, failed is not None)
+            status = self.gather(found is not None, batch is not None, failed is not None)
             if failed is not None:
                 raise failed
-            _check_all_go_on(told)
-            if not any(counts for counts, _, _ in told):
+            _check_all_continue(status)
+            if not any(counts for counts, _, _ in status):
                 return
             assert batch is not None
             yield batch, found is not None
 
 
-def _check_all_go_on(told: list[list[float]]) -> None:
-    for rank, (_, _, failed) in enumerate(told):
+def _check_all_continue(status: list[list[float]]) -> None:
+    for rank, (_, _, failed) in enumerate(status):
         if failed:
             raise RuntimeError(
-                f"the loader of rank {rank} failed; what it raised there tells of what"
+                f"the loader of rank {rank} failed; the error of that process says why"
             )
-    without = [rank for rank, (_, has_one, _) in enumerate(told) if not has_one]
-    if without and len(without) < len(told):
+    without = [rank for rank, (_, has_one, _) in enumerate(status) if not has_one]
+    if without and len(without) < len(status):
         raise ValueError(
             f"the loader of rank {without[0]} gives no batch, those of others do; every process "
             "needs at least one"
         )
 
 
-def _sendable(error: Exception) -> Exception:
-    """An error as another process can have it."""
+def _picklable(error: Exception) -> Exception:
+    """An error that another process can unpickle."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def spread(
+def parallelize(
     model: nn.Module, optimizer: Optimizer, peers: Peers, *, strategy: str, unused: bool
 ) -> nn.Module:
     """Wrap a model for several processes, unless that has been done; return what is to be called.
@@ -156,7 +159,7 @@ def spread(
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
 
-    peers.make_alike([*parameters, *model.buffers()])
+    peers.broadcast([*parameters, *model.buffers()])
     # Where the model is: by default it would be moved to the accelerator, if there is one.
     mesh = init_device_mesh(parameters[0].device.type, (peers.world,))
     names = {parameter: name for name, parameter in model.named_parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,47 @@ def check_options(optimizer: Optimizer, scheduler: object, count: object, metric
         raise ValueError(
             "AutogradTrainingSystem: a metric named 'loss' would take the place of the loss, by "
             "which training stops and keeps the best; give it another name"
+        )
+
+
+def check_trains(operation: str, config: AutogradConfig) -> None:
+    """Raise if the configuration is for evaluation only."""
+    if not config.autograd_system.enable_gradients:
+        raise RuntimeError(
+            f"{operation}: the configuration says autograd_system.enable_gradients: false, which "
+            "is for evaluation only; set it to true to train"
+        )
+
+
+def check_fit(
+    config: AutogradConfig, epochs: object, validation: object, *, owns_files: bool
+) -> None:
+    """Raise for arguments of `fit` that do not fit the configuration or the directory."""
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+        raise ValueError(f"fit: expected epochs to be an integer from 0 on, got {epochs!r}")
+    check_trains("fit", config)
+    if config.training.patience is not None and validation is None:
+        raise ValueError("fit: training.patience is about the validation loss; pass validation=")
+    directory = config.training.directory
+    last = None if directory is None else Path(directory, "last.pt")
+    if last is not None and not owns_files and last.exists():
+        raise ValueError(
+            f"fit: {str(last)!r} is from another run, and would be overwritten; load() it to go "
+            "on, or set another training.directory"
+        )
+
+
+def check_higher_order(config: AutogradConfig, model: nn.Module) -> None:
+    """Raise if the configuration forbids higher derivatives, or no process has all parameters."""
+    if not config.autograd_system.advanced_features.higher_order_gradients:
+        raise RuntimeError(
+            "compute_higher_order_gradients: the configuration says "
+            "autograd_system.advanced_features.higher_order_gradients: false; set it to true"
+        )
+    if any(map(is_distributed, model.parameters())):
+        raise NotImplementedError(
+            "compute_higher_order_gradients: the parameters are sharded, and no process has "
+            "them all; load the checkpoint with distributed.strategy 'ddp', or in one process"
         )
 
 

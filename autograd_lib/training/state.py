@@ -1,4 +1,4 @@
-"""The state of a training run, written at once and read with care."""
+"""Checkpoints: written atomically, read without running code, checked before they are loaded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.shards import is_distributed
-from autograd_lib.core.snapshot import random_state, seed_all, set_random_state
 
-_FORMAT = "autograd_lib training state, version 1"
+_FORMAT = "autograd_lib training state, version 2"
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.Size, torch.dtype)
 
 
@@ -75,32 +74,36 @@ def _check_plain(value: Any, where: str) -> None:
         )
 
 
-# Tensors that are spread over processes
+# Sharded tensors
 
 
-# `torch.distributed.checkpoint` is not what writes them: its `save` leaves a directory that each
-# process writes a part of and that is unpickled without `weights_only`. What its `state_dict`
-# module gathers could go into one file, but `get_optimizer_state_dict` lets an optimizer without
-# state step, which those who look at steps take for one, and fails on parameters that are not the
-# model's, as those of a loss. Its tools know the file nevertheless: `torch_save_to_dcp` of
-# `torch.distributed.checkpoint.format_utils` makes such a directory of it.
+# Not written by `torch.distributed.checkpoint`: its `save` leaves a directory that each process
+# writes a part of and that is unpickled without `weights_only`. What its `state_dict` module
+# gathers could go into one file, but `get_optimizer_state_dict` lets an optimizer without state
+# step, which step hooks mistake for a real step, and fails on parameters that are not the model's,
+# such as a loss's. `torch_save_to_dcp` of `torch.distributed.checkpoint.format_utils` converts the
+# file to such a directory.
 
 
-def whole(tree: Any, keep: bool) -> Any:
-    """A tree whose tensors are put together where they are spread; for those who keep it."""
+def full_tensors(tree: Any, keep: bool) -> Any:
+    """Gather the sharded tensors of a tree, one by one; empty ones instead if not `keep`."""
 
     def gathered(tensor: Tensor) -> Tensor:
         if not is_distributed(tensor):
             return tensor
-        together = tensor.full_tensor()
-        return together.cpu() if keep else together.new_empty(0)
+        full = tensor.full_tensor()
+        return full.cpu() if keep else full.new_empty(0)
 
     return tree_map_only(Tensor, gathered, tree)
 
 
-def like(value: Tensor, reference: Tensor) -> Tensor:
-    """Spread a whole tensor as a reference is spread."""
-    if not is_distributed(reference) or value.shape != reference.shape:
+def _sharded_as(value: Any, reference: Tensor) -> Any:
+    """Shard a full tensor as a reference of its shape is sharded; return anything else as it is."""
+    if (
+        not isinstance(value, Tensor)
+        or not is_distributed(reference)
+        or value.shape != reference.shape
+    ):
         return value
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
 
@@ -110,76 +113,12 @@ def like(value: Tensor, reference: Tensor) -> Tensor:
     )
 
 
-def _draw_apart(rank: int) -> None:
-    """Leave the random numbers that another process goes on with, too."""
-    seed_all(int(torch.randint(2**62, ())) + rank)
+# What may be loaded
 
 
-# The state of a training system
-
-# Its attributes that are plain values.
-_PROGRESS = (
-    *("step", "epoch", "history", "_position", "_seen"),
-    *("_best", "_waited", "_failed"),
-)
-
-
-def state_of(system: Any) -> dict[str, Any]:
-    """All that training goes on from; complete in the first process, which is to write it."""
-    loss, losses, first = system.loss_fn, system._losses, system.peers.rank == 0
-    system.peers.make_alike(system.module.buffers())  # of which one set is kept
-    return {
-        "kinds": _kinds(system),
-        "model": whole(system.module.state_dict(), first),
-        "optimizer": whole(system.optimizer.state_dict(), first),
-        "shapes": _shapes(system.optimizer),
-        "loss": loss.state_dict() if isinstance(loss, nn.Module) else {},
-        "scheduler": None if system.scheduler is None else system.scheduler.state_dict(),
-        "scaler": system.scaler.state_dict(),
-        "monitor": None if system.monitor is None else system.monitor.state_dict(),
-        "random": system.peers.gather_objects({"now": random_state(), "begun": system._begun}),
-        "losses": torch.stack(losses) if losses else torch.empty(0),
-        "progress": {name: getattr(system, name) for name in _PROGRESS},
-    }
-
-
-def put_back(system: Any, state: Mapping[str, Any]) -> None:
-    """Set the state of a training system; all that can be wrong is found before."""
-    if state["kinds"] != (kinds := _kinds(system)):
-        raise ValueError(
-            f"load: expected a checkpoint of {kinds}, got {state['kinds']}; nothing was changed. "
-            "Make the system as it was when it was saved"
-        )
-    loss = system.loss_fn
-    modules = {
-        "model": system.module,
-        "loss": loss if isinstance(loss, nn.Module) else nn.Module(),
-    }
-    for what, module in modules.items():
-        _check_module(what, module, state[what])
-    _check_optimizer(system.optimizer, state["shapes"])
-    if system.monitor is not None and state["monitor"] is not None:
-        system.monitor.load_state_dict(state["monitor"])  # changes nothing if it is of others
-    for what, module in modules.items():
-        _load_module(module, state[what])
-    _load_optimizer(system.optimizer, state["optimizer"])
-    if system.scheduler is not None:
-        system.scheduler.load_state_dict(state["scheduler"])
-    if system.scaler.is_enabled() and state["scaler"]:
-        system.scaler.load_state_dict(state["scaler"])
-    for name in _PROGRESS:
-        setattr(system, name, state["progress"][name])
-    system._losses = list(state["losses"].to(system.device))
-    states, rank = state["random"], system.peers.rank
-    system._begun = states[rank % len(states)]["begun"]
-    set_random_state(states[rank % len(states)]["now"])
-    if rank >= len(states):
-        _draw_apart(rank)
-
-
-def _kinds(system: Any) -> dict[str, str]:
-    named = {"optimizer": system.optimizer, "scheduler": system.scheduler}
-    return {what: _kind(thing) for what, thing in named.items()}
+def kinds_of(optimizer: Optimizer, scheduler: object) -> dict[str, str]:
+    """The kinds that a checkpoint must agree with."""
+    return {"optimizer": _kind(optimizer), "scheduler": _kind(scheduler)}
 
 
 def _kind(thing: object) -> str:
@@ -188,8 +127,8 @@ def _kind(thing: object) -> str:
     return type(thing).__name__ + (f"({inner})" if inner else "")
 
 
-def _check_module(what: str, module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise if a state is that of another module; `load_state_dict` finds out half-way."""
+def check_module(what: str, module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise if a state is that of another module; `load_state_dict` would load a part of it."""
     shapes = {name: tuple(t.shape) for name, t in _tensors(module.state_dict()).items()}
     found = {name: tuple(t.shape) for name, t in _tensors(state).items()}
     other = [name for name in (shapes | found) if shapes.get(name) != found.get(name)]
@@ -207,22 +146,18 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _load_module(module: nn.Module, state: Mapping[str, Any]) -> None:
-    now = module.state_dict()
-    spread = {
-        name: like(value, now[name]) if isinstance(value, Tensor) else value
-        for name, value in state.items()
-    }
-    module.load_state_dict(spread)
+def load_module(module: nn.Module, state: Mapping[str, Any]) -> None:
+    now = module.state_dict()  # may have entries that are no tensors, an extra state
+    module.load_state_dict({n: _sharded_as(value, now[n]) for n, value in state.items()})
 
 
-def _shapes(optimizer: Optimizer) -> list[list[list[int]]]:
+def parameter_shapes(optimizer: Optimizer) -> list[list[list[int]]]:
     return [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _check_optimizer(optimizer: Optimizer, found: list[list[list[int]]]) -> None:
-    """Raise for other groups or another order: the state goes by the places of parameters."""
-    expected = _shapes(optimizer)
+def check_optimizer(optimizer: Optimizer, found: list[list[list[int]]]) -> None:
+    """Raise for other groups or another order: the state goes by positions of parameters."""
+    expected = parameter_shapes(optimizer)
     numbers = [[*map(len, groups)] for groups in (expected, found)]
     if numbers[0] != numbers[1]:
         raise ValueError(
@@ -232,17 +167,14 @@ def _check_optimizer(optimizer: Optimizer, found: list[list[list[int]]]) -> None
     if expected != found:
         raise ValueError(
             f"load: expected an optimizer of parameters of shapes {expected}, got {found} in the "
-            "checkpoint; nothing was changed. Give it the parameters in the order of then"
+            "checkpoint; nothing was changed. Give it the parameters in the order used when saving"
         )
 
 
-def _load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    spread = {
-        index: {
-            key: like(value, parameters[index]) if isinstance(value, Tensor) else value
-            for key, value in entry.items()
-        }
+    sharded = {
+        index: {key: _sharded_as(value, parameters[index]) for key, value in entry.items()}
         for index, entry in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": spread})
+    optimizer.load_state_dict({**state, "state": sharded})

@@ -21,23 +21,35 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from autograd_lib.config.records import AutogradConfig, Settings
 from autograd_lib.core.batches import Count, Piece, check_counted, pair, split, terms_of
 from autograd_lib.core.files import replaced_atomically
-from autograd_lib.core.shards import is_distributed
-from autograd_lib.core.snapshot import drop_gradients
+from autograd_lib.core.snapshot import drop_gradients, random_state, seed_all, set_random_state
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
 from autograd_lib.monitor.monitor import GradientMonitor
 from autograd_lib.nonfinite.guard import NonFinite, NonFiniteGuard
 from autograd_lib.report.progress import progress
-from autograd_lib.training.loop import Stop, begin_epoch, evaluating, stop_requested, take_up
-from autograd_lib.training.processes import Peers, clip_gradients, module_of, spread
+from autograd_lib.training.loop import Stop, begin_epoch, evaluating, resume_epoch, stop_requested
+from autograd_lib.training.processes import Peers, clip_gradients, module_of, parallelize
 from autograd_lib.training.setup import (
     check_arguments,
+    check_fit,
+    check_higher_order,
     check_options,
+    check_trains,
     monitor_of,
     optimized,
     scaler_of,
     settings_of,
 )
-from autograd_lib.training.state import put_back, read, state_of, write
+from autograd_lib.training.state import (
+    check_module,
+    check_optimizer,
+    full_tensors,
+    kinds_of,
+    load_module,
+    load_optimizer,
+    parameter_shapes,
+    read,
+    write,
+)
 from autograd_lib.training.step import ForwardBackward, micro_batches, move
 
 __all__ = ["AutogradTrainingSystem"]
@@ -123,13 +135,13 @@ class AutogradTrainingSystem:
         if replace(self.settings, precision="fp32", micro_batch=None) != Settings():
             self.settings.apply(module_of(model))
         several = self.config.distributed
-        self.model = spread(
+        self.model = parallelize(
             *(model, optimizer, self.peers),
             strategy=several.strategy,
             unused=several.find_unused_parameters,
         )
         if isinstance(loss_fn, nn.Module):
-            self.peers.make_alike([*loss_fn.parameters(), *loss_fn.buffers()])
+            self.peers.broadcast([*loss_fn.parameters(), *loss_fn.buffers()])
         # Also those that nobody optimizes: their gradients would add up until they overflow.
         everything = [*optimized(optimizer), *self.model.parameters(), *self._loss_parameters]
         self._parameters = list(dict.fromkeys(everything))
@@ -149,11 +161,11 @@ class AutogradTrainingSystem:
         self.reports: list[NonFinite] = []
         self.gradient_norm: Tensor | None = None
         self._loss = torch.zeros(())
-        self._position = self._waited = self._failed = self._seen = 0
+        self._position = self._waited = self._failed = self._steps_before = 0
         self._best = float("inf")
         self._owns_files = False  # what is in the directory is of this run
         self._losses: list[Tensor] = []  # of the epoch
-        self._begun: dict[str, Any] | None = None  # random states when the epoch began
+        self._epoch_start: dict[str, Any] | None = None  # random states when the epoch began
 
     @property
     def module(self) -> nn.Module:
@@ -188,11 +200,7 @@ class AutogradTrainingSystem:
             FloatingPointError: `training.max_nonfinite` steps in a row were not finite.
             ValueError: The batch is empty, or `count` gives zero for all of it.
         """
-        if not self.config.autograd_system.enable_gradients:
-            raise RuntimeError(
-                "train_step: the configuration says autograd_system.enable_gradients: false, "
-                "which is for evaluation only; set it to true to train"
-            )
+        check_trains("train_step", self.config)
         return self._train((inputs, targets))
 
     def _train(self, batch: tuple[Any, Any], counts: bool = True) -> Tensor:
@@ -266,9 +274,9 @@ class AutogradTrainingSystem:
         `training.save_every` steps, `last.pt` (and the history of gradients as `gradients.csv`),
         and `best.pt` when the validation loss is the least so far. On Ctrl-C or SIGTERM the step
         is finished and `last.pt` written first. After `load` it goes on in the middle of the
-        epoch: the batches before are drawn again, with the random numbers of then, and dropped.
-        (Random numbers of persistent workers of a `DataLoader` are not those of then: PyTorch seeds
-        such workers once.)
+        epoch: the batches before are drawn again, with the random state of that epoch, and dropped.
+        (Persistent workers of a `DataLoader` draw other random numbers after it: PyTorch seeds such
+        workers once.)
 
         Args:
             loader: Gives ``(inputs, targets)``, the same number each time; a sampler with
@@ -290,8 +298,8 @@ class AutogradTrainingSystem:
             FloatingPointError: Too many steps in a row were not finite.
             KeyboardInterrupt: Ctrl-C; SIGTERM is a SystemExit.
         """
-        with self.peers.together():
-            self._check_fit(epochs, validation)
+        with self.peers.raise_on_all():
+            check_fit(self.config, epochs, validation, owns_files=self._owns_files)
         with stop_requested() as stop, progress("fit") as show:
             if self.step == 0:
                 self._write("last.pt")  # so that there is one, whenever a process is killed
@@ -334,7 +342,7 @@ class AutogradTrainingSystem:
         row["seconds"] = time.perf_counter() - began
         # Only now, for evaluation may raise: then it is what the next fit begins with.
         self.epoch += 1
-        self._position, self._losses, self._begun = 0, [], None
+        self._position, self._losses, self._epoch_start = 0, [], None
         self._conclude(row)
         return row
 
@@ -358,19 +366,20 @@ class AutogradTrainingSystem:
 
     def _batches(self, loader: Any) -> Iterable[tuple[Any, bool]]:
         """What is left of the epoch, and whether it counts."""
-        if self._begun is None:
-            self._begun = begin_epoch(loader, self.epoch)
+        if self._epoch_start is None:
+            self._epoch_start = begin_epoch(loader, self.epoch)
             if self.monitor is not None:
-                self._seen = self.monitor.get_gradient_summary()["step"]
-            return self.peers.in_step(loader)
-        batches, last, skipped = take_up(loader, self.epoch, self._position, self._begun)
+                self._steps_before = self.monitor.get_gradient_summary()["step"]
+            return self.peers.even_batches(loader)
+        batches, last, skipped = resume_epoch(loader, self.epoch, self._position, self._epoch_start)
         skipped = int(max(n for (n,) in self.peers.gather(skipped)))
         if skipped < self._position:
             raise ValueError(
                 f"fit: expected a loader of more than {self._position} batches, as the "
-                f"interrupted epoch had, got {skipped}; give the loader that was used then"
+                f"interrupted epoch had, got {skipped}; give the loader used before the "
+                "interruption"
             )
-        return self.peers.in_step(batches, last)
+        return self.peers.even_batches(batches, last)
 
     def _check_stop(self, stop: Stop) -> None:
         number = int(max(n for (n,) in self.peers.gather(stop())))
@@ -398,7 +407,7 @@ class AutogradTrainingSystem:
     def _median_norm(self, monitor: GradientMonitor) -> float:
         """Of the steps of this epoch that are remembered."""
         history = monitor.history
-        norms = history["total_norm"][(history["step"] > self._seen) & ~history["skipped"]]
+        norms = history["total_norm"][(history["step"] > self._steps_before) & ~history["skipped"]]
         return statistics.median(norms.tolist()) if len(norms) else float("nan")
 
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
@@ -419,9 +428,9 @@ class AutogradTrainingSystem:
         sums: list[Tensor] = []
         run = self._run("evaluate", self.module)
         batches = 0
-        self.peers.make_alike(self.module.buffers())
+        self.peers.broadcast(self.module.buffers())
         with evaluating(self.module):
-            for batch, counts in self.peers.in_step(loader):
+            for batch, counts in self.peers.even_batches(loader):
                 (piece,) = split("evaluate", pair(batch), None, self.count)
                 share = piece.share if counts else 0.0
                 terms = share
@@ -459,6 +468,70 @@ class AutogradTrainingSystem:
         directory = self.config.training.directory
         return None if directory is None else Path(directory)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that training resumes from, as tensors and plain values; a collective.
+
+        Sharded tensors are gathered in the first process alone, in others they are empty.
+        """
+        loss, first = self.loss_fn, self.peers.rank == 0
+        self.peers.broadcast(self.module.buffers())  # one set is kept, that of the first process
+        random = {"now": random_state(), "epoch_start": self._epoch_start}
+        return {
+            "kinds": kinds_of(self.optimizer, self.scheduler),
+            "model": full_tensors(self.module.state_dict(), first),
+            "optimizer": full_tensors(self.optimizer.state_dict(), first),
+            "shapes": parameter_shapes(self.optimizer),
+            "loss": loss.state_dict() if isinstance(loss, nn.Module) else {},
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "monitor": None if self.monitor is None else self.monitor.state_dict(),
+            "random": self.peers.gather_objects(random),
+            "losses": torch.stack(self._losses) if self._losses else torch.empty(0),
+            "history": list(self.history),
+            "progress": {"step": self.step, "epoch": self.epoch},
+            "within_epoch": {"position": self._position, "steps_before": self._steps_before},
+            "patience": (self._best, self._waited, self._failed),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from what `state_dict` returned; all that can be wrong is found before a change.
+
+        Raises:
+            ValueError: It is of another model, loss, optimizer or scheduler. Nothing is changed.
+        """
+        if state["kinds"] != (kinds := kinds_of(self.optimizer, self.scheduler)):
+            raise ValueError(
+                f"load: expected a checkpoint of {kinds}, got {state['kinds']}; nothing was "
+                "changed. Make the system as it was when it was saved"
+            )
+        loss = self.loss_fn if isinstance(self.loss_fn, nn.Module) else nn.Module()
+        modules = {"model": self.module, "loss": loss}
+        for what, module in modules.items():
+            check_module(what, module, state[what])
+        check_optimizer(self.optimizer, state["shapes"])
+        if self.monitor is not None and state["monitor"] is not None:
+            self.monitor.load_state_dict(state["monitor"])  # of other parameters: changes nothing
+        for what, module in modules.items():
+            load_module(module, state[what])
+        load_optimizer(self.optimizer, state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.history = list(state["history"])
+        progress = state["progress"]
+        self.step, self.epoch = progress["step"], progress["epoch"]
+        self._position = state["within_epoch"]["position"]
+        self._steps_before = state["within_epoch"]["steps_before"]
+        self._best, self._waited, self._failed = state["patience"]
+        self._losses = list(state["losses"].to(self.device))
+        saved, rank = state["random"], self.peers.rank
+        self._epoch_start = saved[rank % len(saved)]["epoch_start"]
+        set_random_state(saved[rank % len(saved)]["now"])
+        if rank >= len(saved):  # else two processes would draw the same numbers
+            seed_all(int(torch.randint(2**62, ())) + rank)
+        drop_gradients(self._parameters)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write all that training goes on from, in one file.
 
@@ -471,8 +544,8 @@ class AutogradTrainingSystem:
             OSError: The file cannot be written.
             TypeError: A state holds what could not be loaded safely.
         """
-        state = state_of(self)
-        with self.peers.together():
+        state = self.state_dict()
+        with self.peers.raise_on_all():
             if self.peers.rank == 0:
                 write(state, Path(path))
 
@@ -492,10 +565,9 @@ class AutogradTrainingSystem:
             ValueError: It is damaged, was not written by `save`, or is of another model, optimizer,
                 or scheduler. Nothing is changed.
         """
-        with self.peers.together():
+        with self.peers.raise_on_all():
             state = read(Path(path))
-        put_back(self, state)
-        drop_gradients(self._parameters)
+        self.load_state_dict(state)
         if self.directory is not None and Path(path).resolve().parent == self.directory.resolve():
             self._owns_files = True
 
@@ -503,35 +575,16 @@ class AutogradTrainingSystem:
         if self.directory is None:
             return
         first = self.peers.rank == 0
-        with self.peers.together():
+        with self.peers.raise_on_all():
             if first:
                 self.directory.mkdir(parents=True, exist_ok=True)
         self._owns_files = True
         self.save(self.directory / name)
         kept = self.config.autograd_system.gradient_monitoring.save_gradient_history
-        with self.peers.together():
+        with self.peers.raise_on_all():
             if self.monitor is not None and kept and first:
                 with replaced_atomically(self.directory / "gradients.csv") as new:
                     self.monitor.to_csv(new)
-
-    def _check_fit(self, epochs: object, validation: object) -> None:
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"fit: expected epochs to be an integer from 0 on, got {epochs!r}")
-        if not self.config.autograd_system.enable_gradients:
-            raise RuntimeError(
-                "fit: the configuration says autograd_system.enable_gradients: false, which is "
-                "for evaluation only; set it to true to train"
-            )
-        if self.config.training.patience is not None and validation is None:
-            raise ValueError(
-                "fit: training.patience is about the validation loss; pass validation="
-            )
-        last = None if self.directory is None else self.directory / "last.pt"
-        if last is not None and not self._owns_files and last.exists():
-            raise ValueError(
-                f"fit: {str(last)!r} is from another run, and would be "
-                "overwritten; load() it to go on, or set another training.directory"
-            )
 
     # Derivatives of higher order
 
@@ -559,16 +612,7 @@ class AutogradTrainingSystem:
             ValueError: `order` or `direction` do not fit.
             NotImplementedError: An operation has no rule.
         """
-        if not self.config.autograd_system.advanced_features.higher_order_gradients:
-            raise RuntimeError(
-                "compute_higher_order_gradients: the configuration says "
-                "autograd_system.advanced_features.higher_order_gradients: false; set it to true"
-            )
-        if any(map(is_distributed, self.module.parameters())):
-            raise NotImplementedError(
-                "compute_higher_order_gradients: the parameters are sharded, and no process has "
-                "them all; load the checkpoint with distributed.strategy 'ddp', or in one process"
-            )
+        check_higher_order(self.config, self.module)
         input, target = move((input, target), self.device)
         return derivative_tower(self.module, self.loss_fn, input, target, order, direction)
 
