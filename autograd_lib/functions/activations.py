@@ -15,11 +15,10 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function
 
 from autograd_lib.functions.forward_mode import (
-    apply,
+    applier,
     check_floating,
     primals,
     transforming,
-    without_jvp,
 )
 
 __all__ = ["low_memory_gelu", "low_memory_relu", "low_memory_silu"]
@@ -168,7 +167,7 @@ class _Decode(Function):
         return tangent
 
 
-_DecodeWhole = without_jvp(_Decode)
+_decode = applier(_Decode)
 
 
 class _CodedActivation(Function):
@@ -203,7 +202,7 @@ class _CodedActivation(Function):
         if grad is None:
             return edge_grad, None
         coded = not kept.is_floating_point()
-        x = apply(_Decode, _DecodeWhole, kept, edge, ctx.kind.steepness) if coded else kept
+        x = _decode(kept, edge, ctx.kind.steepness) if coded else kept
         own = ctx.kind.backward(grad, x)
         return (own if edge_grad is None else own + edge_grad), None
 
@@ -218,7 +217,7 @@ class _CodedActivation(Function):
         return _CodedActivation.apply(x, kind), (in_dims[0], in_dims[0])
 
 
-_CodedActivationWhole = without_jvp(_CodedActivation)
+_coded_activation = applier(_CodedActivation)
 
 
 def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
@@ -272,7 +271,7 @@ def low_memory_gelu(x: Tensor, approximate: str = "none") -> Tensor:
         raise ValueError(
             f"low_memory_gelu: expected approximate='none' or 'tanh', got {approximate!r}"
         )
-    return apply(_CodedActivation, _CodedActivationWhole, x, _GELU[approximate])[0]
+    return _coded_activation(x, _GELU[approximate])[0]
 
 
 def low_memory_silu(x: Tensor) -> Tensor:
@@ -298,4 +297,4 @@ def low_memory_silu(x: Tensor) -> Tensor:
         tensor([0.5000, 1.0000])
     """
     check_floating("low_memory_silu", x)
-    return apply(_CodedActivation, _CodedActivationWhole, x, _SILU)[0]
+    return _coded_activation(x, _SILU)[0]

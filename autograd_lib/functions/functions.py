@@ -1,8 +1,8 @@
-"""Backward rules of their own: the model of a Function, gradients bent, formulas kept finite.
+"""Functions with their own backward: a model Function, modified gradients, finite derivatives.
 
-Each is complete: `vmap`, forward mode where it has a meaning, derivatives of derivatives in every
-combination of modes, whole graphs under `torch.compile`. What PyTorch 2.13 needs for that is in
-`_rules`.
+Each supports `vmap`, forward mode where it has a meaning, higher derivatives in every combination
+of modes, and `torch.compile` without a graph break. What PyTorch 2.13 needs for that is in
+`forward_mode`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function
 
 from autograd_lib.functions.forward_mode import (
-    apply,
+    applier,
     check_floating,
     is_floating,
     primals,
-    without_jvp,
 )
 
 __all__ = [
@@ -97,7 +96,7 @@ class CustomAutogradFunction(Function):
         return torch.vmap(CustomAutogradFunction.forward, in_dims)(input, weight), 0
 
 
-# ------------------------------------------------------------------ gradients bent on their way
+# ------------------------------------------------------------------ modified gradients
 
 
 class _StraightThrough(Function):
@@ -126,18 +125,18 @@ class _StraightThrough(Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         with _set_fwd_grad_enabled(True):
-            return tangent.clone()  # a tangent handed on as it is would be shared by two tensors
+            return tangent.clone()  # otherwise two tensors would share one tangent
 
 
-_StraightThroughWhole = without_jvp(_StraightThrough)
+_straight_through = applier(_StraightThrough)
 
 
 def straight_through(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     r"""Return $f(x)$, with the gradient of the identity.
 
     The straight-through estimator (Bengio, Léonard & Courville 2013, arXiv:1308.3432) for
-    rounding, signs, thresholds, whose own derivative is zero. Forward mode passes tangents on
-    likewise. `x + (f(x) - x).detach()` means the same, but loses digits where `x` is large beside
+    rounding, signs and thresholds, whose own derivative is zero. Forward mode passes tangents on,
+    too. `x + (f(x) - x).detach()` means the same, but loses digits where `x` is large beside
     `f(x)`, is NaN where `x` is infinite, and costs two more tensors.
 
     Args:
@@ -160,12 +159,12 @@ def straight_through(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
         ([0.0, 2.0], [1.0, 1.0])
     """
     check_floating("straight_through", x)
-    return apply(_StraightThrough, _StraightThroughWhole, x, f)
+    return _straight_through(x, f)
 
 
 class _ScaleGradient(Function):
-    # Without a jvp: a tangent is not a gradient. And the output is a view, of which a jvp must
-    # return a view of the tangent, which no multiple of it is.
+    # Without a jvp: a tangent is not a gradient. Also, the output is a view, so a jvp would have to
+    # return a view of the tangent, and a multiple of it is none.
     generate_vmap_rule = True
 
     @staticmethod
@@ -179,6 +178,9 @@ class _ScaleGradient(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.scale, None
+
+
+_scale_gradient = applier(_ScaleGradient)
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
@@ -205,7 +207,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
         tensor([1., 2.])
     """
     check_floating("scale_gradient", x)
-    return apply(_ScaleGradient, _ScaleGradient, x, scale)
+    return _scale_gradient(x, scale)
 
 
 def reverse_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -233,7 +235,7 @@ def reverse_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
         tensor([-1., -1.])
     """
     check_floating("reverse_gradient", x)
-    return apply(_ScaleGradient, _ScaleGradient, x, -scale)
+    return _scale_gradient(x, -scale)
 
 
 class _ClipGradient(Function):
@@ -259,15 +261,18 @@ class _ClipGradient(Function):
         return wide.to(grad.dtype), None, None
 
 
+_clip_gradient = applier(_ClipGradient)
+
+
 def clip_gradient(
     x: Tensor, *, max_norm: float | None = None, max_value: float | None = None
 ) -> Tensor:
-    r"""Return `x`, with its gradient clipped on its way back.
+    r"""Return `x`, with its gradient clipped.
 
-    First every element to $[-v, v]$, then the whole to a norm of $m$: $g \min(1, m / \|g\|_2)$.
-    Under `vmap` the norm is that of each sample. An element that is NaN stays NaN, and `max_norm`
-    then makes all of them NaN, as it does at the place of an infinity (the others become 0):
-    clipping hides no fault. An infinity is tamed by `max_value`.
+    First every element is clipped to $[-v, v]$, then the whole to a norm of $m$:
+    $g \min(1, m / \|g\|_2)$. Under `vmap` the norm is that of each sample. Clipping hides no
+    fault: where an element is NaN, `max_norm` makes all of them NaN; where one is infinite, it
+    becomes NaN and the others 0. `max_value` makes an infinite element finite.
 
     Args:
         x: a floating-point tensor of any shape.
@@ -295,7 +300,7 @@ def clip_gradient(
             "clip_gradient: expected a positive max_norm, max_value or both, got "
             f"max_norm={max_norm}, max_value={max_value}; scale_gradient(x, 0) stops a gradient"
         )
-    return apply(_ClipGradient, _ClipGradient, x, max_norm, max_value)
+    return _clip_gradient(x, max_norm, max_value)
 
 
 # ------------------------------------------------------------------ derivatives that stay finite
@@ -326,12 +331,12 @@ class _Log1mExp(Function):
             return tangent * _log1mexp_slope(primals(ctx)[0])
 
 
-_Log1mExpWhole = without_jvp(_Log1mExp)
+_log1mexp = applier(_Log1mExp)
 
 
 def _log1mexp_slope(x: Tensor) -> Tensor:
-    # 1 / -expm1(-x) is shorter, but its own derivative is 0 * inf where exp(-x) overflows. The
-    # difference from 0, where a minus would do, makes the slope at 0 -inf and not +inf.
+    # 1 / -expm1(-x) is shorter, but its derivative is 0 * inf where exp(-x) overflows. With
+    # `0 -`, and not a minus sign, the denominator at 0 is 0.0, and the slope -inf, not +inf.
     return -torch.exp(x) / (0 - torch.expm1(x))
 
 
@@ -340,8 +345,8 @@ def log1mexp(x: Tensor) -> Tensor:
 
     $\log(-\mathrm{expm1}(x))$ for $x > -\log 2$, $\mathrm{log1p}(-e^x)$ below (Mächler 2012,
     "Accurately computing `log(1 - exp(-abs(a)))`", whose argument is $a = -x$). The derivative is
-    $-e^x / (1 - e^x)$. Autograd's own through that `torch.where` is NaN near 0, as the branch not
-    taken is 0 · inf there; two more `where` around the arguments cure it, but save six tensors.
+    $-e^x / (1 - e^x)$. Autograd's gradient of that `torch.where` is NaN near 0, where the other
+    branch gives 0 · inf; two more `where` around the arguments avoid it, but save six tensors.
 
     Args:
         x: log-probabilities, at most 0, floating point, of any shape.
@@ -361,7 +366,7 @@ def log1mexp(x: Tensor) -> Tensor:
         (0.75, -0.3333...)
     """
     check_floating("log1mexp", x)
-    return apply(_Log1mExp, _Log1mExpWhole, x)
+    return _log1mexp(x)
 
 
 class _SafeNorm(Function):
@@ -394,11 +399,11 @@ class _SafeNorm(Function):
             return (tangent * _direction(*primals(ctx))).sum(-1, keepdim=True)
 
 
-_SafeNormWhole = without_jvp(_SafeNorm)
+_safe_norm = applier(_SafeNorm)
 
 
 def _direction(x: Tensor, norm: Tensor) -> Tensor:
-    # Both the quotient and its argument: a single where would meet 0 / 0 in its derivative.
+    # Both the quotient and its argument: the derivative of a single where would contain 0 / 0.
     zero = norm == 0
     return torch.where(zero, 0, x / torch.where(zero, 1, norm))
 
@@ -435,7 +440,7 @@ def safe_norm(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool =
     # Under vmap with forward mode, PyTorch 2.13 cannot take a tuple among a Function's arguments.
     sizes = [x.shape[d] for d in kept]
     rows = x.permute([*kept, *reduced]).reshape([*sizes, math.prod([x.shape[d] for d in reduced])])
-    norm = apply(_SafeNorm, _SafeNormWhole, rows).squeeze(-1)
+    norm = _safe_norm(rows).squeeze(-1)
     return (
         norm.reshape([1 if d in reduced else n for d, n in enumerate(x.shape)]) if keepdim else norm
     )
@@ -464,7 +469,7 @@ class _SafeSqrt(Function):
             return tangent * _sqrt_slope(primals(ctx)[0])
 
 
-_SafeSqrtWhole = without_jvp(_SafeSqrt)
+_safe_sqrt = applier(_SafeSqrt)
 
 
 def _sqrt_slope(root: Tensor) -> Tensor:
@@ -495,4 +500,4 @@ def safe_sqrt(x: Tensor) -> Tensor:
         tensor([0.0000, 0.2500])
     """
     check_floating("safe_sqrt", x)
-    return apply(_SafeSqrt, _SafeSqrtWhole, x)
+    return _safe_sqrt(x)

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import FunctionCtx
+
+from autograd_lib.functions.forward_mode import applier, primals
 
 __all__ = ["CustomLossFunction"]
 
@@ -202,15 +205,11 @@ class _Bound(Function):
         outward = ((x >= high) & (grad < 0)) | ((x <= low) & (grad > 0))
         return grad.masked_fill(outward, 0), None, None
 
-
-class _BoundWithForwardMode(_Bound):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        x, low, high = ctx.saved_tensors
-        return tangent.masked_fill((x > high) | (x < low), 0)
+        with _set_fwd_grad_enabled(True):
+            x, low, high = primals(ctx)
+            return tangent.masked_fill((x > high) | (x < low), 0)
 
 
-def _bound(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    # PyTorch 2.13 refuses to compile a Function that has a jvp.
-    function = _Bound if torch.compiler.is_compiling() else _BoundWithForwardMode
-    return function.apply(x, low, high)
+_bound = applier(_Bound)

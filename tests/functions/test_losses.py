@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from cases import DEVICES, FLOAT_DTYPES
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 from torch.testing import assert_close
 
 from autograd_lib.functions import losses
@@ -253,6 +253,16 @@ def test_at_a_bound_only_the_outward_gradient_is_cut(side: int) -> None:
         assert (outward.item(), inward.item()) == (0, side)
         assert losses._bound(x, low, high).item() == 30 * side
     assert grad(losses._bound)(torch.tensor(29.0 * side), low, high) == 1
+
+
+def test_the_bound_has_second_derivatives_in_forward_mode() -> None:
+    low, high = torch.tensor(-30.0), torch.tensor(30.0)
+
+    def slope(t: Tensor) -> Tensor:
+        return jvp(lambda t: losses._bound(t**3, low, high), (t,), (torch.ones(()),))[1]
+
+    t, one = torch.tensor(2.0), torch.ones(())
+    assert [r.item() for r in jvp(slope, (t,), (one,))] == [12.0, 12.0]
 
 
 def call(loss_fn: nn.Module, x: Tensor, y: Tensor, log_ratio: Tensor) -> Tensor:

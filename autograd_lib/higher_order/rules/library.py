@@ -20,7 +20,7 @@ from autograd_lib.functions.functions import (
     _StraightThrough,
     safe_norm,
 )
-from autograd_lib.functions.losses import _BoundWithForwardMode
+from autograd_lib.functions.losses import _Bound
 from autograd_lib.higher_order.dispatch import Jet, primal
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -55,4 +55,4 @@ def _safe_norm(x: Jet) -> Tensor:
 
 jet_rule(_LowMemoryReLU)(F.relu)
 jet_rule(_CodedActivation)(lambda x, kind: (kind.forward(x),))
-jet_rule(_BoundWithForwardMode)(torch.clamp)
+jet_rule(_Bound)(torch.clamp)
