@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from autograd_lib.command.data import Task, load_data, nearest
+from autograd_lib.command.data import Task, check_options, load_data
 from autograd_lib.config.records import AutogradConfig, OptimizerConfig
 from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransformerModel
 from autograd_lib.training.system import AutogradTrainingSystem
@@ -135,7 +135,7 @@ def _make_model(config: AutogradConfig, task: Task) -> nn.Module:
     set_elsewhere = {size: f"the data decide it ({value})" for size, value in task.sizes.items()}
     feature = "autograd_system.advanced_features.custom_gradients"
     set_elsewhere["custom_gradients"] = f"it is set by {feature}"
-    _check_options("model", kind, options, set_elsewhere)
+    _check_arguments("model", kind, options, set_elsewhere)
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in {**options, **task.sizes}:
             raise ValueError(
@@ -154,25 +154,21 @@ def _make_optimizer(
 ) -> torch.optim.Optimizer:
     kind = _OPTIMIZERS[config.name]
     named = {name: f"it is set by optimizer.{name}" for name in ("lr", "weight_decay")}
-    _check_options("optimizer", kind, config.options, {**named, "params": "the model decides it"})
+    _check_arguments("optimizer", kind, config.options, {**named, "params": "the model decides it"})
     given = {"lr": config.lr, "weight_decay": config.weight_decay, **config.options}
     return _construct("optimizer.options", partial(kind, parameters, **given))
 
 
-def _check_options(
+def _check_arguments(
     section: str, kind: type, options: Iterable[str], set_elsewhere: Mapping[str, str]
 ) -> None:
-    known = [name for name in inspect.signature(kind).parameters if name not in set_elsewhere]
     for name in options:
         if name in set_elsewhere:
             raise ValueError(
                 f"{section}.options.{name}: expected none, as {set_elsewhere[name]}; leave it out"
             )
-        if name not in known:
-            raise ValueError(
-                f"{section}.options.{name}: {kind.__name__} has no such option, expected one of "
-                f"{', '.join(known)}{nearest(name, known)}"
-            )
+    known = (name for name in inspect.signature(kind).parameters if name not in set_elsewhere)
+    check_options(section, kind.__name__, options, known)
 
 
 def _construct(path: str, make: Callable[[], Any]) -> Any:

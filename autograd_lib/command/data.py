@@ -11,7 +11,7 @@ import importlib
 import inspect
 import string
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def load_data(name: str, **options: Any) -> Task:
         The task.
 
     Raises:
-        ValueError: No such task or option, or an option is out of its range.
+        ValueError: No such option, or an option is out of its range.
         ImportError: scikit-learn is not installed, for "digits" and "rows".
         FileNotFoundError: This Python has no sources of its standard library.
 
@@ -100,26 +100,29 @@ def load_data(name: str, **options: Any) -> Task:
         >>> tokens.shape, bool((tokens[1:] == following[:-1]).all())
         (torch.Size([16]), True)
     """
-    if name not in _LOADERS:
-        raise ValueError(
-            f"data.name: expected one of {', '.join(_LOADERS)}, got {name!r}"
-            f"{nearest(name, _LOADERS)}"
-        )
-    known = {key: p.default for key, p in inspect.signature(_LOADERS[name]).parameters.items()}
+    known = inspect.signature(_LOADERS[name]).parameters
+    check_options("data", f"data {name!r}", options, known)
     for key, value in options.items():
-        if key not in known:
-            raise ValueError(
-                f"data.options.{key}: data {name!r} has no such option, expected "
-                f"{', '.join(known) or 'none'}{nearest(key, known)}"
-            )
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"data.options.{key}: expected an integer from 1 on, got {value!r}")
     return _LOADERS[name](**options)
 
 
-def nearest(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """The end of an error on a name that is not known: which one may have been meant."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
+def check_options(section: str, owner: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name in the options of a section that their owner does not know."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            expected = f"one of {', '.join(known)}" if known else "none"
+            raise ValueError(
+                f"{section}.options.{name}: {owner} has no such option, expected {expected}"
+                f"{nearest(name, known)}"
+            )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error on an unknown name: the known one that may have been meant."""
+    close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -161,10 +161,8 @@ def test_the_loss_and_the_accuracy_of_text_are_over_all_positions() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("digit", {}, r"data\.name: expected one of digits, rows, source, got 'digit'; did "
-         r"you mean 'digits'\?"),
         ("source", {"window": 3}, r"data\.options\.window: data 'source' has no such option, "
-         r"expected length, windows, test_windows; did you mean 'windows'\?"),
+         r"expected one of length, windows, test_windows; did you mean 'windows'\?"),
         ("digits", {"length": 3}, r"data\.options\.length: data 'digits' has no such option, "
          "expected none$"),
         ("source", {"length": 0}, r"data\.options\.length: expected an integer from 1 on, got 0"),
