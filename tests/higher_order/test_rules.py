@@ -416,6 +416,8 @@ cases(
         lambda x: torch.transpose(x, -1, 1),
         lambda x: x.transpose(dim0=0, dim1=-1),
         lambda x: torch.swapaxes(x, 0, 1),
+        lambda x: torch.swapaxes(x, axis0=0, axis1=2),
+        lambda x: x.transpose(dim1=0, dim0=1),
         lambda x: torch.swapdims(x, 0, 2),
         lambda x: x.swapaxes(0, -1),
         lambda x: x.mT,

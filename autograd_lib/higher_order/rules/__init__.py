@@ -12,7 +12,6 @@ from autograd_lib.higher_order.rules import (  # noqa: F401
     contractions,
     convolution,
     elementary,
-    indexing,
     library,
     linear,
     losses,

@@ -51,7 +51,7 @@ def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     return x if max is None else torch.where(primal(x) > primal(max), max, x)
 
 
-jet_rule(torch.clamp_min)(torch.clamp)
+jet_rule(torch.clamp_min)(lambda x, min: torch.clamp(x, min=min))
 jet_rule(torch.clamp_max)(lambda x, max: torch.clamp(x, max=max))
 
 
