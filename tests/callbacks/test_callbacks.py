@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from autograd_lib.callbacks.frameworks import lightning_callback, transformers_callback
+from autograd_lib.callbacks import lightning_callback, transformers_callback
 from autograd_lib.monitor.monitor import GradientMonitor
+from autograd_lib.monitor.record import Record
 
 NAN = float("nan")
 FRAMEWORKS = ["lightning", "transformers"]
@@ -334,8 +335,8 @@ def test_the_total_norm_is_logged_where_the_loss_is(
     callback = make(train)
     reads = []
     monkeypatch.setattr(callback, "state_dict", lambda: {})  # a checkpoint reads too
-    read = GradientMonitor._read
-    monkeypatch.setattr(GradientMonitor, "_read", lambda self: (reads.append(1), read(self)))
+    read = Record.read
+    monkeypatch.setattr(Record, "read", lambda self: (reads.append(1), read(self)))
     run = train(batches(), callback, log_every=4)
     assert len(reads) == 2  # in eight steps
     _, norms = run_by_hand(batches(), 1)

@@ -1,0 +1,182 @@
+"""The gradient monitor and a guard against NaN and Inf for PyTorch Lightning."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from autograd_lib.callbacks.shared import (
+    FrameworkCallback,
+    replaced_attribute,
+    shallow_copy,
+)
+from autograd_lib.core.snapshot import drop_gradients
+
+__all__ = ["lightning_callback"]
+
+_LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
+
+
+class _LightningHooks(FrameworkCallback):
+    _operation = "lightning_callback"
+    _loss: Tensor | None = None
+    _batch: tuple[Any, ...] = (None, 0)
+    _stepped = False  # with this batch
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._attach(pl_module, trainer.optimizers, scaler)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch, self._stepped = (shallow_copy(batch), batch_idx), False
+        watch = self._watching(trainer.strategy.model)
+        if watch is not None and pl_module.automatic_optimization:
+            watch.begin()
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        self._loss = loss.detach()
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        loss, self._loss = self._loss, None
+        watch = self._watching(trainer.strategy.model)
+        if watch is None or not pl_module.automatic_optimization:
+            return  # each of several optimizers looks at its own gradients
+        found = watch.end(loss, self._replay(trainer, pl_module))
+        if found is not None:
+            parameters = [*pl_module.parameters()]
+            self._alarm(found, trainer.global_step + 1, self.monitors[0], parameters)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self._stepped = True
+        owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not pl_module.automatic_optimization:
+            watch = self._watching(trainer.strategy.model)
+            found = None if watch is None else watch.end(None, None, owned)
+            if found is not None:
+                place = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
+                self._alarm(found, trainer.global_step + 1, self.monitors[place], owned)
+        elif self._spoiled and self._scaler is None:
+            drop_gradients(owned)  # what the micro-batches after the one in question have left
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = (None, 0)
+        if not self._stepped:
+            return
+        self._end_of_step()
+        # As Lightning's own LearningRateMonitor asks; in between nothing is read from the device.
+        if trainer._logger_connector.should_update_logs:
+            for key, norm in self._total_norms().items():
+                pl_module.log(key, norm, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._detach()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._detach()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._detach()
+        self._loaded = {}  # as from a checkpoint that was loaded only to test it
+
+    def _replay(self, trainer: Any, pl_module: Any) -> Callable[[], object] | None:
+        """Forward and backward of the batch once more; None if it came from an iterator."""
+        signature = inspect.signature(pl_module.training_step)
+        if "dataloader_iter" in signature.parameters:
+            return None
+        kept, *index = self._batch
+        try:
+            signature.bind(kept, *index)
+        except TypeError:
+            index = []  # it takes the batch alone
+
+        def replay() -> object:
+            with replaced_attribute(pl_module, "log", lambda *args, **kwargs: None):
+                output = trainer.strategy.training_step(shallow_copy(kept), *index)
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            loss = loss / trainer.accumulate_grad_batches
+            pl_module.backward(loss if self._scaler is None else self._scaler.scale(loss))
+            return loss.detach()
+
+        return replay
+
+
+@functools.cache
+def _lightning_class(modules: tuple[str, ...]) -> type[_LightningHooks]:
+    bases = [importlib.import_module(name).Callback for name in modules]
+    return type("GradientCallback", (_LightningHooks, *bases), {"__module__": __name__})
+
+
+def lightning_callback(*, guard: bool = True, max_nonfinite: int = 3, **options: Any) -> Any:
+    """Make a PyTorch Lightning callback that monitors gradients and stops NaN and Inf.
+
+    From the start of training on it watches the module with a `GradientMonitor` for each optimizer,
+    and takes its hooks away at the end or upon an exception. At each step that Lightning logs,
+    "gradients/total_norm" is logged too (of further optimizers "gradients/total_norm/1" and so on);
+    in between nothing waits for the device. Histories are kept in Lightning's checkpoints.
+
+    With `guard`, the loss and the gradients of each batch are summed after its backward and that
+    number is read: one host synchronization. If it is not finite, the batch is run again as
+    `find_nonfinite` does, from the same state of buffers and random number generators, which are
+    put back again; the report is warned of and kept. All gradients are then set to None, which
+    optimizers of PyTorch take as nothing to do: parameters, momentum and weight decay stay as they
+    are, bit by bit. With accumulation the whole step is skipped, in a distributed run on every
+    process. Lightning counts such a step, and so do learning rate schedulers. It is in the
+    monitor's history, as skipped.
+
+    With a `GradScaler`, gradients that overflow are its business, as with `NonFiniteGuard`; a step
+    whose loss is not finite is reported here, and skipped by the scaler.
+
+    What it cannot do:
+
+    - With manual optimization the gradients of an optimizer are looked at before its step, and the
+      report names one that is not finite, but not what made it: `training_step` steps the
+      optimizers itself and cannot be run again. Buffers are not put back. A `training_step` that
+      takes `dataloader_iter` draws its batches itself: it cannot be run again either.
+    - In the second run `self.log` does nothing; whatever else `training_step` changes (a metric,
+      a counter, the generators of Python and NumPy) it changes twice.
+    - L-BFGS, which asks for the gradients several times in a step, and optimizers of others that
+      take None for zero may change parameters in a step that is not finite.
+
+    Args:
+        guard: Whether to look for NaN and Inf at each backward.
+        max_nonfinite: Stop at so many steps in a row that are not finite.
+        **options: Those of `GradientMonitor`: `history`, `every`, `collect`, `update_every` and so
+            on.
+
+    Returns:
+        A `Callback` of `lightning.pytorch`, or of `pytorch_lightning` if that is what is imported
+        or installed, with `monitor`, the `GradientMonitor` (of the first optimizer; `monitors` has
+        all of them; None before training), and `reports`, a list of `NonFinite`. In training it
+        raises `FloatingPointError` after `max_nonfinite` steps.
+
+    Raises:
+        ImportError: Lightning is not installed.
+        TypeError: An option is none of `GradientMonitor`'s.
+        ValueError: `max_nonfinite` is not positive.
+
+    Example:
+        >>> callback = lightning_callback(every=10)  # doctest: +SKIP
+        >>> lightning.Trainer(callbacks=[callback]).fit(model, batches)  # doctest: +SKIP
+        >>> callback.monitor.get_gradient_summary()  # doctest: +SKIP
+    """
+    loaded = tuple(name for name in _LIGHTNING if sys.modules.get(name) is not None)
+    for name in () if loaded else _LIGHTNING:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue
+        loaded = (name,)
+        break
+    if not loaded:
+        raise ImportError("lightning_callback: PyTorch Lightning is needed; pip install lightning")
+    return _lightning_class(loaded)(guard, max_nonfinite, options)
