@@ -134,9 +134,7 @@ def check_same(directory: Path, by_one: dict[str, Any]) -> None:
     state = written(directory)
     assert apart(state["model"], by_one["model"]) < 1e-5
     assert state["progress"]["step"] == by_one["progress"]["step"] == 8
-    ours, theirs = (
-        [{**row, "seconds": 0} for row in each["history"]] for each in (state, by_one)
-    )
+    ours, theirs = ([{**row, "seconds": 0} for row in each["history"]] for each in (state, by_one))
     assert len(ours) == 2
     for row, other in zip(ours, theirs, strict=True):
         assert row == pytest.approx(other, rel=1e-3)
