@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -122,11 +123,17 @@ def stored(value: Any, where: tuple[Any, ...] = (), budget: Iterator[int] | None
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise RefusedError("a mapping with strings as keys", value, where, mistyped=True)
-        return {str(key): stored(inner, (*where, key), budget) for key, inner in value.items()}
+        return {
+            stored(key, where): stored(inner, (*where, key), budget) for key, inner in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return tuple(stored(inner, (*where, i), budget) for i, inner in enumerate(value))
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # UTF-8 has none
+        raise RefusedError("text without lone surrogates", value, where)
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise RefusedError("an integer of 64 bits", value, where)
     for scalar in (int, float, str):
         if isinstance(value, scalar):
             return scalar(value)  # a plain one where it is NumPy's

@@ -56,7 +56,7 @@ def _number(text: str, test: Callable[[float], bool]) -> Kind:
 _COUNT = Kind("an integer >= 1", (int,), lambda n: n >= 1)
 _POSITIVE = _number("> 0", lambda x: 0 < x < math.inf)
 _Flag = Annotated[bool, Kind("True or False", (bool,))]
-_TextOrNone = Annotated[str | None, Kind("a string", (str,)).or_none()]
+_TextOrNone = Annotated[str | None, Kind("a string", (str,), read=stored).or_none()]
 _Count = Annotated[int, _COUNT]
 _CountOrNone = Annotated[int | None, _COUNT.or_none()]
 _Natural = Annotated[int, Kind("an integer >= 0", (int,), lambda n: n >= 0)]
