@@ -28,6 +28,24 @@ GLOBAL_GENERATORS = [
 ]
 
 
+def torch_generators(devices: Iterable[torch.device] | None = None) -> list[Generator]:
+    """PyTorch's generators: the CPU's and those of `devices`, by default the current accelerator.
+
+    Cheap enough to read in every training step: neither Python's state nor NumPy's.
+    """
+    if devices is None:
+        current = torch.accelerator.current_accelerator(check_available=True)
+        devices = [] if current is None else [current]
+    found = [Generator("PyTorch's generator", torch.get_rng_state, torch.set_rng_state)]
+    for device in devices:
+        module = torch.get_device_module(device)
+        where = {} if device.type == "mps" else {"device": device}
+        get_state = partial(module.get_rng_state, **where)
+        set_state = partial(module.set_rng_state, **where)
+        found.append(Generator(f"PyTorch's generator on {device}", get_state, set_state))
+    return found
+
+
 def own_generators(module: nn.Module) -> list[Generator]:
     """The generators that a module has as attributes."""
     found: list[Generator] = []
@@ -84,32 +102,41 @@ def preserved_random_state() -> Iterator[None]:
 
 
 class ModuleState:
-    """The buffers and own generators of modules as they are now.
+    """The buffers and generators of modules as they are now, and the values of other tensors.
 
     Args:
-        modules: Those that are meant themselves: ``model.modules()`` for all of a model.
+        modules: Each speaks for itself alone: ``model.modules()`` for all of a model.
+        more: Tensors whose values are kept too, such as parameters and gradients.
+        generators: Those to keep; by default the modules' own.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    @torch.no_grad()
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        more: Iterable[Tensor] = (),
+        generators: Iterable[Generator] | None = None,
+    ) -> None:
         modules = list(modules)
-        self._buffers = [
-            (module._buffers, name, buffer, buffer.detach().clone())
-            for module in modules
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        generators = [generator for module in modules for generator in own_generators(module)]
+        self._buffers = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items()]
+        tensors = [*(buffer for *_, buffer in self._buffers if buffer is not None), *more]
+        lazy = nn.parameter.is_lazy
+        self._values = [(tensor, tensor.detach().clone()) for tensor in tensors if not lazy(tensor)]
+        if generators is None:
+            generators = [generator for module in modules for generator in own_generators(module)]
         self._generators = [(g.set_state, g.get_state()) for g in generators]
 
     @torch.no_grad()
     def restore_buffers(self) -> None:
-        """Set the values of the buffers; a buffer that was replaced comes back itself."""
-        for table, name, buffer, value in self._buffers:
+        """Set the values of buffers and of `more`; a buffer that was replaced comes back itself."""
+        for table, name, buffer in self._buffers:
             table[name] = buffer
-            buffer.copy_(value)
+        for tensor, value in self._values:
+            # Through .data, so that a graph from before does not count it as a change.
+            tensor.data.copy_(value)
 
     def restore(self) -> None:
-        """Set the values of the buffers and the states of the generators."""
+        """Set the values and the states of the generators."""
         self.restore_buffers()
         for set_state, state in self._generators:
             set_state(state)

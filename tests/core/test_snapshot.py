@@ -20,6 +20,7 @@ from autograd_lib.core.snapshot import (
     random_state,
     seed_all,
     set_random_state,
+    torch_generators,
     without_gradients,
 )
 
@@ -49,6 +50,16 @@ def test_random_state_is_preserved_through_an_error() -> None:
         draws()
         raise ArithmeticError
     assert draws() == expected
+
+
+def test_the_states_of_pytorch_s_generators_are_read_and_set() -> None:
+    (generator,) = torch_generators([])
+    state = generator.get_state()
+    assert torch.equal(state, torch_generators()[0].get_state())
+    expected = torch.rand(3)
+    assert not torch.equal(state, generator.get_state())
+    generator.set_state(state)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_seed_is_that_of_every_generator() -> None:
@@ -86,6 +97,24 @@ def test_buffers_and_own_generators_are_restored() -> None:
     assert module() != second  # the generators went on
     state.restore()
     assert module() == expected
+
+
+def test_given_tensors_generators_and_absent_buffers_are_restored() -> None:
+    module, other = Draws(), torch.ones(2, requires_grad=True)
+    module.register_buffer("absent", None)
+    product = (other * other).sum()
+    state = ModuleState([module], [other], torch_generators([]))
+    expected = torch.rand(1)
+    own = module.python.getstate()
+    other.data.mul_(3)
+    module.absent = torch.ones(())
+    state.restore()
+    assert other.tolist() == [1, 1]
+    assert module.absent is None
+    assert torch.equal(torch.rand(1), expected)
+    assert module.python.getstate() == own
+    product.backward()  # raises if the restored tensor counted as modified
+    assert other.grad.tolist() == [2, 2]
 
 
 def test_gradients_are_set_aside() -> None:
