@@ -6,7 +6,6 @@ has other sources, and results a little different.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import string
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
+
+from autograd_lib.core.names import nearest
 
 # Large, varied, and in every CPython from 3.11 on; one that a distribution leaves out is skipped.
 _MODULES = (
@@ -118,12 +119,6 @@ def check_options(section: str, owner: str, names: Iterable[str], known: Iterabl
                 f"{section}.options.{name}: {owner} has no such option, expected {expected}"
                 f"{nearest(name, known)}"
             )
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error on an unknown name: the known one that may have been meant."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _digits() -> Task:

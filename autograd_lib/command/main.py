@@ -18,11 +18,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import autograd_lib
 from autograd_lib.command.build import Run, build, pick_device, position
-from autograd_lib.command.data import nearest
 from autograd_lib.command.doctor import diagnose
 from autograd_lib.command.picture import draw_training
 from autograd_lib.config.reading import config_yaml, default_yaml, load_config
 from autograd_lib.config.records import AutogradConfig
+from autograd_lib.core.names import nearest
 from autograd_lib.examples import AdvancedAutogradExamples, AutogradExamples
 from autograd_lib.report.tables import text_table
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 MAX_DEPTH = 40  # of lists and mappings within each other
-_MAX_VALUES = 20_000
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
@@ -102,32 +101,27 @@ def _kind(hint: Any) -> Any:
     return hint
 
 
-def stored(value: Any, where: tuple[Any, ...] = (), budget: Iterator[int] | None = None) -> Any:
+def stored(value: Any, where: tuple[Any, ...] = ()) -> Any:
     """Return a copy of a value that YAML can store, with tuples for lists.
 
     Args:
         value: Strings, numbers, bools, None, and lists and mappings by name of these.
         where: Keys and indices that lead to the value.
-        budget: As many items as there may be values.
 
     Returns:
         The copy.
 
     Raises:
-        RefusedError: The value holds something else, or too much.
+        RefusedError: The value holds something else, or is too deep.
     """
-    budget = iter(range(_MAX_VALUES)) if budget is None else budget
-    if len(where) > MAX_DEPTH or next(budget, None) is None:
-        limit = f"at most {MAX_DEPTH} levels and {_MAX_VALUES} values"
-        raise RefusedError(limit, value, where[:1])
+    if len(where) > MAX_DEPTH:
+        raise RefusedError(f"at most {MAX_DEPTH} levels", value, where[:1])
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise RefusedError("a mapping with strings as keys", value, where, mistyped=True)
-        return {
-            stored(key, where): stored(inner, (*where, key), budget) for key, inner in value.items()
-        }
+        return {stored(key, where): stored(inner, (*where, key)) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(stored(inner, (*where, i), budget) for i, inner in enumerate(value))
+        return tuple(stored(inner, (*where, i)) for i, inner in enumerate(value))
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # UTF-8 has none

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
-import io
 import json
+import math
 import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from autograd_lib.config.fields import MAX_DEPTH, RefusedError, dotted, kinds, shown
 from autograd_lib.config.records import AutogradConfig
+from autograd_lib.core.names import nearest
 
 _Path = tuple[Any, ...]
 
-_MAX_BYTES = 2**16  # of a file: the reader takes seconds for more
-_MAX_LINES = 30  # of a message
 _WIDTH = 99  # of a printed file
 
 
@@ -59,18 +58,18 @@ def load_config(
             ...
         ValueError: configuration: training.epoch: unknown key; did you mean 'epochs'?
     """
-    from_file = isinstance(source, (str, os.PathLike))
-    if not from_file and not isinstance(source, Mapping):
+    if not isinstance(source, (str, os.PathLike, Mapping)):
         raise TypeError(
             f"load_config: expected the path of a YAML file or a mapping, got {shown(source)}"
         )
-    if isinstance(overrides, str) or not all(isinstance(one, str) for one in overrides):
+    if isinstance(overrides, str):
         raise TypeError(
             f"load_config: expected overrides to be a sequence of 'key=value', got {overrides!r}"
         )
-    name = "configuration" if isinstance(source, Mapping) else str(os.fspath(source))
+    from_file = not isinstance(source, Mapping)
+    name = str(source) if from_file else "configuration"
     try:
-        tree = _parse(_read_text(name)) if from_file else source
+        tree = _parse(Path(name).read_text(encoding="utf-8-sig")) if from_file else source
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     problems: list[str] = []
@@ -97,8 +96,6 @@ def load_config(
             path, text = _explained(found)
             by = [setter for at, setter in setters if path[: len(at)] == at] or [name]
             problems.append(": ".join(filter(None, [by[-1], dotted(path), text])))
-    if len(problems) > _MAX_LINES:
-        problems[_MAX_LINES:] = [f"{name}: and {len(problems) - _MAX_LINES} more"]
     if problems:
         raise ValueError("\n".join(problems))
     return config
@@ -107,20 +104,12 @@ def load_config(
 # reading
 
 
-def _read_text(path: str) -> str:
-    with open(path, "rb") as file:
-        data = file.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"expected a YAML file of at most {_MAX_BYTES} bytes, got more")
-    return data.decode("utf-8-sig")
-
-
 def _parse(text: str) -> Any:
     """Return what YAML text says, as Python objects."""
     ruamel = _require("ruamel.yaml")
     try:
-        _check_events(_yaml().parse(text))
-        return _yaml().load(text)
+        _check_events(ruamel.YAML(typ="safe", pure=True).parse(text))
+        return ruamel.YAML(typ="safe", pure=True).load(text)
     except (ruamel.error.YAMLError, ValueError, OverflowError) as error:
         mark, problem = (getattr(error, f"problem{part}", None) for part in ("_mark", ""))
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -138,11 +127,6 @@ def _check_events(events: Iterator[Any]) -> None:
         depth += name.endswith("StartEvent") - name.endswith("EndEvent")
         if depth > MAX_DEPTH:
             raise ValueError(f"more than {MAX_DEPTH} levels in line {line}")
-
-
-def _yaml() -> Any:
-    """Return a reader and writer of plain values in YAML 1.2."""
-    return _require("ruamel.yaml").YAML(typ="safe", pure=True)
 
 
 def _require(name: str) -> Any:
@@ -166,13 +150,12 @@ def _override(text: str) -> tuple[_Path, Any]:
     kind: Any = AutogradConfig
     parts = name.strip().split(".")
     while parts and isinstance(kind, type):
-        section, path = kind, (*path, parts.pop(0))
-        if path[-1] not in kinds(section):
-            raise ValueError(f"{dotted(path)}: {_unknown(section, path[-1])}")
-        kind = kinds(section)[path[-1]]
-    if parts and Mapping not in kind.types:
-        raise ValueError(f"{dotted(path)}: expected no key below, got {shown('.'.join(parts))}")
-    path = (*path, ".".join(parts)) if parts else path
+        path = (*path, parts.pop(0))
+        kind = kinds(kind).get(path[-1])  # None is refused with all other unknown keys
+    if parts and kind is not None:
+        if Mapping not in kind.types:
+            raise ValueError(f"{dotted(path)}: expected no key below, got {'.'.join(parts)!r}")
+        path = (*path, ".".join(parts))
     try:
         return path, _parse(value)
     except ValueError as error:
@@ -235,10 +218,8 @@ def _unknown(section: type, key: Any) -> str:
     homes = [dotted(path) for path in _paths(AutogradConfig) if path[-1] == key]
     if homes:
         return f"unknown key; it belongs to {' or '.join(homes)}"
-    near = difflib.get_close_matches(str(key)[:60].lower(), kinds(section), 1)
-    if near:
-        return f"unknown key; did you mean {near[0]!r}?"
-    return f"unknown key; known here are {', '.join(kinds(section))}"
+    known = kinds(section)
+    return f"unknown key{nearest(str(key), known) or '; known here are ' + ', '.join(known)}"
 
 
 def _paths(section: type, path: _Path = ()) -> Iterator[_Path]:
@@ -295,20 +276,16 @@ def _attributes(record_class: type) -> dict[str, str]:
 
 def _inline(value: Any) -> str:
     """Return a value on one line."""
-    yaml = _yaml()
-    yaml.default_flow_style, yaml.width, yaml.allow_unicode = True, float("inf"), True
-    yaml.brace_single_entry_mapping_in_flow_sequence = True
-    yaml.sort_base_mapping_type_on_output = False
-    yaml.representer.ignore_aliases = lambda _: True
-    # Of this one alone: `add_representer` would change every user of the package.
-    texts = {str: _represent_text}
-    yaml.representer.yaml_representers = {**yaml.representer.yaml_representers, **texts}
-    # Within a list, where the line ends with the value; after a scalar alone "..." would follow.
-    yaml.dump([value], stream := io.StringIO())
-    return stream.getvalue().strip()[1:-1]
-
-
-def _represent_text(representer: Any, text: str) -> Any:
-    # Other styles break the line at a newline, and ruamel.yaml 0.19 cannot read its own {:0: 1}.
-    style = None if re.fullmatch(r"\w[\w./-]*", text, re.ASCII) else '"'
-    return representer.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    if isinstance(value, Mapping):
+        pairs = [f"{_inline(key)}: {_inline(inner)}" for key, inner in value.items()]
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_inline, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}".replace("inf", ".inf").replace("nan", ".nan")
+    quoted = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, str):
+        return quoted
+    if re.fullmatch(r"\w[\w./-]*", value, re.ASCII) and _parse(value) == value:
+        return value  # neither a number nor null
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)

@@ -193,14 +193,6 @@ class MonitoringConfig(Record):
     explode_above: _Threshold = 1e3
     vanish_below: _Threshold = 1e-8
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.vanish_below < self.explode_above:
-            raise ValueError(
-                "MonitoringConfig: expected vanish_below < explode_above, got "
-                f"{self.vanish_below!r} and {self.explode_above!r}"
-            )
-
 
 @dataclass(frozen=True)
 class FeaturesConfig(Record):

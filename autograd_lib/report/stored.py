@@ -9,11 +9,12 @@ import contextlib
 import json
 import platform
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from autograd_lib.core.names import nearest
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -95,9 +96,8 @@ def record(name: str) -> Record:
     path = RECORDS / f"{name}.json"
     known = sorted(path.stem for path in RECORDS.glob("*.json"))
     if name not in known:
-        near = get_close_matches(name, known, 1) or known[:1]
         raise ValueError(
-            f"record: expected the name of a stored measurement, got {name!r}; the nearest is "
-            f"{near[0]!r}, and `RECORDS` is the folder of all {len(known)}"
+            f"record: expected one of the {len(known)} measurements stored in `RECORDS`, got "
+            f"{name!r}{nearest(name, known)}"
         )
     return Record(name, json.loads(path.read_text(encoding="utf-8")))

@@ -498,13 +498,6 @@ def test_values_are_of_yaml_1_2(write, text, value):
         ),
         # a record that compares its fields
         (
-            "autograd_system: {gradient_monitoring: {vanish_below: 2e3}}",
-            [
-                "autograd_system.gradient_monitoring: expected vanish_below < explode_above, got "
-                "2000.0 and 1000.0"
-            ],
-        ),
-        (
             "autograd_system: {advanced_features: {gradient_checkpointing: true},"
             " performance: {checkpoint: {a: save}}}",
             [
@@ -606,12 +599,6 @@ def test_values_are_of_yaml_1_2(write, text, value):
         ("- " * 1000 + "a", ["not plain YAML: more than 40 levels in line 1"]),
         ("a:\n " + 50 * "[" + 50 * "]", ["not plain YAML: more than 40 levels in line 2"]),
         (
-            f"model: {{options: {{a: [{20_001 * '1,'}]}}}}",
-            [
-                "model.options.a: expected at most 40 levels and 20000 values, got 1",
-            ],
-        ),
-        (
             f"training: {{seed: {5000 * '1'}}}",
             [
                 "not plain YAML: Exceeds the limit (4300 digits) for integer string conversion: "
@@ -663,9 +650,6 @@ def test_all_problems_are_said_at_once(write):
         *("training.epoch", "training.seed", "training.lr", "modle", "data.batch_size", "a"),
     }
     assert len(said) == 6
-    many = problems({f"key{i:02}": 0 for i in range(100)})
-    assert len(many) == 31
-    assert many[-1] == "and 70 more"
 
 
 def test_files_that_cannot_be_read(tmp_path, write):
@@ -676,10 +660,6 @@ def test_files_that_cannot_be_read(tmp_path, write):
     assert problems(write(b"a: \xff")) == [
         "'utf-8' codec can't decode byte 0xff in position 3: invalid start byte"
     ]
-    assert problems(write("#" * 2**16 + "#")) == [
-        "expected a YAML file of at most 65536 bytes, got more"
-    ]
-    assert load_config(write("#" * 2**16)) == AutogradConfig()
     with pytest.raises(ValueError, match="embedded null byte"):
         load_config("a\0b")
 
@@ -690,7 +670,6 @@ def test_files_that_cannot_be_read(tmp_path, write):
         (3, (), "expected the path of a YAML file or a mapping, got 3"),
         (["a"], (), "expected the path of a YAML file or a mapping, got \\['a'\\]"),
         ({}, "a.b=3", "expected overrides to be a sequence of 'key=value', got 'a.b=3'"),
-        ({}, [3], r"expected overrides to be a sequence of 'key=value', got \[3\]"),
     ],
 )
 def test_arguments_of_other_types(source, overrides, message):
@@ -713,7 +692,7 @@ def test_a_mapping_is_checked_like_a_file():
         "got {1}"
     ]
     (said,) = problems({"model": {"options": nested}})
-    assert said.startswith("model.options.a: expected at most 40 levels and 20000 values, got {'a'")
+    assert said.startswith("model.options.a: expected at most 40 levels, got {'a'")
     source = {"model": {"options": {"a": [1]}}, "training": None}
     before = deepcopy(source)
     read = load_config(source, ["model.options.b=2"])
@@ -819,7 +798,6 @@ def test_an_override_does_not_hide_a_mistake_of_the_file(write):
         (MonitoringConfig, {"every": 0}, ValueError, "every to be an integer >= 1, got 0"),
         (MonitoringConfig, {"history": 0}, ValueError, "history to be an integer >= 1"),
         (MonitoringConfig, {"vanish_below": -1}, ValueError, "to be a number >= 0, got -1"),
-        (MonitoringConfig, {"explode_above": 1e-9}, ValueError, "vanish_below < explode"),
         (FeaturesConfig, {"custom_gradients": None}, TypeError, "to be True or False, got None"),
         (DataConfig, {"name": "mnist"}, ValueError, "'digits' or 'rows' or 'source', got"),
         (DataConfig, {"batch_size": 0}, ValueError, "batch_size to be an integer >= 1"),
@@ -905,9 +883,7 @@ def test_options_are_copied_and_plain():
         record.name = "rnn"
     cyclic: dict = {}
     cyclic["a"] = cyclic
-    with pytest.raises(
-        ValueError, match=r"options\.a to be at most 40 levels and 20000 values, got {'a'"
-    ):
+    with pytest.raises(ValueError, match=r"options\.a to be at most 40 levels, got {'a'"):
         ModelConfig(options=cyclic)
 
 

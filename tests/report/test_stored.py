@@ -29,7 +29,7 @@ def test_a_record_of_a_comparison_is_one_again(name: str) -> None:
 
 
 def test_an_unknown_record_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"record: .*'trainings'; the nearest is 'training'"):
+    with pytest.raises(ValueError, match=r"record: .*'trainings'; did you mean 'training'"):
         record("trainings")
 
 
