@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
+import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 from torch import Tensor
 
-from autograd_lib.callbacks.shared import (
-    FrameworkCallback,
-    replaced_attribute,
-    shallow_copy,
-)
+from autograd_lib.callbacks.shared import FrameworkCallback, callback_class, shallow_copy
 from autograd_lib.core.snapshot import drop_gradients
 
 __all__ = ["lightning_callback"]
@@ -26,60 +22,39 @@ _LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 class _LightningHooks(FrameworkCallback):
     _operation = "lightning_callback"
     _loss: Tensor | None = None
-    _batch: tuple[Any, ...] = (None, 0)
+    _replay: Callable[[], object] | None = None
     _stepped = False  # with this batch
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._attach(pl_module, trainer.optimizers, scaler)
-
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._batch, self._stepped = (shallow_copy(batch), batch_idx), False
-        watch = self._watching(trainer.strategy.model)
-        if watch is not None and pl_module.automatic_optimization:
-            watch.begin()
-
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        self._loss = loss.detach()
+        self._replace(trainer.strategy, "training_step", self._beginning(trainer, pl_module))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        loss, self._loss = self._loss, None
-        watch = self._watching(trainer.strategy.model)
-        if watch is None or not pl_module.automatic_optimization:
-            return  # each of several optimizers looks at its own gradients
-        found = watch.end(loss, self._replay(trainer, pl_module))
-        if found is not None:
-            parameters = [*pl_module.parameters()]
-            self._alarm(found, trainer.global_step + 1, self.monitors[0], parameters)
+        if pl_module.automatic_optimization:  # else each optimizer looks at its own gradients
+            self._end(self._loss, self._replay, trainer.global_step + 1)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self._stepped = True
         owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not pl_module.automatic_optimization:
-            watch = self._watching(trainer.strategy.model)
-            found = None if watch is None else watch.end(None, None, owned)
-            if found is not None:
-                place = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
-                self._alarm(found, trainer.global_step + 1, self.monitors[place], owned)
+            place = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
+            self._end(None, None, trainer.global_step + 1, owned, place)
         elif self._spoiled and self._scaler is None:
             drop_gradients(owned)  # what the micro-batches after the one in question have left
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = (None, 0)
+        self._loss = self._replay = self._step = None
         if not self._stepped:
             return
+        self._stepped = False
         self._end_of_step()
         # As Lightning's own LearningRateMonitor asks; in between nothing is read from the device.
         if trainer._logger_connector.should_update_logs:
             for key, norm in self._total_norms().items():
                 pl_module.log(key, norm, on_step=True, on_epoch=False, batch_size=1)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._detach()
@@ -88,32 +63,34 @@ class _LightningHooks(FrameworkCallback):
         self._detach()
         self._loaded = {}  # as from a checkpoint that was loaded only to test it
 
-    def _replay(self, trainer: Any, pl_module: Any) -> Callable[[], object] | None:
-        """Forward and backward of the batch once more; None if it came from an iterator."""
-        signature = inspect.signature(pl_module.training_step)
-        if "dataloader_iter" in signature.parameters:
-            return None
-        kept, *index = self._batch
-        try:
-            signature.bind(kept, *index)
-        except TypeError:
-            index = []  # it takes the batch alone
+    def _beginning(self, trainer: Any, pl_module: Any) -> Callable[..., Any]:
+        """The strategy's `training_step`, before which what it changes is kept."""
+        original = trainer.strategy.training_step
 
-        def replay() -> object:
-            with replaced_attribute(pl_module, "log", lambda *args, **kwargs: None):
-                output = trainer.strategy.training_step(shallow_copy(kept), *index)
-            loss = output["loss"] if isinstance(output, Mapping) else output
-            loss = loss / trainer.accumulate_grad_batches
-            pl_module.backward(loss if self._scaler is None else self._scaler.scale(loss))
-            return loss.detach()
+        @functools.wraps(original)
+        def training_step(*args: Any) -> Any:
+            kept = [*map(shallow_copy, args)]
 
-        return replay
+            def replay() -> object:
+                with mock.patch.object(pl_module, "log"):
+                    loss = _loss_of(original(*map(shallow_copy, kept)))
+                loss = loss / trainer.accumulate_grad_batches
+                pl_module.backward(loss if self._scaler is None else self._scaler.scale(loss))
+                return loss.detach()
+
+            self._begin(trainer.strategy.model)
+            self._replay = None if isinstance(kept[0], Iterator) else replay
+            output = original(*args)
+            loss = _loss_of(output)
+            self._loss = loss.detach() if isinstance(loss, Tensor) else None
+            return output
+
+        return training_step
 
 
-@functools.cache
-def _lightning_class(modules: tuple[str, ...]) -> type[_LightningHooks]:
-    bases = [importlib.import_module(name).Callback for name in modules]
-    return type("GradientCallback", (_LightningHooks, *bases), {"__module__": __name__})
+def _loss_of(output: Any) -> Any:
+    """The loss in what `training_step` returns."""
+    return output["loss"] if isinstance(output, Mapping) else output
 
 
 def lightning_callback(*, guard: bool = True, max_nonfinite: int = 3, **options: Any) -> Any:
@@ -169,14 +146,10 @@ def lightning_callback(*, guard: bool = True, max_nonfinite: int = 3, **options:
         >>> lightning.Trainer(callbacks=[callback]).fit(model, batches)  # doctest: +SKIP
         >>> callback.monitor.get_gradient_summary()  # doctest: +SKIP
     """
-    loaded = tuple(name for name in _LIGHTNING if sys.modules.get(name) is not None)
-    for name in () if loaded else _LIGHTNING:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            continue
-        loaded = (name,)
-        break
-    if not loaded:
+    loaded = [name for name in _LIGHTNING if sys.modules.get(name)]
+    installed = (name for name in _LIGHTNING if importlib.util.find_spec(name.partition(".")[0]))
+    names = loaded or [*installed][:1]
+    if not names:
         raise ImportError("lightning_callback: PyTorch Lightning is needed; pip install lightning")
-    return _lightning_class(loaded)(guard, max_nonfinite, options)
+    bases = [importlib.import_module(name).Callback for name in names]
+    return callback_class(_LightningHooks, *bases)(guard, max_nonfinite, options)

@@ -1,93 +1,26 @@
-"""What the callbacks share: a guard against NaN and Inf for a step that a framework runs.
-
-PyTorch Lightning and `transformers` run forward, backward and the optimizer by themselves, so a
-`NonFiniteGuard`, which runs the step itself, does not fit. Here it is cut in two: the state is
-kept before the step, and gradients are checked after backward.
-"""
+"""What the callbacks share: monitors, and a guard for a step that a framework runs."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import inspect
-import math
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
+from unittest import mock
 
-import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from autograd_lib.core.snapshot import drop_gradients, without_gradients
+from autograd_lib.core.snapshot import drop_gradients
 from autograd_lib.monitor.monitor import GradientMonitor
 from autograd_lib.monitor.options import check_integer
-from autograd_lib.nonfinite.guard import (
-    NonFinite,
-    NonFiniteGuard,
-    _explain,
-    _gather,
-    _report,
-    _State,
-    _total,
-)
-from autograd_lib.nonfinite.observer import outcome
+from autograd_lib.nonfinite.guard import GuardedStep, NonFinite, NonFiniteGuard
 
 _TOTAL_NORM = "gradients/total_norm"
-
-
-class StepWatch:
-    """A `NonFiniteGuard` in two halves, for a step that somebody else runs.
-
-    It keeps no copy of the gradients that micro-batches before this one left: one that is not
-    finite costs the whole step.
-    """
-
-    def __init__(self, model: nn.Module, scaler: GradScaler | None) -> None:
-        self.model, self._scaler = model, scaler
-        self._guard = NonFiniteGuard(model, scaler=scaler)
-        self._before: _State | None = None
-
-    def begin(self) -> None:
-        """Keep the buffers and the state of the random number generators."""
-        parts, _ = self._guard._look(self.model)
-        self._before = _State(parts, (), scaler=self._scaler)
-
-    def end(
-        self,
-        loss: Tensor | None,
-        replay: Callable[[], object] | None,
-        owned: Sequence[Tensor] | None = None,
-    ) -> NonFinite | None:
-        """Read one number; if it is not finite, run `replay` as `find_nonfinite` would.
-
-        The gradients are then still those that are not finite, and buffers and generators what
-        they were at `begin`, if there is a `replay`. Of `owned` alone gradients are looked at.
-        """
-        parts, parameters = self._guard._look(self.model)
-        grads = [parameter.grad for parameter in parameters]
-        losses = [] if loss is None else [loss]
-        own = {id(parameter) for parameter in parameters if owned is None}
-        own |= {id(parameter) for parameter in owned or ()}
-        pairs = zip(parameters, grads, strict=True)
-        total = _total([g if id(p) in own else None for p, g in pairs], parts, losses)
-        for group in parts.groups:
-            torch.distributed.all_reduce(total, group=group)
-        if math.isfinite(total.item()):
-            return None
-        wrong = outcome(self.model, losses)
-        everywhere = [w for w in _gather(parts.groups, wrong) if w is not None]
-        if not everywhere or self._guard._is_for_the_scaler(everywhere):
-            return None
-        if replay is None or self._before is None:
-            return _report(everywhere[0].also("the loop does not allow to run the step again"))
-        with without_gradients(parameters):
-            try:
-                self._before.restore()
-                return _explain(self.model, replay, wrong, parts.groups)
-            finally:
-                self._before.restore()
 
 
 class FrameworkCallback:
@@ -111,7 +44,10 @@ class FrameworkCallback:
         self._spoiled = False  # the step that is being made is not finite
         self._paused: list[GradientMonitor] = []  # because of that
         self._scaler: GradScaler | None = None
-        self._watch: StepWatch | None = None
+        self._model: nn.Module | None = None  # the guarded one, with its wrapper
+        self._guard: NonFiniteGuard | None = None
+        self._step: GuardedStep | None = None  # that has begun
+        self._replaced = contextlib.ExitStack()
 
     @property
     def monitor(self) -> GradientMonitor | None:
@@ -147,35 +83,58 @@ class FrameworkCallback:
         """Remove every hook; the monitors stay readable."""
         for monitor in self.monitors:
             monitor.remove_hooks()
-        self._watch, self._spoiled, self._paused = None, False, []
+        self._replaced.close()
+        self._model = self._guard = self._step = None
+        self._spoiled, self._paused = False, []
 
-    def _watching(self, model: nn.Module) -> StepWatch | None:
-        """The watch over the model, if this micro-batch is to be looked at."""
+    def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        """Set a method of an instance until training ends."""
+        self._replaced.enter_context(mock.patch.object(owner, name, function))
+
+    def _begin(self, model: nn.Module) -> bool:
+        """Keep what the step changes; tell whether this micro-batch is looked at."""
+        self._step = None
         if not self._guarded or (self._spoiled and self._scaler is not None):
-            return None
-        if self._watch is None or self._watch.model is not model:
-            self._watch = StepWatch(model, self._scaler)
-        return self._watch
+            return False
+        if self._guard is None or self._model is not model:
+            self._model, self._guard = model, NonFiniteGuard(model, scaler=self._scaler)
+        self._step = self._guard.begin(keep_gradients=False)
+        return True
 
-    def _alarm(
-        self, found: NonFinite, step: int, monitor: GradientMonitor, parameters: Sequence[Tensor]
+    def _end(
+        self,
+        loss: Tensor | None,
+        replay: Callable[[], object] | None,
+        number: int,
+        owned: Sequence[Tensor] | None = None,
+        place: int = 0,
     ) -> None:
-        """Take the gradients away, so that the optimizer finds nothing to do."""
+        """Judge the step; take the gradients away if it is not finite, so that nothing is done.
+
+        Args:
+            loss: What the step returned.
+            replay: Runs the micro-batch again; None if it cannot.
+            number: Of the step, for messages.
+            owned: The parameters of the optimizer; by default all of the model.
+            place: Of the optimizer among all.
+        """
+        found = None if self._step is None else self._step.end(loss, replay, owned)
+        if found is None or self._model is None:
+            return
         self.reports.append(found)
         again, self._spoiled = self._spoiled, True
+        monitor = self.monitors[place]
         if self._scaler is None:  # else the scaler is left to find them, and skips the step
             if monitor not in self._paused:
                 monitor._look(skipped=True)
                 monitor.remove_hooks()  # until the step is over: it is recorded already
                 self._paused.append(monitor)
-            drop_gradients(parameters)
+            drop_gradients(self._model.parameters() if owned is None else owned)
         title = repr(found).partition("\n")[0]
         title += f", module {found.module!r}" if found.module else ""
-        warnings.warn(f"{self._operation}: step {step} is skipped: {title}", stacklevel=2)
-        if again:
-            return
-        self._in_a_row += 1
-        if self._in_a_row >= self._max_nonfinite:
+        warnings.warn(f"{self._operation}: step {number} is skipped: {title}", stacklevel=2)
+        self._in_a_row += not again
+        if self._in_a_row >= self._max_nonfinite and not again:
             self._detach()
             raise FloatingPointError(
                 f"{self._operation}: expected finite gradients, got NaN or Inf in "
@@ -200,29 +159,10 @@ class FrameworkCallback:
 
 def shallow_copy(batch: Any) -> Any:
     """A copy from which entries may be taken."""
-    return copy.copy(batch) if isinstance(batch, (MutableMapping, list)) else batch
+    return copy.copy(batch) if isinstance(batch, MutableMapping | list) else batch
 
 
-def replace_attribute(owner: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
-    """Set an attribute of an instance; return a function that undoes it."""
-    before = vars(owner).get(name)
-
-    def undo() -> None:
-        if vars(owner).get(name) is not function:
-            return  # somebody else has replaced it since
-        if before is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-    setattr(owner, name, function)
-    return undo
-
-
-@contextmanager
-def replaced_attribute(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    undo = replace_attribute(owner, name, function)
-    try:
-        yield
-    finally:
-        undo()
+@functools.cache
+def callback_class(hooks: type, *bases: type) -> type:
+    """A class of callbacks with these hooks, which is one of the framework's callbacks."""
+    return type("GradientCallback", (hooks, *bases), {"__module__": hooks.__module__})

@@ -12,11 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autograd_lib.callbacks.shared import (
-    FrameworkCallback,
-    replace_attribute,
-    shallow_copy,
-)
+from autograd_lib.callbacks.shared import FrameworkCallback, callback_class, shallow_copy
 from autograd_lib.core.snapshot import drop_gradients
 
 __all__ = ["transformers_callback"]
@@ -26,7 +22,6 @@ _FILE = "gradient_monitor.pt"  # in a checkpoint directory
 
 class _TransformersHooks(FrameworkCallback):
     _operation = "transformers_callback"
-    _undo: tuple[Callable[[], None], ...] = ()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         trainer, checkpoint = _calling_trainer(self._operation)
@@ -36,13 +31,11 @@ class _TransformersHooks(FrameworkCallback):
         while hasattr(optimizer, "accelerator_state"):  # Accelerate's wrapper
             scaler, optimizer = optimizer.scaler, optimizer.optimizer
         self._attach(more["model"], [optimizer], scaler)
-        around = {"training_step": self._guarding(trainer), "log": self._logging(trainer.log)}
-        if hasattr(trainer, "_run_epoch"):  # since transformers 5
-            around["_run_epoch"] = trainer._run_epoch
-        self._undo = tuple(
-            replace_attribute(trainer, name, self._until_it_raises(function))
-            for name, function in around.items()
-        )
+        self._replace(trainer, "training_step", self._guarding(trainer))
+        self._replace(trainer, "log", self._logging(trainer.log))
+        # What is raised shows in the outermost method that there is to replace.
+        outer = "_run_epoch" if hasattr(trainer, "_run_epoch") else "training_step"
+        self._replace(trainer, outer, self._until_it_raises(getattr(trainer, outer)))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if self._spoiled and self._scaler is None:
@@ -59,28 +52,18 @@ class _TransformersHooks(FrameworkCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self._detach()
 
-    def _detach(self) -> None:
-        super()._detach()
-        for undo in self._undo:
-            undo()
-        self._undo = ()
-
     def _guarding(self, trainer: Any) -> Callable[..., Tensor]:
         """The trainer's `training_step`, looked at."""
         original = trainer.training_step
 
         @functools.wraps(original)
         def training_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-            watch = self._watching(model)
-            if watch is None:
+            if not self._begin(model):
                 return original(model, inputs, *args, **kwargs)
             kept = shallow_copy(inputs)  # the labels may be taken out of it
-            watch.begin()
             loss = original(model, inputs, *args, **kwargs)
-            found = watch.end(loss, lambda: original(model, shallow_copy(kept), *args, **kwargs))
-            if found is not None:
-                step, parameters = trainer.state.global_step + 1, [*model.parameters()]
-                self._alarm(found, step, self.monitors[0], parameters)
+            replay = lambda: original(model, shallow_copy(kept), *args, **kwargs)  # noqa: E731
+            self._end(loss, replay, trainer.state.global_step + 1)
             return loss
 
         return training_step
@@ -108,11 +91,6 @@ class _TransformersHooks(FrameworkCallback):
                 raise
 
         return call
-
-
-@functools.cache
-def _transformers_class(base: type) -> type[_TransformersHooks]:
-    return type("GradientCallback", (_TransformersHooks, base), {"__module__": __name__})
 
 
 def transformers_callback(*, guard: bool = True, max_nonfinite: int = 3, **options: Any) -> Any:
@@ -169,7 +147,7 @@ def transformers_callback(*, guard: bool = True, max_nonfinite: int = 3, **optio
         raise ImportError(
             "transformers_callback: transformers is needed; pip install 'transformers[torch]'"
         ) from error
-    return _transformers_class(base)(guard, max_nonfinite, options)
+    return callback_class(_TransformersHooks, base)(guard, max_nonfinite, options)
 
 
 def _calling_trainer(operation: str) -> tuple[Any, str | None]:

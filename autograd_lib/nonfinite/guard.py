@@ -16,10 +16,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from html import escape
-from itertools import groupby
-from types import NoneType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,33 +24,24 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from autograd_lib.core.shards import is_distributed
+from autograd_lib.core.rows import CPU_SIZES, divide
+from autograd_lib.core.shards import find_meshes
+from autograd_lib.core.snapshot import ModuleState, torch_generators, without_gradients
 from autograd_lib.gradients import check_module
-from autograd_lib.nonfinite.observer import (
-    OUTSIDE,
-    UNLINKED,
-    Culprit,
-    observe,
-    outcome,
-)
+from autograd_lib.nonfinite.observer import OUTSIDE, UNLINKED, Culprit, observe, outcome
 from autograd_lib.nonfinite.values import Operand, real_values
-from autograd_lib.report.tables import html_table, text_table
+from autograd_lib.report.tables import text_table
 
 __all__ = ["NonFinite", "NonFiniteGuard", "find_nonfinite"]
 
-_SMALL = 2**13  # tensors of fewer elements are summed together, those of one shape at once
-_AT_ONCE = 2**19  # elements that are copied together, so that they stay in the cache
 _RENEWED_EVERY = 50  # steps after which a guard notices a parameter that was added
-_COLUMNS = ["inputs", "shape", "dtype", "min", "max"]
-_GRAD, _VERSION = operator.attrgetter("grad"), operator.attrgetter("_version")
-_Buffer = tuple[dict[str, Tensor | None], str, Tensor | None]
 
 
 @dataclass(frozen=True, repr=False)
 class NonFinite:
     """Where the first NaN of a step came from, or the Inf that became one.
 
-    Prints as a short report, in a notebook as HTML. What does not apply is empty.
+    Prints as a short report. What does not apply is empty.
 
     Attributes:
         phase: "parameter" (buffers too), "input", "forward" or "backward".
@@ -97,7 +85,7 @@ class NonFinite:
             return f"{kind} made in backward by {self.backward_op}, for {self.op}"
         return f"{kind} made in forward by {self.op}"
 
-    def _facts(self) -> list[tuple[str, str]]:
+    def __repr__(self) -> str:
         given = self.phase in ("parameter", "input")
         facts = {
             "module": self.module,
@@ -106,29 +94,13 @@ class NonFinite:
             "location": self.location,
             "note": self.detail,
         }
-        return [(key, value) for key, value in facts.items() if value]
-
-    def _rows(self) -> list[list[str]]:
-        return [
+        lines = [self._title(), *(f"{key:<12}{value}" for key, value in facts.items() if value)]
+        rows = [
             [name, str(shape), str(dtype).removeprefix("torch."), f"{low:.4g}", f"{high:.4g}"]
             for name, shape, dtype, low, high in self.inputs
         ]
-
-    def __repr__(self) -> str:
-        facts = [f"{key:<12}{value}" for key, value in self._facts()]
-        lines = [self._title(), *facts, *(f"    {line}" for line in self.source)]
-        if self.inputs:
-            lines.append(text_table("", _COLUMNS, self._rows()).lstrip("\n"))
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        facts = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in self._facts())
-        html = f"<p><b>{escape(self._title())}</b></p><dl>{facts}</dl>"
-        if self.source:
-            html += f"<pre>{escape(chr(10).join(self.source))}</pre>"
-        if self.inputs:
-            html += html_table("inputs", ["name", *_COLUMNS[1:]], self._rows())
-        return html
+        title = "\n".join([*lines, *(f"    {line}" for line in self.source)])
+        return text_table(title, ["inputs", "shape", "dtype", "min", "max"], rows)
 
 
 def find_nonfinite(model: nn.Module, step: Callable[[], object]) -> NonFinite | None:
@@ -183,8 +155,7 @@ def find_nonfinite(model: nn.Module, step: Callable[[], object]) -> NonFinite | 
     check_module("find_nonfinite", model)
     _check_step("find_nonfinite", step)
     parts = _Parts(model)
-    parameters = parts.parameters()
-    before = _State(parts, parameters, *parameters)
+    before = GuardedStep(model, parts, more=parts.parameters())
     try:
         compiled = None
         if _is_compiled(model):
@@ -255,9 +226,8 @@ class NonFiniteGuard:
                 "NonFiniteGuard: expected scaler to be a torch.amp.GradScaler or None, got "
                 f"{type(scaler).__name__}; pass the one that scales the loss"
             )
-        self._model = weakref.ref(model)
-        self._scaler = scaler
-        self._parts = _Parts(model)
+        self._model, self._scaler = weakref.ref(model), scaler
+        self._parts, self._steps = _Parts(model), itertools.count(1)
 
     def __call__(self, step: Callable[[], object]) -> NonFinite | None:
         """Run `step` (forward and backward, not the optimizer); explain it if it went wrong.
@@ -266,51 +236,108 @@ class NonFiniteGuard:
             RuntimeError: If the model no longer exists.
             TypeError: If `step` is not a function without arguments.
         """
-        _check_callable("NonFiniteGuard", step)
-        model = self._model()
+        guarded = self.begin()
+        try:
+            return guarded.end(step(), step)
+        except TypeError:
+            _check_step("NonFiniteGuard", step)  # if that is what is wrong, it says the remedy
+            raise
+
+    def begin(self, *, keep_gradients: bool = True) -> GuardedStep:
+        """Keep what a step changes. For those whose step runs elsewhere, as in a framework's loop.
+
+        Without `keep_gradients` those of earlier micro-batches are not copied, and not restored.
+        """
+        model, parameters = self._model(), self._parts.parameters()
         if model is None:
             raise RuntimeError(
                 "NonFiniteGuard: expected the model that the guard was made for, but it was "
                 "deleted (the guard keeps only a weak reference); make a new guard"
             )
-        parts, parameters = self._look(model)
-        before = _State(parts, parameters, scaler=self._scaler)
-        try:
-            result = step()
-        except TypeError:
-            _check_step("NonFiniteGuard", step)  # if that is what is wrong, it says the remedy
-            raise
-        leaves = [] if result is None else tree_leaves(result)
-        losses = [leaf for leaf in leaves if isinstance(leaf, (Tensor, float))]
-        total = _total([*map(_GRAD, parameters)], parts, losses)
-        for group in parts.groups:
+        if next(self._steps) % _RENEWED_EVERY == 0 or any(p is None for p in parameters):
+            self._parts = _Parts(model)
+        return GuardedStep(model, self._parts, self._scaler, keep_gradients=keep_gradients)
+
+
+class GuardedStep(ModuleState):
+    """What a step changes, as it was before the step, and the judgement of the step after it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: _Parts,
+        scaler: GradScaler | None = None,
+        *,
+        keep_gradients: bool = True,
+        more: Sequence[Tensor] = (),
+    ) -> None:
+        self._model, self._parts, self._scaler = model, parts, scaler
+        self._parameters = parts.parameters()
+        self._kept = [(p, p.grad) for p in self._parameters if keep_gradients]
+        gradients = [grad for _, grad in self._kept if grad is not None]
+        super().__init__(parts.modules(), [*gradients, *more], parts.generators)
+        # Which optimizers were unscaled; a disabled scaler has no such table.
+        self._unscaled: dict[int, dict[str, Any]] = getattr(scaler, "_per_optimizer_states", {})
+        self._stages = {key: {**state} for key, state in self._unscaled.items()}
+
+    def restore(self) -> None:
+        """Put everything back, so that the step can run again."""
+        super().restore()
+        for parameter, grad in self._kept:
+            parameter.grad = grad
+        self._unscaled.clear()
+        self._unscaled.update((key, {**state}) for key, state in self._stages.items())
+
+    def end(
+        self,
+        result: object,
+        replay: Callable[[], object] | None,
+        owned: Iterable[Tensor] | None = None,
+    ) -> NonFinite | None:
+        """Read one number; if it is not finite, run `replay` as `find_nonfinite` does.
+
+        Gradients that were not kept are then still those that are not finite. Without a `replay`
+        nothing is restored.
+
+        Args:
+            result: What the step returned, the loss.
+            replay: Runs the step again; None if it cannot.
+            owned: The parameters whose gradients are looked at; by default all.
+        """
+        parts, groups = self._parts, self._parts.groups
+        losses = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor | float)]
+        grads = [p.grad for p in self._parameters]
+        if owned is not None:
+            own = {*map(id, owned)}
+            grads = [p.grad if id(p) in own else None for p in self._parameters]
+        total = parts.total(grads, losses)
+        for group in groups:
             torch.distributed.all_reduce(total, group=group)
         if math.isfinite(total.item()):
             return None
-        wrong = outcome(model, losses)
-        everywhere = [w for w in _gather(parts.groups, wrong) if w is not None]
+        wrong = outcome(self._model, losses)
+        everywhere = [w for w in _gather(groups, wrong) if w is not None]
         if not everywhere or self._is_for_the_scaler(everywhere):
             return None
-        del result, leaves, losses  # free the memory of the graph
-        try:
-            before.restore()
-            versions = _versions(parameters)
-            found = _explain(model, step, wrong, parts.groups)
-            if found is not None and versions != _versions(parameters):
-                more = "the step changed parameters, not put back: keep the optimizer out of it"
-                found = replace(found, detail="; ".join(filter(None, [found.detail, more])))
-            return found
-        finally:
-            before.restore()
+        if replay is None:
+            return _report(everywhere[0].also("the loop does not allow to run the step again"))
+        del result, losses, grads  # free the memory of the graph
+        with without_gradients([] if self._kept else self._parameters):
+            try:
+                self.restore()
+                versions = self._versions()
+                found = _explain(self._model, replay, wrong, groups)
+                if found is not None and versions != self._versions():
+                    more = "the step changed parameters, not put back: keep the optimizer out of it"
+                    found = replace(found, detail="; ".join(filter(None, [found.detail, more])))
+                return found
+            finally:
+                self.restore()
 
-    def _look(self, model: nn.Module) -> tuple[_Parts, list[nn.Parameter]]:
-        """The parts of the model, looked up again every so often and where a parameter is gone."""
-        self._parts.renew_in -= 1
-        parameters = self._parts.parameters()
-        if self._parts.renew_in < 0 or NoneType in {*map(type, parameters)}:
-            self._parts = _Parts(model)
-            parameters = self._parts.parameters()
-        return self._parts, parameters
+    def _versions(self) -> list[int]:
+        """Numbers that grow when a parameter is changed in place."""
+        lazy = nn.parameter.is_lazy
+        return [p._version for p in self._parameters if not (lazy(p) or p.is_inference())]
 
     def _is_for_the_scaler(self, wrong: Sequence[Culprit]) -> bool:
         scaler = self._scaler
@@ -319,33 +346,18 @@ class NonFiniteGuard:
         return scaler.get_scale() > 1  # that of a disabled one is 1
 
 
-def _check_callable(operation: str, step: object) -> None:
-    if not callable(step):
-        raise TypeError(
-            f"{operation}: expected step to be a function without arguments that runs forward "
-            f"and backward, got {type(step).__name__}; pass the function, not its result"
-        )
-
-
 def _check_step(operation: str, step: Callable[[], object]) -> None:
-    _check_callable(operation, step)
     try:
-        signature = inspect.signature(step)
+        inspect.signature(step).bind()
     except ValueError:
         return  # one written in C, which does not tell
-    try:
-        signature.bind()
     except TypeError as error:
+        got = f"one for which: {error}" if callable(step) else type(step).__name__
         raise TypeError(
-            f"{operation}: expected step to be a function without arguments, got one with "
-            f"{signature} ({error}); bind them: lambda: step(batch)"
+            f"{operation}: expected step to be a function without arguments that runs forward and "
+            f"backward, got {got}; pass the function itself, its arguments bound: "
+            "lambda: step(batch)"
         ) from None
-
-
-def _versions(parameters: Sequence[Tensor]) -> list[int]:
-    """Numbers that grow when a parameter is changed in place."""
-    lazy = nn.parameter.is_lazy
-    return [_VERSION(p) for p in parameters if not (lazy(p) or p.is_inference())]
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -391,141 +403,81 @@ def _report(culprit: Culprit) -> NonFinite:
     file, line = culprit.place
     around = [(n, linecache.getline(file, n).rstrip()) for n in range(line - 1, line + 2)]
     source = [f"{'>' if n == line else ' '} {n:>4}  {text}" for n, text in around if text and file]
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    # IPython 7 cannot tell a cell's number from the file that stands for it.
-    name_of = getattr(getattr(shell, "compile", None), "format_code_name", lambda _: None)
-    location = f"{' '.join(name_of(file) or [file])}:{line}" if file else ""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    cell = None if shell is None else shell.compile.format_code_name(file)
+    location = f"{' '.join(cell or [file])}:{line}" if file else ""
     fields = culprit._asdict()
     del fields["place"]
     return NonFinite(**fields, location=location, source=tuple(source))
 
 
 class _Parts:
-    """What a model consists of, by weak reference.
+    """What a model consists of, by weak reference, and how its gradients are summed.
 
     Walking a model costs as much as summing its gradients, so the guard does it rarely.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # Parameters of one shape stand together, so that their gradients are summed together.
-        parameters = sorted(model.parameters(), key=_kind)
-        ends = itertools.accumulate(len([*same]) for _, same in groupby(parameters, _kind))
-        self.piles: list[slice] = []
-        for start, end in itertools.pairwise([0, *ends]):
-            most = max(1, _AT_ONCE // max(1, math.prod(_kind(parameters[start])[2])))
-            self.piles += [slice(i, min(i + most, end)) for i in range(start, end, most)]
-        self._room: dict[torch.dtype, Tensor] = {}
-        self._stacks: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
-        self.groups = _groups(model, parameters)
-        devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
-        self.device = min(devices, key=str, default=torch.device("cpu"))
-        self.generators = [
-            (torch.get_device_module(device), () if device.type == "mps" else (device,))
-            for device in devices
-        ]
-        self.renew_in = _RENEWED_EVERY
+        parameters = [*model.parameters()]
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
         self._buffered = [weakref.ref(module) for module in model.modules() if module._buffers]
+        self.groups = [
+            module.process_group
+            for module in model.modules()
+            if isinstance(module, DistributedDataParallel)
+        ]
+        for mesh in find_meshes(parameters):
+            self.groups += [mesh.get_group(dim) for dim in range(mesh.ndim)]
+        devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
+        self.device = min(devices, key=str, default=torch.device("cpu"))
+        self.generators = torch_generators(devices)
 
-    def stack(self, tensors: list[Tensor]) -> Tensor:
-        """Small tensors of one shape, copied where those before them were: no fresh pages."""
-        key = len(tensors), tensors[0].shape, tensors[0].dtype
-        if key not in self._stacks:
-            room = self._room.setdefault(key[2], torch.empty(_AT_ONCE, dtype=key[2], device="cpu"))
-            shape = key[0], *key[1]
-            self._stacks[key] = room[: math.prod(shape)].view(shape)
-        return torch.stack(tensors, out=self._stacks[key])
+        # Small gradients of one shape are copied into one tensor: less work than a sum of each.
+        # The memory for it is always the same one: no fresh pages.
+        small = [p if type(p) is nn.Parameter and p.is_cpu else None for p in parameters]
+        _, piles = divide(small)
+        rooms: dict[torch.dtype, Tensor] = {}
+        self._piles: list[tuple[list[int], Tensor | None]] = []
+        for index in piles:
+            first = parameters[index[0]]
+            room = rooms.setdefault(first.dtype, first.new_empty(CPU_SIZES[1]))
+            shape = len(index), *first.shape
+            self._piles.append((index, room.detach()[: math.prod(shape)].view(shape)))
+        alike: dict[Any, list[int]] = {}
+        for i in {*range(len(parameters))}.difference(*piles):
+            alike.setdefault((parameters[i].device, parameters[i].dtype), []).append(i)
+        self._piles += [(index, None) for index in alike.values()]
 
     def parameters(self) -> list[nn.Parameter]:
         return [*map(operator.call, self._parameters)]  # type: ignore[list-item]
 
-    def buffers(self) -> list[_Buffer]:
-        modules = [module for ref in self._buffered if (module := ref()) is not None]
-        return [(m._buffers, name, b) for m in modules for name, b in m._buffers.items()]
-
-
-def _kind(parameter: Tensor) -> tuple[Any, ...]:
-    if nn.parameter.is_lazy(parameter):
-        return ("", "", ())  # its shape is not known yet
-    return (str(parameter.device), str(parameter.dtype), tuple(parameter.shape))
-
-
-class _State:
-    """What a step changes, with a copy of each value from before the step."""
+    def modules(self) -> list[nn.Module]:
+        """Those that have buffers."""
+        return [module for reference in self._buffered if (module := reference()) is not None]
 
     @torch.no_grad()
-    def __init__(
-        self,
-        parts: _Parts,
-        parameters: Sequence[Tensor],
-        *more: Tensor,
-        scaler: GradScaler | None = None,
-    ) -> None:
-        self._parameters = parameters
-        self._grads = [*map(_GRAD, parameters)]
-        self._buffers = parts.buffers()
-        tensors = [grad for grad in self._grads if grad is not None]
-        tensors += [buffer for _, _, buffer in self._buffers if buffer is not None]
-        tensors += more
-        self._kept = [(t, t.detach().clone()) for t in tensors if not nn.parameter.is_lazy(t)]
-        self._random = torch.get_rng_state()
-        self._on_devices = [
-            (module, args, module.get_rng_state(*args)) for module, args in parts.generators
-        ]
-        # Which optimizers were unscaled; a disabled scaler has no such table.
-        self._unscaled: dict[int, dict[str, Any]] = getattr(scaler, "_per_optimizer_states", {})
-        self._stages = {key: {**state} for key, state in self._unscaled.items()}
+    def total(self, grads: Sequence[Tensor | None], losses: Iterable[Tensor | float]) -> Tensor:
+        """A number that is finite only if every element is: a sum carries NaN and Inf.
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        for table, name, buffer in self._buffers:
-            table[name] = buffer
-        for tensor, kept in self._kept:
-            # Through .data, so that a graph from before the step does not take it for a change.
-            tensor.data.copy_(kept)
-        for parameter, grad in zip(self._parameters, self._grads, strict=True):
-            parameter.grad = grad
-        torch.set_rng_state(self._random)
-        for module, args, state in self._on_devices:
-            module.set_rng_state(state, *args)
-        self._unscaled.clear()
-        self._unscaled.update((key, {**state}) for key, state in self._stages.items())
+        It may overflow all the same.
+        """
+        sums = [_sum(loss) if isinstance(loss, Tensor) else torch.tensor(loss) for loss in losses]
+        for index, room in self._piles:
+            sums += _sums([grad for i in index if (grad := grads[i]) is not None], room)
+        sums = [s.to(self.device, torch.float32) for s in sums]
+        return torch.stack(sums).sum() if sums else torch.zeros((), device=self.device)
 
 
-@torch.no_grad()
-def _total(grads: list[Tensor | None], parts: _Parts, losses: Sequence[Tensor | float]) -> Tensor:
-    """A number that is finite only if every element is: a sum carries NaN and Inf.
-
-    It may overflow all the same. Small gradients of one shape are stacked, which costs less than
-    a call for each; large ones are not copied. Off the CPU, where each kernel counts, a norm of
-    many tensors is one kernel.
-    """
-    sums = [_sum(loss) if isinstance(loss, Tensor) else torch.tensor(loss) for loss in losses]
-    types = {*map(type, grads)}
-    if types <= {Tensor, NoneType}:
-        for pile in parts.piles:
-            some = grads[pile]
-            there = [grad for grad in some if grad is not None] if NoneType in types else some
-            sums += _sums_of_pile(cast(list[Tensor], there), parts)
-    else:
-        sums += [_sum(grad) for grad in grads if grad is not None]
-    if not sums:
-        return torch.zeros((), device=parts.device)
-    return torch.stack([s.to(parts.device, torch.float32) for s in sums]).sum()
-
-
-def _sums_of_pile(grads: list[Tensor], parts: _Parts) -> Iterable[Tensor]:
-    if not grads:
-        return ()
-    first = grads[0]
+def _sums(grads: list[Tensor], room: Tensor | None) -> Iterable[Tensor]:
+    """Numbers of which one is not finite if an element of `grads` is not."""
     try:
-        if first.is_cpu and first.numel() < _SMALL:
-            return (_sum(parts.stack(grads)),)
-        if not first.is_cpu and not first.is_complex():
-            return torch._foreach_norm(grads, dtype=torch.promote_types(first.dtype, torch.float32))
-    except (RuntimeError, NotImplementedError):
-        pass  # a sparse gradient among dense ones, or what was lazy when it was sorted
+        if grads and room is not None:
+            return [_sum(torch.stack(grads, out=room[: len(grads)]))]
+        if {*map(type, grads)} == {Tensor} and not grads[0].is_cpu:  # one kernel for many
+            wide = torch.promote_types(grads[0].dtype, torch.float32)
+            return torch._foreach_norm(grads, dtype=wide)
+    except RuntimeError:
+        pass  # a sparse gradient among dense ones, complex ones, what was lazy before
     return map(_sum, grads)
 
 
@@ -537,20 +489,6 @@ def _sum(tensor: Tensor) -> Tensor:
         for part in real_values(tensor)
     ]
     return torch.stack(sums).sum() if sums else torch.zeros((), device=tensor.device)
-
-
-def _groups(model: nn.Module, parameters: Sequence[Tensor]) -> list[Any]:
-    """The process groups over which the model is distributed."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return []
-    groups = [
-        wrapper.process_group
-        for wrapper in (model, getattr(model, "_orig_mod", None))
-        if isinstance(wrapper, DistributedDataParallel)
-    ]
-    for mesh in {p.device_mesh for p in parameters if is_distributed(p)}:
-        groups += [mesh.get_group(dim) for dim in range(mesh.ndim)]
-    return groups
 
 
 def _gather(groups: Sequence[Any], value: Any) -> list[Any]:

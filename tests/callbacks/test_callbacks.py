@@ -290,6 +290,7 @@ def assert_no_hooks(run: Run) -> None:
     assert not any(p._post_accumulate_grad_hooks for p in run.net.parameters())
     assert not {"training_step", "log", "_run_epoch"} & vars(run.trainer).keys()
     assert "log" not in vars(run.hooked)
+    assert "training_step" not in vars(getattr(run.trainer, "strategy", run))
 
 
 # What is seen.

@@ -938,9 +938,6 @@ def test_the_report():
     assert "(-x.abs()).log()" in text[4]
     assert text[-2].split() == ["inputs", "shape", "dtype", "min", "max"]
     assert text[-1].split()[:4] == ["self", "(3,", "4)", "float32"]
-    html = found._repr_html_()
-    assert "<dt>module</dt><dd>1</dd>" in html
-    assert "<lambda>" not in html
     assert pickle.loads(pickle.dumps(found)) == found
 
 
@@ -1268,11 +1265,11 @@ def test_arguments_that_are_no_arguments():
         find_nonfinite(nn.Identity(), X)
     with pytest.raises(TypeError, match=r"NonFiniteGuard: expected a torch.nn.Module, got list"):
         NonFiniteGuard([])
+    model = nn.Identity()
     with pytest.raises(TypeError, match="NonFiniteGuard: expected step to be a function"):
-        NonFiniteGuard(nn.Identity())(X)
+        NonFiniteGuard(model)(X)
     with pytest.raises(TypeError, match=r"expected scaler to be a torch.amp.GradScaler .* got int"):
         NonFiniteGuard(nn.Identity(), scaler=3)
-    model = nn.Identity()
     for look in (NonFiniteGuard(model), lambda step: find_nonfinite(model, step)):
         with pytest.raises(TypeError, match=r"step to be a function without .*'batch'.* lambda"):
             look(lambda batch: batch)
