@@ -6,39 +6,37 @@ has other sources, and results a little different.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import string
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from autograd_lib.core.names import nearest
 
-# Large, varied, and in every CPython from 3.11 on; one that a distribution leaves out is skipped.
-_MODULES = (
-    *("argparse", "ast", "asyncio/base_events", "asyncio/unix_events", "bdb", "calendar"),
-    *("collections/__init__", "configparser", "csv", "ctypes/util", "dataclasses", "difflib"),
-    *("dis", "doctest", "email/_header_value_parser", "email/message", "enum", "fractions"),
-    *("ftplib", "functools", "gettext", "http/client", "http/cookiejar", "http/server"),
-    *("imaplib", "inspect", "ipaddress", "json/decoder", "locale", "logging/__init__"),
-    *("logging/handlers", "mailbox", "mimetypes", "multiprocessing/managers", "optparse", "os"),
-    *("pdb", "pickle", "pickletools", "platform", "plistlib", "random", "shutil", "smtplib"),
-    *("socket", "ssl", "statistics", "subprocess", "tarfile", "textwrap", "threading"),
-    *("tokenize", "traceback", "typing", "unittest/case", "unittest/mock", "urllib/parse"),
-    *("urllib/request", "uuid", "weakref", "xml/dom/minidom", "xml/etree/ElementTree", "_pyio"),
-)
-_HELD_OUT = 0.1  # of each file, its end
-# One code for each printable ASCII character, newline and tab, and the last for any other.
-_CHARACTERS = "\n\t" + "".join(sorted(set(string.printable) - set(string.whitespace))) + " "
-VOCABULARY = len(_CHARACTERS) + 1
-_CODES = {character: code for code, character in enumerate(_CHARACTERS)}
+VOCABULARY = 128  # ASCII; any other character is a question mark
+
+
+def _answers(output: Tensor, targets: Tensor) -> Tensor:
+    """The logits that are judged: of a sequence with one target those at its last position."""
+    return output[:, -1] if output.dim() == targets.dim() + 2 else output
+
+
+class ClassLoss(nn.CrossEntropyLoss):
+    """Cross-entropy of logits (batch, ..., classes), a mean over all targets (batch, ...)."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(_answers(input, target).flatten(0, -2), target.flatten())
+
+
+def accuracy(output: Tensor, targets: Tensor) -> Tensor:
+    """The share of targets that have the largest logit."""
+    return (_answers(output, targets).argmax(-1) == targets).float().mean()
 
 
 @dataclass(frozen=True)
@@ -53,25 +51,13 @@ class Task:
         metrics: Name to a function of output and targets, a mean over the same terms.
     """
 
-    train: Dataset[Any]
-    test: Dataset[Any]
+    train: TensorDataset
+    test: TensorDataset
     sizes: dict[str, int]
-    loss_fn: nn.Module
-    metrics: dict[str, Callable[[Tensor, Tensor], Tensor]]
-
-
-class SequenceCrossEntropy(nn.CrossEntropyLoss):
-    """Cross-entropy of logits (batch, seq, classes) at each position, a mean over all."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return super().forward(input.flatten(0, 1), target.flatten())
-
-
-class LastCrossEntropy(nn.CrossEntropyLoss):
-    """Cross-entropy of logits (batch, seq, classes) at the last position."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return super().forward(input[:, -1], target)
+    loss_fn: nn.Module = field(default_factory=ClassLoss)
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(
+        default_factory=lambda: {"accuracy": accuracy}
+    )
 
 
 def load_data(name: str, **options: Any) -> Task:
@@ -122,106 +108,58 @@ def check_options(section: str, owner: str, names: Iterable[str], known: Iterabl
 
 
 def _digits() -> Task:
-    train, test = _images()
-    sizes = {"input_channels": 1, "num_classes": 10}
-    return Task(train, test, sizes, nn.CrossEntropyLoss(), {"accuracy": accuracy})
+    try:
+        from sklearn.datasets import load_digits  # noqa: PLC0415 - an optional dependency
+        from sklearn.model_selection import train_test_split  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+    mean, std = parts[0].mean(), parts[0].std()
+    train, test = (
+        TensorDataset(
+            torch.tensor((x - mean) / std, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(y)
+        )
+        for x, y in (parts[::2], parts[1::2])
+    )
+    return Task(train, test, {"input_channels": 1, "num_classes": 10})
 
 
 def _rows() -> Task:
+    digits = _digits()
     train, test = (
         TensorDataset(images.squeeze(1), labels)
-        for images, labels in (part.tensors for part in _images())
+        for images, labels in (digits.train.tensors, digits.test.tensors)
     )
-    metrics = {"accuracy": lambda output, targets: accuracy(output[:, -1], targets)}
-    return Task(train, test, {"input_size": 8, "output_size": 10}, LastCrossEntropy(), metrics)
-
-
-def _images() -> list[TensorDataset]:
-    """The digits, shape (N, 1, 8, 8), to learn from and to judge by."""
-    try:
-        datasets = importlib.import_module("sklearn.datasets")
-        selection = importlib.import_module("sklearn.model_selection")
-    except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
-    images, labels = datasets.load_digits(return_X_y=True)
-    parts = selection.train_test_split(
-        images, labels, test_size=0.2, random_state=0, stratify=labels
-    )
-    mean, std = float(parts[0].mean()), float(parts[0].std())
-    return [
-        TensorDataset(
-            torch.tensor((x - mean) / std, dtype=torch.float32).view(-1, 1, 8, 8),
-            torch.tensor(y, dtype=torch.int64),
-        )
-        for x, y in (parts[::2], parts[1::2])
-    ]
-
-
-def accuracy(output: Tensor, targets: Tensor) -> Tensor:
-    """The share of targets that have the largest logit."""
-    return (output.argmax(-1) == targets).float().mean()
-
-
-def _sources() -> Iterator[str]:
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for name in _MODULES if (path := folder / f"{name}.py").is_file()]
-    if not paths:
-        raise FileNotFoundError(
-            f"data: expected the sources of the standard library in {folder}, found none of "
-            f"{len(_MODULES)}; this Python comes without them, use data.name: digits"
-        )
-    return (path.read_text(encoding="utf-8") for path in paths)
-
-
-def _encode(text: str) -> Tensor:
-    other = VOCABULARY - 1
-    return torch.tensor([_CODES.get(c, other) for c in text], dtype=torch.uint8)
-
-
-class _Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Pieces of one long text: `length` characters, and those that follow each of them."""
-
-    def __init__(self, codes: Tensor, starts: Tensor, length: int) -> None:
-        self.codes, self.starts, self.length = codes, starts, length
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        start = int(self.starts[index])
-        window = self.codes[start : start + self.length + 1].long()
-        return window[:-1], window[1:]
+    return Task(train, test, {"input_size": 8, "output_size": 10})
 
 
 def _source(length: int = 128, windows: int = 4000, test_windows: int = 500) -> Task:
-    texts = [_encode(text) for text in _sources()]
-    starts: dict[str, list[Tensor]] = {"windows": [], "test_windows": []}
-    offset = 0
-    for text in texts:
-        cut = int(len(text) * (1 - _HELD_OUT))
-        # A window has one more character than its length; so many begin in each part.
-        starts["windows"].append(torch.arange(offset, offset + cut - length, length))
-        starts["test_windows"].append(
-            torch.arange(offset + cut, offset + len(text) - length, length)
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    found: dict[str, list[Tensor]] = {"windows": [], "test_windows": []}
+    for path in sorted(folder.glob("[a-z]*.py")):  # others may be of this machine alone
+        text = path.read_text(encoding="utf-8").encode("ascii", "replace")
+        codes = torch.tensor(list(text), dtype=torch.uint8)
+        parts = codes.tensor_split([int(len(codes) * 0.9)])  # the end of each file is for test
+        for of_kind, part in zip(found.values(), parts, strict=True):
+            if len(part) > length:  # one more character than a window has: the last one's target
+                of_kind.append(part.unfold(0, length + 1, length))
+    if not found["windows"]:
+        raise FileNotFoundError(
+            f"data: expected the sources of the standard library in {folder}, found none; this "
+            "Python comes without them, use data.name: digits"
         )
-        offset += len(text)
-    codes = torch.cat(texts)
-    train, test = (
-        _Windows(codes, _spread(option, torch.cat(starts[option]), count), length)
-        for option, count in {"windows": windows, "test_windows": test_windows}.items()
-    )
-    loss_fn = SequenceCrossEntropy()
-    return Task(train, test, {"vocab_size": VOCABULARY}, loss_fn, {"accuracy": accuracy})
-
-
-def _spread(option: str, found: Tensor, count: int) -> Tensor:
-    """Take so many, evenly over all files."""
-    if count > len(found):
-        raise ValueError(
-            f"data.options.{option}: expected at most {len(found)}, as many as the sources have "
-            f"of that length, got {count}"
-        )
-    return found[torch.arange(count) * len(found) // count]
+    datasets = []
+    for option, count in {"windows": windows, "test_windows": test_windows}.items():
+        every = torch.cat(found[option])
+        if count > len(every):
+            raise ValueError(
+                f"data.options.{option}: expected at most {len(every)}, as many as the sources "
+                f"have of that length, got {count}"
+            )
+        taken = every[torch.arange(count) * len(every) // count].long()  # evenly over all files
+        datasets.append(TensorDataset(taken[:, :-1], taken[:, 1:]))
+    return Task(datasets[0], datasets[1], {"vocab_size": VOCABULARY})
 
 
 _LOADERS: dict[str, Callable[..., Task]] = {

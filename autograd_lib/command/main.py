@@ -6,7 +6,6 @@ import argparse
 import os
 import platform
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import autograd_lib
-from autograd_lib.command.build import Run, build, pick_device, position
+from autograd_lib.command.build import Run, build, pick_device
 from autograd_lib.command.doctor import diagnose
 from autograd_lib.command.picture import draw_training
 from autograd_lib.config.reading import config_yaml, default_yaml, load_config
@@ -26,42 +26,14 @@ from autograd_lib.core.names import nearest
 from autograd_lib.examples import AdvancedAutogradExamples, AutogradExamples
 from autograd_lib.report.tables import text_table
 
-_DESCRIPTION = "Train models by a configuration, and find out what works on this machine."
 _EPILOG = """\
 examples:
   {command} train digits_cnn
   {command} train digits_cnn --set optimizer.lr=3e-3 --directory runs/b
   torchrun --nproc-per-node 2 -m autograd_lib train digits_cnn
   {command} config > my.yaml
-
-exit status: 0 all went well; 1 the run failed, or doctor found something essential broken; 2 the
-request is wrong, and the message says what to change; 130 interrupted by Ctrl-C.
-"""
-_TRAIN = """\
-Train a model as CONFIG says, on data that need no download. The run's directory gets:
-
-  config.yaml     the whole configuration, defaults included
-  last.pt         the state to go on from, after each epoch and when interrupted
-  best.pt         the state with the least loss on the test data
-  gradients.csv   what was recorded of the gradients
-  training.png    loss and gradient norm
-
-Ctrl-C ends the step, writes last.pt, and leaves; --resume goes on from there, with the same
-result as without the interruption. Under torchrun, each process takes its share of each batch.
 """
 _WRITTEN = ("config.yaml", "last.pt", "best.pt", "gradients.csv", "training.png")
-# Key of a row of `fit` to its heading and its format; the metrics follow the test loss.
-_COLUMNS = {
-    "epoch": ("epoch", ".0f"),
-    "step": ("  step", ".0f"),
-    "loss": ("  loss", ".4f"),
-    "validation_loss": ("test loss", ".4f"),
-}
-_MORE_COLUMNS = {
-    "learning_rate": ("learning rate", ".2e"),
-    "gradient_norm": ("gradient norm", ".3g"),
-    "seconds": ("seconds", ".1f"),
-}
 
 
 class _RefusedError(Exception):
@@ -75,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those of the command line; None for those of the process.
 
     Returns:
-        The exit status.
+        The exit status: 0 all went well; 1 the run failed, or autograd does not work here; 2 the
+        request is wrong, and the message says what to change; 130 interrupted by Ctrl-C.
     """
     parsed = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int | None] = parsed.run
@@ -92,9 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as of `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _command() -> str:
@@ -104,70 +74,52 @@ def _command() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw, command = argparse.RawDescriptionHelpFormatter, _command()
+    command, names = _command(), ", ".join(_shipped())
     parser = argparse.ArgumentParser(
         prog=command,
-        description=_DESCRIPTION,
+        description="Train models by a configuration, and find out what works on this machine.",
         epilog=_EPILOG.format(command=command),
-        formatter_class=raw,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     parser.add_argument(
         "--version",
         action="version",
-        help="print the versions of the library, torch and Python",
-        version=f"autograd-lib {autograd_lib.__version__} ({versions})",
+        version=f"autograd-lib {autograd_lib.__version__} (torch {torch.__version__}, "
+        f"Python {platform.python_version()})",
     )
-    names = ", ".join(_shipped())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    text = "train a model as a configuration says"
-    train = commands.add_parser("train", help=text, description=_TRAIN, formatter_class=raw)
-    train.add_argument("config", metavar="CONFIG", help=f"a YAML file, or one of {names}")
-    _add_overrides(train)
-    train.add_argument(
+    def add(run: Callable[..., int | None], text: str) -> Callable[..., object]:
+        name = run.__name__.strip("_")
+        sub = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        sub.set_defaults(run=run)
+        return sub.add_argument
+
+    text = "set one value, in YAML, as training.epochs=3; may be given several times"
+    override = {"dest": "overrides", "action": "append", "default": [], "help": text}
+    argument = add(_train, "train a model as a configuration says, on data that need no download")
+    argument("config", metavar="CONFIG", help=f"a YAML file, or one of {names}")
+    argument("--set", metavar="a.b=VALUE", **override)
+    argument(
         "--resume",
-        nargs="?",
-        const="",
-        metavar="PATH",
-        help="go on from a checkpoint; without PATH from last.pt in the directory of the run, "
-        "or from the start if there is none yet. Stands after CONFIG",
+        action="store_true",
+        help="go on from last.pt in the directory of the run, with the same result as without "
+        "the interruption; from the start if there is none yet",
     )
-    train.add_argument(
+    argument(
         "--directory",
         metavar="DIR",
         help="where the run is kept (default: training.directory, or runs/NAME for NAME.yaml)",
     )
-    train.set_defaults(run=_train)
-
-    text = "print the default configuration with comments, or a given one completed"
-    config = commands.add_parser("config", help=text, description=text.capitalize() + ".")
-    config.add_argument(
-        "config", metavar="CONFIG", nargs="?", help=f"a YAML file to complete, or one of {names}"
+    argument = add(
+        _config, "print the default configuration with comments, or a given one completed"
     )
-    _add_overrides(config)
-    config.set_defaults(run=_config)
-
-    text = "say what is installed, and try what training may use"
-    doctor = commands.add_parser("doctor", help=text, description=text.capitalize() + ".")
-    doctor.add_argument("--compile", action="store_true", help="try torch.compile too, for a while")
-    doctor.set_defaults(run=_doctor)
-
-    text = "run the demonstrations, which take about a minute"
-    demo = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
-    demo.set_defaults(run=_demo)
+    argument("config", metavar="CONFIG", nargs="?", help=f"a YAML file, or one of {names}")
+    argument("--set", metavar="a.b=VALUE", **override)
+    argument = add(_doctor, "say what is installed, and try what training may use")
+    argument("--compile", action="store_true", help="try torch.compile too, for a while")
+    add(_demo, "run the demonstrations, which take about a minute")
     return parser
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="a.b=VALUE",
-        help="set one value, in YAML, as training.epochs=3; may be given several times",
-    )
 
 
 @contextmanager
@@ -176,10 +128,8 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = error.filename is not None and error.strerror is not None
-        raise _RefusedError(
-            f"{error.filename}: {error.strerror}" if named else str(error)
-        ) from error
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise _RefusedError(named) from error
     except (ValueError, TypeError, ImportError) as error:
         raise _RefusedError(str(error)) from error
 
@@ -196,7 +146,7 @@ def _shipped() -> dict[str, Path]:
 def _found(given: str) -> Path:
     """The file that CONFIG stands for: a file before one that comes with the library."""
     path, shipped = Path(given), _shipped()
-    if path.exists() and not path.is_dir():
+    if path.is_file():
         return path
     if given not in shipped:
         raise ValueError(
@@ -235,74 +185,60 @@ def _demo(_: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     with _refusing():
-        config, checkpoint = _plan(arguments)
-    directory = Path(str(config.training.directory))
+        config, directory = _plan(arguments)
+    last = directory / "last.pt"
     with _process_group(config.training.device):
         with _refusing():
             run = build(config)
-            if checkpoint is not None:
-                run.system.load(checkpoint)
-        rank, processes = position()
-        if rank == 0:
-            _begin(run, processes, checkpoint)
+            if last.exists():
+                run.system.load(last)
+        first = run.system.peers.rank == 0
+        if first:
+            _begin(run, directory)
         try:
-            _fit(run, rank)
+            _fit(run)
         except (KeyboardInterrupt, SystemExit):
-            if rank == 0:
-                _tell_how_to_resume(arguments, run, directory)
+            if first:
+                words = ["train", arguments.config]
+                words += [word for override in arguments.overrides for word in ("--set", override)]
+                words += ["--directory", str(directory), "--resume"]
+                print(
+                    f"\nInterrupted after step {run.system.step}. To go on:\n"
+                    f"  {_command()} {shlex.join(words)}",
+                    file=sys.stderr,
+                )
             raise
         results = run.system.evaluate(run.test)
-        if rank == 0:
+        if first:
             _finish(run, directory, results)
 
 
-def _plan(arguments: argparse.Namespace) -> tuple[AutogradConfig, Path | None]:
-    """The configuration, with the directory in it, and the checkpoint to go on from."""
+def _plan(arguments: argparse.Namespace) -> tuple[AutogradConfig, Path]:
+    """The configuration, and its directory, in which there may be a run to go on with."""
     config = load_config(_found(arguments.config), arguments.overrides)
     stem = Path(arguments.config).stem
     directory = Path(arguments.directory or config.training.directory or Path("runs") / stem)
     config = replace(config, training=replace(config.training, directory=str(directory)))
-    last = directory / "last.pt"
-    if arguments.resume:
-        checkpoint = Path(arguments.resume)
-        if not checkpoint.exists():
+    if (directory / "last.pt").exists():
+        if not arguments.resume:
             raise ValueError(
-                f"--resume: expected a checkpoint, {checkpoint} does not exist; without a path it "
-                f"is {last}"
+                f"{directory} holds a run already; add --resume to go on with it, or --directory "
+                "DIR to begin another elsewhere"
             )
-        if last.exists() and checkpoint.resolve().parent != directory.resolve():
-            raise ValueError(
-                f"{directory} holds another run than {checkpoint}; add --directory DIR for a new "
-                "place to go on in"
-            )
-        _check_same(config, checkpoint.with_name("config.yaml"))
-        return config, checkpoint
-    if last.exists() and arguments.resume is None:
-        raise ValueError(
-            f"{directory} holds a run already; add --resume to go on with it, or --directory DIR "
-            "to begin another elsewhere"
-        )
-    if not last.exists():
-        return config, None
-    _check_same(config, last.with_name("config.yaml"))
-    return config, last
+        _check_same(config, load_config(directory / "config.yaml"))
+    return config, directory
 
 
-def _check_same(config: AutogradConfig, recorded: Path) -> None:
+def _check_same(config: AutogradConfig, recorded: AutogradConfig) -> None:
     """Refuse what a run that goes on would not heed: it has its optimizer and its data already."""
-    if not recorded.exists():
-        return
-    before = load_config(recorded)
-    fixed = {"training.seed": (before.training.seed, config.training.seed)}
-    for section in ("data", "model", "optimizer"):
-        old, new = (asdict(getattr(c, section)) for c in (before, config))
-        fixed |= {f"{section}.{key}": (old[key], new[key]) for key in old}
-    del fixed["data.workers"]
-    for key, (was, now) in fixed.items():
-        if was != now:
+    before, now = asdict(recorded), asdict(config)
+    keys = [(section, key) for section in ("data", "model", "optimizer") for key in now[section]]
+    for section, key in [*keys, ("training", "seed")]:
+        was, got = before[section][key], now[section][key]
+        if was != got and key != "workers":
             raise ValueError(
-                f"{key}: a run that goes on keeps what it began with, {was!r}, got {now!r}; leave "
-                "it as it was, or begin another run with --directory DIR"
+                f"{section}.{key}: a run that goes on keeps what it began with, {was!r}, got "
+                f"{got!r}; leave it as it was, or begin another run with --directory DIR"
             )
 
 
@@ -313,14 +249,7 @@ def _process_group(device_name: str) -> Iterator[None]:
         yield
         return
     with _refusing():
-        if ":" in device_name and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                f"training.device: expected a kind of device for several processes, got "
-                f"{device_name!r}, one for all; each takes its own of 'auto' or "
-                f"{device_name.partition(':')[0]!r}"
-            )
         device = pick_device(device_name)
-    distributed = torch.distributed
     if device.type != "cpu":
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     distributed.init_process_group(distributed.get_default_backend_for_device(device.type))
@@ -335,76 +264,57 @@ def _process_group(device_name: str) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def _begin(run: Run, processes: int, checkpoint: Path | None) -> None:
+def _begin(run: Run, directory: Path) -> None:
     """Say what will be trained, and keep the whole configuration with it."""
-    config, system = run.config, run.system
+    system, task = run.system, run.task
+    config, processes = system.config, system.peers.world
     parameters = list(system.module.parameters())
-    steps, batch = len(run.train), config.data.batch_size
+    strategy = f", {processes} processes ({config.distributed.strategy})" if processes > 1 else ""
     said = {
         "model": f"{type(system.module).__name__}, {sum(p.numel() for p in parameters):,} "
         f"parameters in {len(parameters)} tensors",
-        "data": f"{config.data.name}, {len(run.task.train):,} samples to learn from and "  # type: ignore[arg-type]
-        f"{len(run.task.test):,} to judge by",  # type: ignore[arg-type]
-        "training": f"{_counted(config.training.epochs, 'epoch')} of {_counted(steps, 'step')}, "
-        f"batches of {batch}",
-        "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.lr:g} "
-        f"({config.optimizer.schedule})",
-        "settings": str(system.settings),
-        "device": _where(run.device, processes, config.distributed.strategy),
-        "directory": str(config.training.directory),
+        "data": f"{config.data.name}, {len(task.train):,} samples to learn from and "
+        f"{len(task.test):,} to judge by",
+        "training": f"{config.training.epochs} epochs of {len(run.train)} steps, batches of "
+        f"{config.data.batch_size}, {system.settings}",
+        "device": f"{system.device}{strategy}",
     }
-    if checkpoint is not None:
-        said["going on from"] = f"{checkpoint}, epoch {system.epoch}, step {system.step}"
+    if system.step:
+        said["going on from"] = f"{directory / 'last.pt'}, epoch {system.epoch}, step {system.step}"
     for name, text in said.items():
         print(f"{name + ':':<15}{text}")
     print(flush=True)
-    directory = Path(str(config.training.directory))
     with _refusing():
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
 
 
-def _where(device: torch.device, processes: int, strategy: str) -> str:
-    threads = f", {_counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
-    if processes == 1:
-        return f"{device}{threads}"
-    return f"{device.type}, {processes} processes ({strategy}){threads and threads + ' each'}"
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
-
-
-def _fit(run: Run, rank: int) -> None:
-    if not run.config.autograd_system.enable_gradients:
-        if rank == 0:
-            print("autograd_system.enable_gradients is false: evaluation only.")
-        return
-    metrics = {f"validation_{name}": (name, ".4f") for name in run.task.metrics}
-    columns = {**_COLUMNS, **metrics, **_MORE_COLUMNS}
+def _fit(run: Run) -> None:
+    system, shown = run.system, list[str]()
 
     def show(row: dict[str, float]) -> None:
-        cells = [
-            (format(row[key], form) if key in row else "-").rjust(len(heading))
-            for key, (heading, form) in columns.items()
-        ]
-        if sys.stderr.isatty():  # where the progress within the epoch stands
-            blank = " " * (shutil.get_terminal_size().columns - 1)
-            print(f"\r{blank}\r", end="", file=sys.stderr, flush=True)
-        print("  ".join(cells), flush=True)
+        names = [name.replace("validation_", "test ").replace("_", " ") for name in row]
+        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines = [cells] if shown else [names, cells]
+        for line in lines:
+            shown.append(
+                "  ".join(c.rjust(max(len(n), 6)) for c, n in zip(line, names, strict=True))
+            )
+            # On a terminal it takes the place of the progress within the epoch.
+            print(f"\r{shown[-1]}" if sys.stdout.isatty() else shown[-1], flush=True)
 
-    if rank == 0:
-        print("  ".join(heading for heading, _ in columns.values()), flush=True)
-    run.system.fit(
-        run.train, run.config.training.epochs, run.test, on_epoch=show if rank == 0 else None
-    )
+    if system.config.autograd_system.enable_gradients:
+        epochs = system.config.training.epochs
+        on_epoch = show if system.peers.rank == 0 else None
+        system.fit(run.train, epochs, run.test, on_epoch=on_epoch)
+    elif system.peers.rank == 0:
+        print("autograd_system.enable_gradients is false: evaluation only.")
 
 
 def _finish(run: Run, directory: Path, results: dict[str, float]) -> None:
     """Print the results and what was written, and draw the picture."""
     system = run.system
-    test = len(run.task.test)  # type: ignore[arg-type]
-    title = f"Test, {test:,} samples, after epoch {system.epoch}, step {system.step}"
+    title = f"Test, {len(run.task.test):,} samples, after epoch {system.epoch}, step {system.step}"
     rows = [(name, f"{value:.4f}") for name, value in results.items()]
     print(f"\n{text_table(title, ('metric', 'value'), rows)}")
     if system.reports:
@@ -414,18 +324,5 @@ def _finish(run: Run, directory: Path, results: dict[str, float]) -> None:
             draw_training(system, directory / "training.png")
     except ImportError as error:
         print(f"No picture: {error}")
-    print("\nwritten:")
-    for path in (directory / name for name in _WRITTEN):
-        if path.exists():
-            print(f"  {path}")
-
-
-def _tell_how_to_resume(arguments: argparse.Namespace, run: Run, directory: Path) -> None:
-    if not (directory / "last.pt").exists():
-        print("\nInterrupted before there was a checkpoint.", file=sys.stderr)
-        return
-    words = ["train", arguments.config]
-    words += [word for override in arguments.overrides for word in ("--set", override)]
-    words += ["--directory", str(directory), "--resume"]
-    again = f"{_command()} {shlex.join(words)}"
-    print(f"\nInterrupted after step {run.system.step}. To go on:\n  {again}", file=sys.stderr)
+    written = [str(directory / name) for name in _WRITTEN if (directory / name).exists()]
+    print("\nwritten:", *written, sep="\n  ")

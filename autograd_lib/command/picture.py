@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from autograd_lib.report.plots import BLUE, GREY, ORANGE
+from autograd_lib.report.plots import BLUE, ORANGE
 from autograd_lib.training.system import AutogradTrainingSystem
 
 
@@ -20,10 +18,8 @@ def draw_training(system: AutogradTrainingSystem, path: Path) -> None:
     Raises:
         ImportError: Matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional dependency
-    except ImportError as error:
-        raise ImportError("draw_training needs Matplotlib: pip install matplotlib") from error
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an optional dependency
+
     # Not by pyplot: nothing is shown, so that no display is needed.
     figure = Figure(figsize=(6.8, 5.2), layout="constrained")
     above, below = figure.subplots(2)
@@ -38,12 +34,8 @@ def draw_training(system: AutogradTrainingSystem, path: Path) -> None:
     above.legend(frameon=False)
     below.set_xlabel("step")
     below.set_ylabel("norm of the gradient")
-    if system.monitor is None or not len(system.monitor.history["step"]):
-        below.text(0.5, 0.5, "no monitor", ha="center", transform=below.transAxes, color=GREY)
-    else:
+    if system.monitor is not None:
         history = system.monitor.history
-        norm = np.asarray(history["total_norm"], dtype=float)
-        shown = np.isfinite(norm) & (norm > 0)
-        below.plot(np.asarray(history["step"])[shown], norm[shown], color=BLUE, lw=0.8)
-        below.set_yscale("log")
+        below.plot(history["step"], history["total_norm"], color=BLUE, lw=0.8)
+        below.set_yscale("log")  # a norm that is zero or not finite is not drawn
     figure.savefig(path, dpi=150)

@@ -284,8 +284,7 @@ class OptimizerConfig(Record):
             the others add weight_decay * weight to the gradient.
         options: Further arguments of the optimizer by their names, such as betas or momentum.
         schedule: What becomes of the learning rate after the warmup: "constant" keeps it, "linear"
-            and "cosine" take it to 0 at the last step, "plateau" lowers it when the validation
-            loss has stopped falling.
+            and "cosine" take it to 0 at the last step.
         warmup: Share of all steps, from 0 up to but not including 1, in which the learning rate
             grows from near 0; 0 for none.
     """
@@ -294,7 +293,7 @@ class OptimizerConfig(Record):
     lr: _Positive = 1e-3
     weight_decay: _NotNegative = 0.01
     options: _Options = field(default_factory=dict, hash=False)
-    schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: _Share = 0.0
 
 

@@ -95,7 +95,11 @@ def test_training_prints_what_it_does_and_writes_what_it_says(
     assert [row[:2] for row in rows] == [[1, 11], [2, 22], [3, 33]]
     assert rows[-1][2] < rows[0][2]  # the loss
     assert re.search(r"Test, 360 samples, after epoch 3, step 33\nmetric +value", output)
-    assert float(re.search(r"accuracy +(0\.\d+)$", output, re.M)[1]) == rows[-1][4]
+    header = next(line for line in output.splitlines() if line.lstrip().startswith("epoch"))
+    names = re.split(r"  +", header.strip())
+    assert names[:3] == ["epoch", "step", "loss"]
+    accuracy = float(re.search(r"accuracy +(0\.\d+)$", output, re.M)[1])
+    assert dict(zip(names, rows[-1], strict=True))["test accuracy"] == pytest.approx(accuracy, 1e-3)
     directory = Path("runs/tiny")
     names = {"config.yaml", "last.pt", "best.pt", "gradients.csv", "training.png"}
     assert {path.name for path in directory.iterdir()} == names
@@ -141,8 +145,7 @@ def test_resuming_gives_what_training_at_once_gives(
     assert [row[:2] for row in rows_of(output)] == [[2, 22]]
     for one, two in zip(weights(Path("once/last.pt")), weights(Path("twice/last.pt")), strict=True):
         assert torch.equal(one, two)
-    elsewhere = ["train", str(config), "--directory", "third", "--resume", "twice/last.pt"]
-    assert main([*elsewhere, "--set", "training.epochs=3"]) == 0
+    assert main([*short, "--set", "training.epochs=3"]) == 0
     assert [row[0] for row in rows_of(capsys.readouterr().out)] == [3]
 
 
@@ -164,24 +167,15 @@ def test_what_a_run_that_goes_on_would_not_heed(
     assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
 
 
-def test_another_run_in_the_directory(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for directory in ("one", "two"):
-        assert main(["train", str(config), "--directory", directory]) == 0
-    before = {path: path.read_bytes() for path in Path("two").iterdir()}
-    assert main(["train", str(config), "--directory", "two", "--resume", "one/last.pt"]) == 2
-    assert re.match(r"error: two holds another run than one.last\.pt", capsys.readouterr().err)
-    assert {path: path.read_bytes() for path in Path("two").iterdir()} == before
-
-
 def test_evaluation_only_trains_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(config)]) == 0
     before = Path("runs/tiny/last.pt").read_bytes()
-    accuracy = re.findall(r"accuracy +(\S+)$", capsys.readouterr().out, re.M)
+    accuracy = re.findall(r"accuracy +(\d\S+)$", capsys.readouterr().out, re.M)
     off = ["--set", "autograd_system.enable_gradients=false"]
     assert main(["train", str(config), "--resume", *off]) == 0
     output = capsys.readouterr().out
     assert "evaluation only" in output
-    assert re.findall(r"accuracy +(\S+)$", output, re.M) == accuracy
+    assert re.findall(r"accuracy +(\d\S+)$", output, re.M) == accuracy
     assert Path("runs/tiny/last.pt").read_bytes() == before
 
 
@@ -213,8 +207,6 @@ def test_too_many_nonfinite_steps_end_the_run_with_the_report(
         (["tiny.yaml", "--set", "data.name=source"], r"error: model\.name: 'cnn' does not fit"),
         (["tiny.yaml", "--set", "data.options.x=1"], r"error: data\.options\.x: .* no such option"),
         (["tiny.yaml", "--set", "model.options.chanels=[8]"], r"error: .*mean 'channels'\?"),
-        (["tiny.yaml", "--resume", "no.pt"], r"error: --resume: .*no\.pt does not exist"),
-        (["tiny.yaml", "--resume", "tiny.yaml"], r"error: load: tiny\.yaml is no checkpoint"),
         (["tiny.yaml", "--directory", "tiny.yaml/x"], r"error: tiny\.yaml/x: .*irectory"),
     ],
 )  # fmt: skip
@@ -366,13 +358,12 @@ def test_the_doctor_tries_everything(
     assert main(["doctor"]) == 0
     assert "torch.compile" not in capsys.readouterr().out
     assert main(["doctor", "--compile"]) == 0  # a compiler is not essential
-    probes = [*_doctor._PROBES, "torch.compile, of one function"]
     output = capsys.readouterr().out
     for package in ("python version", "torch", "numpy", "matplotlib", "pydantic", "jax"):
         assert re.search(rf"^{package} +\S", output, re.M)
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", output, re.M)
-    for name in probes:
-        assert re.search(rf"^{re.escape(name)} +(works|fails: .+) +\d+\.\d s$", output, re.M)
+    for name in ("autograd", "gloo, one process"):
+        assert re.search(rf"^{name} +works +\d+\.\d s$", output, re.M)
     assert "fails: RuntimeError: no compiler" in output
     assert "and more" not in output
     assert not torch.distributed.is_initialized()
@@ -381,14 +372,10 @@ def test_the_doctor_tries_everything(
 def test_the_doctor_fails_where_something_essential_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def wrong() -> None:
-        _doctor._expect(torch.tensor(26.0), 27.0)
-
-    monkeypatch.setattr(_doctor, "_PROBES", dict.fromkeys(_doctor._PROBES, wrong))
+    monkeypatch.setattr(_doctor, "_cube", torch.square)
     assert main(["doctor"]) == 1
     output = capsys.readouterr().out
-    assert "fails: ArithmeticError: expected 27, got 26" in output
-    assert "Broken, and nothing works without: autograd, second order" in output
+    assert re.search(r"^autograd +fails: AssertionError: Scalars are not close", output, re.M)
 
 
 def test_the_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

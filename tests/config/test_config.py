@@ -824,7 +824,7 @@ def test_an_override_does_not_hide_a_mistake_of_the_file(write):
         (OptimizerConfig, {"lr": "1"}, TypeError, "lr to be a number > 0, got '1'"),
         (OptimizerConfig, {"weight_decay": -1}, ValueError, "weight_decay to be a number"),
         (OptimizerConfig, {"warmup": 1.0}, ValueError, ">= 0 and < 1, got 1.0"),
-        (OptimizerConfig, {"schedule": "step"}, ValueError, "'cosine' or 'plateau', got"),
+        (OptimizerConfig, {"schedule": "step"}, ValueError, "'linear' or 'cosine', got"),
         (TrainingConfig, {"epochs": -1}, ValueError, "epochs to be an integer >= 0"),
         (TrainingConfig, {"epochs": True}, TypeError, "epochs to be an integer >= 0"),
         (TrainingConfig, {"seed": 2**64}, ValueError, "seed to be an integer of 64 bits"),
