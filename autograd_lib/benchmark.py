@@ -44,6 +44,7 @@ _LEAST_ROUNDS = 5  # below this the bootstrap interval of a median means nothing
 _RESAMPLES = 2000
 _SAMPLE_SECONDS = 0.01  # a thousand times what reading the clock and synchronizing take
 _MOST_WARMUP_SAMPLES = 50
+_UNITS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
 
 
 class Ratio(NamedTuple):
@@ -112,10 +113,8 @@ class Comparison(Table):
             `noise_band`; otherwise "tie": not distinguished by this measurement.
 
         Raises:
-            ValueError: If there is no such candidate.
+            KeyError: If there is no such candidate.
         """
-        if name not in self.names:
-            raise ValueError(f"verdict: expected one of {list(self.names)}, got {name!r}")
         low, high = self.noise_band
         ratio = self.ratios[name]
         if name == self.baseline:
@@ -174,23 +173,11 @@ class Comparison(Table):
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write everything measured to `path`, whole or not at all.
 
-        Medians, ratios and noise are written too, for readers other than `from_json`, which
-        derives them from the samples again.
-
         Args:
             path: A file in an existing directory; replaced if it exists.
         """
-        record = _FORMAT | {
-            "environment": self.environment,
-            "names": self.names,
-            "baseline": self.baseline,
-            "medians": self.medians,
-            "ratios": {name: ratio._asdict() for name, ratio in self.ratios.items()},
-            "noise": self.noise._asdict(),
-            "peak_bytes": self.peak_bytes,
-            "samples": self.samples.tolist(),
-            "repeat": self.repeat.tolist(),
-        }
+        record = _FORMAT | {field.name: getattr(self, field.name) for field in fields(self)}
+        record |= {"samples": self.samples.tolist(), "repeat": self.repeat.tolist()}
         with replaced_atomically(Path(path)) as unfinished:
             unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -208,26 +195,16 @@ class Comparison(Table):
             ValueError: If the file holds something else.
         """
         record: Any = source
-        where = ""
         if not isinstance(source, Mapping):
             record = json.loads(Path(source).read_text(encoding="utf-8"))
-            where = f" in {os.fspath(source)!r}"
-        found = {key: record.get(key) for key in _FORMAT} if isinstance(record, Mapping) else record
-        missing = {field.name for field in fields(cls)} - set(record) if found == _FORMAT else {}
-        if found != _FORMAT or missing:
+        if not isinstance(record, Mapping) or not _FORMAT.items() <= record.items():
             raise ValueError(
-                f"from_json: expected {_FORMAT}, got {found!r:.80}{where}"
-                f"{f' without {sorted(missing)}' if missing else ''}; "
-                "read files that Comparison.to_json of this version wrote"
+                f"from_json: expected {_FORMAT} in {source!r:.200}; read files that "
+                "Comparison.to_json of this version wrote"
             )
-        return cls(
-            names=tuple(record["names"]),
-            baseline=record["baseline"],
-            samples=np.array(record["samples"], dtype=np.float64),
-            repeat=np.array(record["repeat"], dtype=np.float64),
-            peak_bytes=record["peak_bytes"],
-            environment=record["environment"],
-        )
+        found = {field.name: record[field.name] for field in fields(cls)}
+        found |= {key: np.array(found[key], dtype=np.float64) for key in ("samples", "repeat")}
+        return cls(**found | {"names": tuple(found["names"])})
 
 
 def compare(
@@ -267,8 +244,8 @@ def compare(
         The `Comparison`.
 
     Raises:
-        TypeError: If `candidates` is not a mapping from strings to callables.
-        ValueError: If it is empty, or an option is out of range.
+        TypeError: If `candidates` is not a mapping to callables, or empty.
+        ValueError: If `baseline` is no candidate, or `rounds` below 5.
         Exception: Whatever a candidate raises, with a note that names the candidate.
 
     Warns:
@@ -281,28 +258,27 @@ def compare(
         >>> result.names, result.samples.shape, result.verdict("sum")
         (('sum', 'dot'), (6, 2), 'baseline')
     """
-    _check(candidates, baseline, rounds, threads)
+    _check(candidates, baseline, rounds)
     baseline = next(iter(candidates)) if baseline is None else baseline
     names = sorted(candidates)  # whatever order the caller wrote, the schedule is the same
     entries = [*names, baseline]
-    samples = np.empty((rounds, len(entries)))
+    samples, numbers, peaks, name = np.empty((rounds, len(entries))), {}, {}, ""
     with _threads(threads), progress("compare") as show:
-        numbers = {}
-        for name in names:
-            show(f"warming up {name}")
-            with _naming(name):
+        try:
+            for name in names:
+                show(f"warming up {name}")
                 numbers[name] = _warm_up(candidates[name], name)
-        for index, order in enumerate(_schedule(len(entries), rounds)):
-            show(f"round {index + 1} of {rounds}")
-            for entry in order:
-                name = entries[entry]
-                with _naming(name):
+            for index, order in enumerate(_schedule(len(entries), rounds)):
+                show(f"round {index + 1} of {rounds}")
+                for entry in order:
+                    name = entries[entry]
                     samples[index, entry] = _sample(candidates[name], numbers[name])
-        peaks = {}
-        for name in names if memory else ():
-            show(f"peak memory of {name}")
-            with _naming(name):
+            for name in names if memory else ():
+                show(f"peak memory of {name}")
                 peaks[name] = peak_bytes(candidates[name])
+        except Exception as error:
+            error.add_note(f"compare: raised by candidate {name!r}; nothing was recorded")
+            raise
         environment = this_environment()
     columns = [names.index(name) for name in candidates]
     return Comparison(
@@ -310,36 +286,28 @@ def compare(
     )
 
 
-def _check(candidates: object, baseline: object, rounds: int, threads: int | None) -> None:
-    if not isinstance(candidates, Mapping):
+def _check(candidates: object, baseline: str | None, rounds: int) -> None:
+    if not isinstance(candidates, Mapping) or not candidates:
         raise TypeError(
             "compare: expected a mapping from names to functions of no arguments, "
-            f"got {type(candidates).__name__}; write compare({{'name': function}})"
+            f"got {candidates!r:.80}; write compare({{'name': function}})"
         )
     for name, thunk in candidates.items():
-        if not isinstance(name, str):
-            raise TypeError(f"compare: expected names that are strings, got {name!r}")
         if not callable(thunk):
             raise TypeError(
                 f"compare: expected candidate {name!r} to be a function of no arguments, "
                 f"got {type(thunk).__name__}; wrap the expression in a lambda"
             )
-    if not candidates:
-        raise ValueError("compare: expected at least one candidate, got an empty mapping")
-    if baseline is not None and baseline not in list(candidates):
+    if baseline is not None and baseline not in candidates:
         raise ValueError(f"compare: expected baseline in {list(candidates)}, got {baseline!r}")
-    if not isinstance(rounds, int) or rounds < _LEAST_ROUNDS:
+    if rounds < _LEAST_ROUNDS:
         raise ValueError(
             f"compare: expected rounds >= {_LEAST_ROUNDS}, got {rounds!r}; "
             "fewer give no meaningful interval"
         )
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ValueError(
-            f"compare: expected threads >= 1, got {threads!r}; None keeps the current number"
-        )
 
 
-def _measure(thunk: Thunk, number: int) -> float:
+def seconds_per_call(thunk: Thunk, number: int) -> float:
     """Seconds per call over `number` calls."""
     # Imported late: it imports setuptools and takes half as long as importing torch. In a CUDA
     # build on a machine without a GPU, one of its imports logs that there is none.
@@ -357,14 +325,14 @@ def _sample(thunk: Thunk, number: int) -> float:
     gc.collect(1)
     if number > 1:
         thunk()
-    return _measure(thunk, number)
+    return seconds_per_call(thunk, number)
 
 
 def _warm_up(thunk: Thunk, name: str) -> int:
     """Call until two samples in a row are no faster; return how many calls make a sample."""
     number, best, settled = 1, math.inf, 0
     for _ in range(_MOST_WARMUP_SAMPLES):
-        seconds = _measure(thunk, number)
+        seconds = seconds_per_call(thunk, number)
         if number * seconds < _SAMPLE_SECONDS / 2:  # too short a sample
             number = min(10 * number, math.ceil(_SAMPLE_SECONDS / seconds))
             continue
@@ -409,15 +377,6 @@ def _median_ratio(ratios: Array) -> Ratio:
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as err:
-        err.add_note(f"compare: raised by candidate {name!r}; nothing was recorded")
-        raise
-
-
-@contextlib.contextmanager
 def _threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(before if threads is None else threads)
@@ -433,7 +392,5 @@ def _digits(value: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    scale, unit = next(
-        pair for pair in ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (0, "ns")) if value >= pair[0]
-    )
-    return f"{_digits(value / (scale or 1e-9))} {unit}"
+    unit, size = next(pair for pair in _UNITS.items() if value >= pair[1] or pair[0] == "ns")
+    return f"{_digits(value / size)} {unit}"

@@ -5,125 +5,22 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autograd_lib.benchmark import Ratio
-from autograd_lib.config.records import Settings
 from autograd_lib.core.snapshot import preserved_random_state
-from autograd_lib.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, add_legend, make_axes
 from autograd_lib.report.progress import progress
-from autograd_lib.report.tables import Row, Table, readable_bytes
-from autograd_lib.tuning.search import Search
-from autograd_lib.tuning.trials import Trial, Workbench
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from autograd_lib.tuning.candidates import Candidates
+from autograd_lib.tuning.race import Race
+from autograd_lib.tuning.search import search
+from autograd_lib.tuning.trials import Trial, TuningReport
+from autograd_lib.tuning.workbench import Workbench
 
 __all__ = ["Trial", "TuningReport", "autotune"]
 
 _Blocks = nn.Sequential | nn.ModuleList | Sequence[nn.Module]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class TuningReport(Table):
-    """What `autotune` tried and chose; prints as a table, in a notebook as HTML, and draws itself.
-
-    Attributes:
-        best: The settings chosen.
-        trials: All candidates, the best first, then by time.
-        noise: Time of a candidate relative to itself in the race that decided.
-        notes: What was left out of the search, and why; one sentence each.
-        seconds: What the search took.
-        break_even: After how many steps the time spent on compiling is gained back, if `best` is
-            compiled; None if it is not.
-        memory_budget: Bytes, as given.
-        tolerance: Largest gradient error, as given.
-    """
-
-    best: Settings
-    trials: tuple[Trial, ...]
-    noise: Ratio
-    notes: tuple[str, ...]
-    seconds: float
-    break_even: float | None
-    memory_budget: float | None
-    tolerance: float
-
-    def table(self) -> str:
-        """The trials as text, one a line, and the notes."""
-        return repr(self)
-
-    def _notes(self) -> tuple[str, ...]:
-        return self.notes
-
-    def _table(self) -> tuple[str, Row, list[Row]]:
-        budget = (
-            "no budget"
-            if self.memory_budget is None
-            else f"budget {readable_bytes(int(self.memory_budget))}"
-        )
-        title = (
-            f"{len(self.trials)} candidates in {self.seconds:.0f} s; {budget}, gradient error up "
-            f"to {self.tolerance:.2g}, A/A noise {self.noise}"
-        )
-        least = self.trials[0].time or 0.0
-        rows: list[Row] = []
-        for trial in self.trials:
-            error, peak = trial.gradient_error, trial.peak_bytes
-            rows.append(
-                [
-                    str(trial.settings),
-                    "" if trial.time is None else f"{1e3 * trial.time:.4g} ms",
-                    "" if trial.time is None else f"{trial.time / least:.2f}",
-                    "" if peak is None else readable_bytes(peak),
-                    "" if error is None else f"{error:.1e}",
-                    trial.verdict,
-                ]
-            )
-        return title, ("settings", "time", "ratio", "peak", "error", "verdict"), rows
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw time against peak of every trial that has both, by what became of it.
-
-        Args:
-            ax: Where to draw; a new figure if None.
-
-        Returns:
-            The axes.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-        """
-        ax = make_axes("TuningReport.plot", ax, 10)
-        looks = {
-            "best": ("*", GREEN, 13),
-            "tie": ("D", BLUE, 7),
-            "slower": ("o", GREY, 6),
-            "peak": ("s", ORANGE, 6),
-            "error": ("X", PURPLE, 7),
-        }
-        labels = {"peak": "over budget", "error": "error over tolerance"}
-        for kind, (marker, color, size) in looks.items():
-            points = [
-                (trial.peak_bytes / 2**20, 1e3 * trial.time)
-                for trial in self.trials
-                if trial.verdict.startswith(kind)
-                and trial.peak_bytes is not None
-                and trial.time is not None
-            ]
-            if points:
-                label = labels.get(kind, kind)
-                ax.plot(*zip(*points, strict=True), marker, color=color, ms=size, label=label)
-        if self.memory_budget is not None:
-            ax.axvline(self.memory_budget / 2**20, color="0.5", linestyle=":", label="budget")
-        ax.set_xlabel("peak of one step (MiB)")
-        ax.set_ylabel("time of one step (ms)")
-        add_legend(ax)
-        return ax
 
 
 def autotune(
@@ -152,7 +49,7 @@ def autotune(
     3. where a candidate over the budget would be faster than all that fit, a plan by
        `plan_checkpoints` brings it down, and its measured peak has to fit;
     4. what is left is timed by `compare`, a few rounds for all, more for those still in question;
-    5. the best and the second best are compiled, from a cleared cache (`torch.compiler.reset`).
+    5. the best is compiled, from a cleared cache (`torch.compiler.reset`), and races once more.
 
     Of those that the A/A noise does not tell from the fastest, the one with the smallest peak is
     chosen. A candidate that fails, for want of memory or of a compiler or otherwise, is a trial
@@ -203,20 +100,21 @@ def autotune(
     names = None if blocks is None else _names_of(model, blocks)
     budget = sys.maxsize if memory_budget is None else int(memory_budget)
     with progress("autotune") as show, preserved_random_state(), torch.enable_grad():
-        bench = Workbench(model, batch, loss_fn, count)
-        search = Search(bench, budget, tolerance, names, show)
-        best = search.run(compile)
+        bench = Workbench(model, batch, loss_fn, count, names)
+        candidates = Candidates(bench, budget, tolerance, show)
+        race = Race(candidates)
+        best = search(candidates, race, compile)
     trials = sorted(
-        search.trials.values(),
+        candidates.trials.values(),
         key=lambda t: (t.settings != best, t.time is None, t.time or 0, t.peak_bytes or 0),
     )
     return TuningReport(
         best,
         tuple(trials),
-        search.noise,
-        tuple(search.notes),
+        race.noise,
+        tuple(candidates.notes),
         time.perf_counter() - start,
-        search.break_even.get(best),
+        race.break_even,
         memory_budget,
         tolerance,
     )

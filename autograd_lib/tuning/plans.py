@@ -1,0 +1,83 @@
+"""Checkpoint plans for candidates that are over the budget."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from dataclasses import replace
+
+from autograd_lib.checkpointing.plan import CheckpointPlan, plan_checkpoints
+from autograd_lib.config.records import Settings
+from autograd_lib.tuning.candidates import Candidates
+
+_PLANS = 4  # how many candidates a plan is tried for
+_REVISIONS = 4  # of a plan; the last one is the plan of the least peak
+
+
+def planned(candidates: Candidates, over: list[Settings], limit: float | None) -> list[Settings]:
+    """Bring candidates within the budget by plans, where that may take less than `limit` seconds.
+
+    Without a limit nothing fits as it is.
+    """
+    ahead, trials = candidates.fast(over, math.inf), candidates.trials
+    least = math.inf if limit is None else limit
+    seconds = {s: trials[s].time or 0.0 for s in ahead}
+    missing = {s: 1 - candidates.budget / (trials[s].peak_bytes or 1) for s in ahead}
+    # Recomputing everything costs one more forward, a third of a step; the share of the peak that
+    # has to go is a guess at how much of it is due.
+    order = sorted(ahead, key=lambda s: seconds[s] * (1 + missing[s] / 3))
+    if limit is None:  # what matters first is that some plan fits at all
+        order = list(dict.fromkeys([*sorted(ahead, key=missing.__getitem__)[:2], *order]))
+    found: list[Settings] = []
+    for settings in order[:_PLANS]:
+        if seconds[settings] < least and (fitting := _within_budget(candidates, settings)):
+            found += candidates.fast([fitting], math.inf)
+            least = min(least, trials[fitting].time or math.inf)
+    return found
+
+
+def _within_budget(candidates: Candidates, settings: Settings) -> Settings | None:
+    """The settings with a plan whose measured peak is within the budget, if there is one.
+
+    By as much as that peak is above the predicted one, the next plan is made for less. In the end
+    the plan of the least peak is tried: an error can then name a peak that was reached.
+    """
+    plan, budget = _plan(candidates, settings), candidates.budget
+    if plan is None:
+        return None
+    model, last = candidates.bench.copy_for(settings).model, None
+    for left in reversed(range(_REVISIONS)):
+        plan = plan.within(max(budget if left else 0, plan.curve[0][0]))
+        found = settings
+        if any(step != "save" for step in plan.steps):  # else it is no other candidate
+            found = replace(settings, checkpoint=plan.locate(model))
+            if found != last and candidates.fits(found):
+                return found
+            last = found
+        peak = candidates.trials[found].peak_bytes
+        if peak is None:
+            return None
+        budget = min(budget - 1, candidates.budget - (peak - plan.predicted_bytes))
+    return None
+
+
+def _plan(candidates: Candidates, settings: Settings) -> CheckpointPlan | None:
+    """Plans for one micro-batch, for any budget; None, with a note, if there are none."""
+    candidates.show(f"checkpoint plan for {settings}")
+    bench = candidates.bench
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            plan = plan_checkpoints(
+                bench.blocks_for(settings),
+                bench.loss(settings),
+                sys.maxsize,
+                accumulate=settings.micro_batch is not None,
+            )
+    except Exception as error:  # a container's children need not be a chain
+        candidates.note(f"{settings}: {error}.")
+        return None
+    for warning in caught:
+        candidates.note(f"{warning.message}.")
+    return plan

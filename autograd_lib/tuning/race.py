@@ -1,0 +1,131 @@
+"""Races between candidates: rounds of `compare` that the clear losers do not see the end of."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from autograd_lib.benchmark import Ratio, compare
+from autograd_lib.config.records import Settings
+from autograd_lib.tuning.candidates import Candidates
+
+_ROUNDS = (5, 15, 45)  # the later ones for those that are still in question
+_CLOSE = 1.03  # times of so little difference are a tie without more rounds
+
+
+class Race:
+    """The races of one search.
+
+    Attributes:
+        noise: Time of a candidate relative to itself, in the last race.
+        break_even: After how many steps the time spent on compiling is gained back; None where
+            nothing was compiled.
+    """
+
+    def __init__(self, candidates: Candidates) -> None:
+        self.candidates, self.trials = candidates, candidates.trials
+        self.times: dict[Settings, float] = {}
+        self.noise = Ratio(1.0, 1.0, 1.0)
+        self.break_even: float | None = None
+
+    def run(self, contenders: list[Settings], others: Sequence[Settings] = ()) -> Settings | None:
+        """Time contenders and others; return the best contender, None if all of them fail."""
+        left, best = [*contenders, *others], None
+        self.candidates.bench.keep(left)
+        for rounds in _ROUNDS:
+            ratios, band = self.timed(left, rounds)
+            ratios = {s: ratio for s, ratio in ratios.items() if s in contenders}
+            if not ratios:
+                return None
+            best, left, ties = self.settle(ratios, band)
+            if len(left) == 1 or (rounds > _ROUNDS[0] and len(ties) == len(left)):
+                break
+        return best
+
+    def timed(
+        self, entered: Sequence[Settings], rounds: int
+    ) -> tuple[dict[Settings, Ratio], float]:
+        """Ratios to the first of those that do not fail, and how far noise alone takes a ratio."""
+        names = {f"{s} ({number})": s for number, s in enumerate(entered)}
+        self.candidates.show(f"race of {len(names)} candidates")
+        steps = {name: self.guarded(s) for name, s in names.items()}
+        result = compare(steps, rounds=rounds, memory=False)
+        left = [s for s in entered if not self.candidates.has_failed(s)]
+        if left and left[0] != entered[0]:
+            return self.timed(left, rounds)
+        ratios = {names[name]: r for name, r in result.ratios.items() if names[name] in left}
+        # Times of later races refer to those of the first: the machine may have slowed since.
+        unit = self.times.get(entered[0], result.medians[result.baseline])
+        for s, ratio in ratios.items():
+            self.times[s] = unit * ratio.median
+            self.candidates.record(s, time=self.times[s])
+        self.noise = result.noise
+        return ratios, result.noise_band[1]
+
+    def guarded(self, settings: Settings) -> Callable[[], None]:
+        """One step, or nothing once it has failed."""
+        step = self.candidates.bench.step(settings)
+
+        def run() -> None:
+            if not self.candidates.has_failed(settings):
+                self.candidates.attempt(settings, lambda _: step())
+
+        return run
+
+    def settle(
+        self, ratios: dict[Settings, Ratio], band: float
+    ) -> tuple[Settings, list[Settings], list[Settings]]:
+        """Choose the smallest peak among the ties.
+
+        Returns:
+            The best; those that noise does not tell from the fastest, the fastest first; and the
+            ties, those of them that are close to it as well.
+        """
+        order = sorted(ratios, key=lambda s: ratios[s].median)
+        level = ratios[order[0]].median
+        left = [s for s in order if ratios[s].low <= level * band]
+        # On a noisy machine that may be half the field; the choice is among the close ones.
+        ties = [s for s in left if ratios[s].median <= _CLOSE * level]
+        best = min(ties, key=lambda s: self.trials[s].peak_bytes or 0)
+        for s, ratio in ratios.items():
+            if s == best:
+                among = f": a tie of {len(ties)}, at the smallest peak" if len(ties) > 1 else ""
+                verdict = f"best{among}"
+            elif s in ties:
+                verdict = "tie: as fast as the best, at no smaller peak"
+            else:
+                scaled = Ratio(*(value / level for value in ratio))
+                doubt = ", within the noise" if s in left else ""
+                verdict = f"slower: {scaled} times the fastest{doubt}"
+            self.candidates.record(s, verdict=verdict)
+        return best, left, ties
+
+    def compiled(self, eager: Settings) -> Settings:
+        """Compile the winner; return what is best then."""
+        candidates, compiled = self.candidates, replace(eager, compile=True)
+        ties = [s for s, trial in self.trials.items() if trial.verdict.startswith("tie")]
+        candidates.bench.keep([eager, compiled])
+        torch.compiler.reset()
+        with warnings.catch_warnings():  # of Dynamo, of the inputs of the blocks it traces
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a")
+            first = candidates.measured(compiled, candidates.bench.seconds)
+            sound = first is not None and candidates.fits(compiled)
+            sound = sound and candidates.is_accurate(compiled)
+        best = self.run([eager, compiled]) if sound else None
+        torch.compiler.reset()
+        if first is None or best is None or candidates.has_failed(compiled):
+            return eager
+        gain = self.times[eager] - self.times[compiled]
+        cost = max(0.0, first - self.times[compiled])
+        when = f"after {cost / gain:.0f} steps" if gain > 0 else "never"
+        candidates.note(f"{compiled}: compiling took {cost:.1f} s, gained back {when}.")
+        if best == compiled:
+            self.break_even = cost / gain if gain > 0 else math.inf
+            for s in ties:
+                times = self.times[s] / self.times[best]
+                candidates.record(s, verdict=f"slower: {times:.2f} times the best")
+        return best
