@@ -58,8 +58,6 @@ from autograd_lib.monitor import (
     plot_gradient_flow,
     plot_gradient_heatmap,
     plot_gradient_histograms,
-    plot_issues,
-    plot_update_ratios,
 )
 from autograd_lib.nonfinite import NonFinite, NonFiniteGuard, find_nonfinite
 from autograd_lib.report.dashboard import GradientDashboard
@@ -129,8 +127,6 @@ __all__ = [
     "plot_gradient_flow",
     "plot_gradient_heatmap",
     "plot_gradient_histograms",
-    "plot_issues",
-    "plot_update_ratios",
     "reverse_gradient",
     "safe_norm",
     "safe_sqrt",

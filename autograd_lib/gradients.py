@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -235,15 +235,20 @@ def check_module(operation: str, model: object) -> None:
         )
 
 
+def check_not_meta(operation: str, names: Sequence[str], grads: Sequence[Tensor | None]) -> None:
+    """Raise an error that names the first gradient on the meta device."""
+    for name, grad in zip(names, grads, strict=True):
+        if grad is not None and grad.is_meta:
+            raise ValueError(
+                f"{operation}: the gradient of {name!r} with shape {tuple(grad.shape)} is on the "
+                "meta device, which holds no values; call model.to_empty(device=...) and load the "
+                "weights before training"
+            )
+
+
 def _gradients(operation: str, model: nn.Module) -> tuple[list[str], list[Tensor]]:
     """Names and gradients of the parameters that have one."""
     check_module(operation, model)
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    for name, grad in named:
-        if grad.is_meta:
-            raise ValueError(
-                f"{operation}: the gradient of {name!r} with shape {tuple(grad.shape)} is on the "
-                "meta device, which holds no values; call model.to_empty(device=...), load the "
-                "weights and run backward() again"
-            )
-    return [name for name, _ in named], [grad for _, grad in named]
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    check_not_meta(operation, [*named], [*named.values()])
+    return [*named], [*named.values()]

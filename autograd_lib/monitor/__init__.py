@@ -4,8 +4,6 @@ from autograd_lib.monitor.figures import (
     plot_gradient_flow,
     plot_gradient_heatmap,
     plot_gradient_histograms,
-    plot_issues,
-    plot_update_ratios,
 )
 from autograd_lib.monitor.monitor import GradientMonitor, Issue, NoiseScale
 
@@ -16,6 +14,4 @@ __all__ = [
     "plot_gradient_flow",
     "plot_gradient_heatmap",
     "plot_gradient_histograms",
-    "plot_issues",
-    "plot_update_ratios",
 ]

@@ -13,8 +13,9 @@ from autograd_lib.core.statistics import STATISTICS
 Columns = dict[str, np.ndarray]
 
 
-def columns(history: dict[str, Any], present: np.ndarray) -> Columns:
-    """The history in long form: a row for each step and each parameter `present` in it."""
+def columns(history: dict[str, Any]) -> Columns:
+    """The history in long form: a row for each step and each parameter with a gradient in it."""
+    present = history["present"]
     steps, parameters = present.shape
     found = {
         "step": np.repeat(history["step"], parameters),
@@ -50,29 +51,9 @@ def write_parquet(table: Columns, path: str | PathLike[str]) -> None:
 
 
 def write_tensorboard(history: dict[str, Any], writer: Any) -> None:
-    """Write norms as scalars and histograms as such."""
-    names = history["names"]
+    """Write the norms as scalars."""
     for row, step in enumerate(history["step"].tolist()):
         writer.add_scalar("gradients/total_norm", history["total_norm"][row], step)
-        for i in np.flatnonzero(~np.isnan(history["norm"][row])).tolist():
-            writer.add_scalar(f"gradients/norm/{names[i]}", history["norm"][row, i], step)
-    for row, step in enumerate(history.get("histogram_step", np.zeros(0)).tolist()):
-        for name, counts in zip(names, history["histogram"][row], strict=True):
-            if counts.any():
-                described = _described(counts, history["histogram_edges"])
-                writer.add_histogram_raw(f"gradients/{name}", **described, global_step=step)
-
-
-def _described(counts: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
-    """What TensorBoard wants to know of a histogram of magnitudes."""
-    first, *_, last = np.flatnonzero(counts)[[0, -1]].tolist()
-    middles = np.sqrt(edges[:-1] * edges[1:])
-    return {
-        "min": edges[first].item(),
-        "max": edges[last + 1].item(),
-        "num": counts.sum().item(),
-        "sum": (counts @ middles).item(),
-        "sum_squares": (counts @ middles**2).item(),
-        "bucket_limits": edges[first + 1 : last + 2].tolist(),
-        "bucket_counts": counts[first : last + 1].tolist(),
-    }
+        for i in np.flatnonzero(history["present"][row]).tolist():
+            name = f"gradients/norm/{history['names'][i]}"
+            writer.add_scalar(name, history["norm"][row, i], step)

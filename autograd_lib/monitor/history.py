@@ -1,8 +1,4 @@
-"""Records that stay on their device until they are read, and the issues found in them.
-
-A `Ring` takes a record with one small copy on the device. On CUDA finished rows travel to pinned
-memory in the background, so that reading them later waits for nothing but the newest ones.
-"""
+"""Records that come from a device without waiting for it, and the issues found in them."""
 
 from __future__ import annotations
 
@@ -47,7 +43,8 @@ _MOST_EPISODES = 20  # of one kind in one parameter: more would tell nothing new
 class Ring:
     """The last `capacity` records of one shape, each with the step it belongs to.
 
-    `append` never waits for the device; `read` does.
+    `append` copies a record to the host without waiting: on CUDA to pinned memory, in the order of
+    the device's work. Who reads `values` has waited for the device before.
     """
 
     def __init__(
@@ -56,87 +53,41 @@ class Ring:
         self.count = 0  # of all records that were ever appended
         self.steps = np.zeros(capacity, dtype=np.int64)
         self.device = device
-        self._records = torch.zeros(capacity, *shape, dtype=dtype, device=device)
-        self._sent = self._arrived = 0
-        self._sending: torch.Event | None = None
-        self._host = self._records
-        if device.type != "cpu":
-            pinned = torch.accelerator.is_available() and device.type != "mps"
-            self._host = torch.zeros_like(self._records, device="cpu", pin_memory=pinned)
-        self.values = self._host.numpy()
-
-    @property
-    def capacity(self) -> int:
-        """The most records that are kept."""
-        return len(self.steps)
+        pinned = device.type not in {"cpu", "mps"}
+        host = torch.zeros(capacity, *shape, dtype=dtype, device="cpu", pin_memory=pinned)
+        self._host, self.values = host, host.numpy()
 
     def append(self, step: int, record: Tensor) -> None:
         """Keep a record in the place of the oldest one."""
-        place = self.count % self.capacity
-        self._records[place].copy_(record, non_blocking=True)
+        place = self.count % len(self.steps)
+        self._host[place].copy_(record, non_blocking=True)
         self.steps[place] = step
         self.count += 1
 
-    def send(self) -> None:
-        """Start copying new records to the host, and note which copies have finished."""
-        if self.device.type == "cpu":
-            self._sent = self._arrived = self.count
-            return
-        if self._sending is not None and self._sending.query():
-            self._arrived = self._sent
-        for start, stop in self._spans(max(self._sent, self.count - self.capacity), self.count):
-            self._host[start:stop].copy_(self._records[start:stop], non_blocking=True)
-        self._sent = self.count
-        self._sending = torch.Event(self.device)
-        self._sending.record()
-
-    def read(self) -> None:
-        """Wait until every record is on the host."""
-        self.send()
-        if self._sending is not None:
-            self._sending.synchronize()
-        self._arrived = self._sent
-
-    @property
-    def arrived(self) -> int:
-        """How many of all records that were ever appended are on the host."""
-        return self._arrived
-
-    def places(self, since: int = 0) -> np.ndarray:
-        """Where the arrived records from number `since` on stand in `steps` and `values`."""
-        oldest = max(since, self.count - self.capacity)
-        return np.arange(oldest, max(oldest, self._arrived)) % self.capacity
+    def places(self, since: int = 0, until: int | None = None) -> np.ndarray:
+        """Where the kept ones of records `since` to `until` stand in `steps` and `values`."""
+        oldest = max(since, self.count - len(self.steps))
+        newest = self.count if until is None else until
+        return np.arange(oldest, max(oldest, newest)) % len(self.steps)
 
     def at(self, steps: np.ndarray) -> np.ndarray:
-        """The arrived records of some steps as float64, NaN for a step that has none."""
+        """The records of some steps as float64, NaN for a step that has none."""
         places = self.places()
         found = np.full((len(steps), *self.values.shape[1:]), np.nan)
         _, here, there = np.intersect1d(steps, self.steps[places], return_indices=True)
         found[here] = self.values[places[there]]
         return found
 
-    def _spans(self, first: int, stop: int) -> list[tuple[int, int]]:
-        """The places of records `first` to `stop`, in one piece or in two."""
-        if first >= stop:
-            return []
-        begin, end = first % self.capacity, (stop - 1) % self.capacity + 1
-        return [(begin, end)] if begin < end else [(begin, self.capacity), (0, end)]
-
     def state_dict(self) -> dict[str, Any]:
         """The records as tensors, oldest first."""
-        self.read()
         places = self.places()
         steps, values = (torch.from_numpy(array[places]) for array in (self.steps, self.values))
         return {"steps": steps, "values": values}
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any], capacity: int, device: torch.device) -> Ring:
-        """A ring with the newest records of another one."""
-        values = state["values"]
-        ring = cls(capacity, values.shape[1:], values.dtype, device)
-        for step, value in zip(state["steps"].tolist(), values, strict=True):
-            ring.append(step, value)
-        return ring
+    def extend(self, state: dict[str, Any]) -> None:
+        """Append the records of another ring's `state_dict`."""
+        for step, value in zip(state["steps"].tolist(), state["values"], strict=True):
+            self.append(step, value)
 
 
 class Episodes:
@@ -150,30 +101,33 @@ class Episodes:
         self.lasting = np.zeros((len(KINDS), len(names)), dtype=bool)
         self.issues: list[Issue] = []
 
-    def feed(self, steps: np.ndarray, statistics: dict[str, np.ndarray], absent: np.ndarray) -> int:
-        """Take rows [steps, parameters] in their order; return how many new issues need details."""
+    def feed(
+        self, steps: np.ndarray, statistics: dict[str, np.ndarray], absent: np.ndarray
+    ) -> None:
+        """Take rows [steps, parameters] in their order."""
         norm, abs_max = statistics["norm"], statistics["abs_max"]
         present = (absent == PRESENT) & self._watched
-        with np.errstate(invalid="ignore"):
-            finite = present & (abs_max < np.inf)
-            found = {
-                "nan": present & np.isnan(abs_max),
-                "inf": present & (abs_max == np.inf),
-                "exploding": finite & (norm > self._above),
-                "vanishing": finite & (norm < self._below),
-                "missing": absent == MISSING,
-            }
-        lasting = np.stack([self.lasting, *np.stack([found[kind] for kind in KINDS], 1)])
+        finite = present & (abs_max < np.inf)
+        found = {
+            "nan": present & np.isnan(abs_max),
+            "inf": present & (abs_max == np.inf),
+            "exploding": finite & (norm > self._above),
+            "vanishing": finite & (norm < self._below),
+            "missing": absent == MISSING,
+        }
+        lasting = np.stack([self.lasting, *np.stack([found[kind] for kind in KINDS], axis=1)])
         begun = np.argwhere(lasting[1:] & ~lasting[:-1])
         self.lasting = lasting[-1]
         before = Counter((issue.kind, issue.parameter) for issue in self.issues if len(begun))
-        wrong = 0
         for row, number, i in begun.tolist():
             kind, name = KINDS[number], self._names[i]
-            if before[kind, name] == _MOST_EPISODES:
-                continue
             before[kind, name] += 1
-            wrong += kind != "missing"
-            value = None if kind == "missing" else float(norm[row, i])
-            self.issues.append(Issue(kind, name, int(steps[row]), value))
-        return wrong
+            if before[kind, name] <= _MOST_EPISODES:
+                value = None if kind == "missing" else float(norm[row, i])
+                self.issues.append(Issue(kind, name, int(steps[row]), value))
+
+    def now(self) -> list[Issue]:
+        """The issues that have not ended."""
+        newest = {(issue.kind, issue.parameter): issue for issue in self.issues}
+        lasting = np.argwhere(self.lasting).tolist()
+        return [newest[KINDS[kind], self._names[i]] for kind, i in lasting]

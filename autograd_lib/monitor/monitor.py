@@ -10,11 +10,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from itertools import repeat
-from operator import is_not
+from operator import is_, is_not
 from os import PathLike
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.compiler import disable
@@ -22,27 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from autograd_lib.core.reduction import Reduction, home
-from autograd_lib.core.rows import norms
+from autograd_lib.core.reduction import Reduction
+from autograd_lib.core.rows import PLAIN, norms
 from autograd_lib.core.shards import is_distributed
-from autograd_lib.core.statistics import (
-    COUNTS,
-    STATISTICS,
-)
-from autograd_lib.gradients import GradientStatistics
+from autograd_lib.core.statistics import COUNTS
+from autograd_lib.gradients import GradientStatistics, check_not_meta
 from autograd_lib.monitor.activations import ActivationHook, Activations
-from autograd_lib.monitor.exports import (
-    columns,
-    write_csv,
-    write_parquet,
-    write_tensorboard,
-)
-from autograd_lib.monitor.history import (
-    FROZEN,
-    MISSING,
-    PRESENT,
-    Issue,
-)
+from autograd_lib.monitor.exports import columns, write_csv, write_parquet, write_tensorboard
+from autograd_lib.monitor.history import FROZEN, MISSING, PRESENT, Issue
 from autograd_lib.monitor.hooks import (
     EndOfBackward,
     Handle,
@@ -54,12 +40,7 @@ from autograd_lib.monitor.hooks import (
     weak,
 )
 from autograd_lib.monitor.noise_scale import NoiseScale, estimate
-from autograd_lib.monitor.options import (
-    check_integer,
-    check_options,
-    check_thresholds,
-    check_watched,
-)
+from autograd_lib.monitor.options import check_integer, check_options, check_watched
 from autograd_lib.monitor.record import Record
 
 __all__ = ["GradientMonitor", "Issue", "NoiseScale"]
@@ -97,8 +78,8 @@ class GradientMonitor:
             step that it skips is recorded as skipped, and is no issue before the twentieth in a
             row. Without it, a backward that no optimizer step
             follows counts as accumulation.
-        history: How many recorded steps to remember, at 56 bytes for each step and parameter, on
-            the device (on CUDA also in pinned memory).
+        history: How many recorded steps to remember, at 57 bytes for each step and parameter, on
+            the host (of a model on CUDA in pinned memory).
         every: Record the first step and each `every`-th step after it. `update_every` and
             `histogram_every` apply to recorded steps alone.
         collect: What to add to norm, mean, std, min, max and abs_max, which are always there:
@@ -106,8 +87,7 @@ class GradientMonitor:
             which a copy is kept).
         update_every: Measure the norm of the update relative to that of the weight every so many
             steps; each time costs a copy of the parameters, and it needs `optimizer`. 0 for never.
-        histogram_every: Count magnitudes by powers of two every so many steps; 0 for never. Once an
-            issue has been read, ten steps have counts and histograms without being asked for.
+        histogram_every: Count magnitudes by powers of two every so many steps; 0 for never.
         activations: Statistics of the outputs of modules in training mode: True for all modules
             without submodules, or qualified names. Compiled code is not watched.
         noise: Keep what `noise_scale` needs, at each backward.
@@ -154,11 +134,13 @@ class GradientMonitor:
         check_options(
             optimizer,
             collect,
-            {"history": history, "every": every},
-            {"update_every": update_every, "histogram_every": histogram_every},
             noise,
+            (explode_above, vanish_below),
+            history=history,
+            every=every,
+            update_every=update_every,
+            histogram_every=histogram_every,
         )
-        check_thresholds(vanish_below, explode_above)
         named = dict(model.named_parameters())
         if not named:
             raise ValueError("GradientMonitor: the model has no parameters to watch")
@@ -167,24 +149,20 @@ class GradientMonitor:
                 f"GradientMonitor: the parameters {lazy} are lazy and have no shape yet; call the "
                 "model once on an input, then make the monitor"
             )
-        self._names = list(named)
         self._model = weakref.ref(model)
         self._parameters = [weakref.ref(parameter) for parameter in named.values()]
         self._optimizer = weak(optimizer)
         self._scaler = weak(scaler)
-        self._every, self._update_every, self._histogram_every = (
-            every,
-            update_every,
-            histogram_every,
-        )
+        self._every, self._update_every = every, update_every
+        self._histogram_every = histogram_every
         self._collect = frozenset(collect)
         self._noise = noise
         self._activations = Activations(model, activations) if activations else None
 
-        self._plans: dict[bytes, Reduction] = {}
-        parameters = [*named.values()]
+        self._plans: dict[tuple[str, bytes], Reduction] = {}
         thresholds = explode_above, vanish_below
-        self._record = Record(self._names, parameters, history, histogram_every, thresholds)
+        self._record = Record(named, history, histogram_every // every, thresholds)
+        self._all_present = torch.full((len(named),), PRESENT, dtype=torch.uint8, device="cpu")
         self._previous: list[Tensor | None] | None = None  # gradients, for the cosine
         self._weights: list[Tensor] | None = None  # before the step, for the size of the update
         self._end = EndOfBackward(calling(self, "_after_backward"))
@@ -195,7 +173,8 @@ class GradientMonitor:
     def __repr__(self) -> str:
         issues = len(self._record.episodes.issues)
         found = f"{issues} issue{'s' * (issues > 1)}" if issues else "no issues"
-        return f"GradientMonitor({len(self._names)} parameters, {self._record.step} steps, {found})"
+        parameters, steps = len(self._parameters), self._record.step
+        return f"GradientMonitor({parameters} parameters, {steps} steps, {found})"
 
     # Hooks: when a step is.
 
@@ -290,38 +269,40 @@ class GradientMonitor:
 
     # Looking: what is recorded of a step.
 
-    def _look(self, *, scale: Tensor | None = None, skipped: Tensor | bool | None = False) -> None:
+    def _look(self, *, scale: Tensor | None = None, skipped: Tensor | bool | None = None) -> None:
         """Record the gradients as they stand, as those of one more step."""
         grads = self._gradients()
         if not grads:
             return
-        self._record.step += 1
-        self._micro_batches = (0, 0.0)
-        if not _is_due(self._record.step, self._every):
-            if self._activations is not None:
-                self._activations.take()
-            return
-        detailed = self._record.step <= self._record.detailed_until
-        counts = detailed or not self._collect.isdisjoint(COUNTS)
-        absent, plan, fields = self._reduce(grads, counts=counts)
-        unscale = None if scale is None else scale.to(fields.device, fields.dtype).reciprocal()
-        if unscale is not None:
-            fields[1:7] *= unscale
         record = self._record
-        record.note(absent, skipped is True)
-        record.keep("fields", fields[:7])
-        if isinstance(skipped, Tensor):
-            record.keep("skipped", skipped.reshape(()).to(fields.device, fields.dtype))
+        record.step += 1
+        self._micro_batches = (0, 0.0)
+        activations = None if self._activations is None else self._activations.take()
+        if not _is_due(record.step, self._every):
+            return
+        counts = not self._collect.isdisjoint(COUNTS)
+        plan, fields = self._reduce("gradients", grads, counts=counts)
+        if scale is not None:
+            unscale = scale.to(fields.device, fields.dtype).reciprocal()
+            fields[1:PLAIN] *= unscale
+        record.keep("absent", self._absent(grads))
+        record.keep("fields", fields[:PLAIN])
+        if skipped is True:
+            skipped = torch.ones((), device="cpu")
+        if skipped is not None:
+            record.keep("skipped", skipped.reshape(()))
         if counts:
-            record.keep("counts", fields[7:])
-        if detailed or _is_due(self._record.step, self._histogram_every):
-            record.keep("histogram", plan.histograms(_times(grads, unscale)))
+            record.keep("counts", fields[PLAIN:])
+        wants_histogram = _is_due(record.step, self._histogram_every)
+        if scale is not None and (wants_histogram or "cosine" in self._collect):
+            grads = [None if grad is None else grad * unscale for grad in grads]
+        if wants_histogram:
+            record.keep("histogram", plan.histograms(grads))
         if "cosine" in self._collect:
-            norm = norms(fields)
-            record.keep("cosine", self._cosine(_times(grads, unscale), norm))
-        if self._activations is not None and (found := self._activations.take()) is not None:
-            record.keep("activations", found)
-        record.send()
+            record.keep("cosine", self._cosine(grads, norms(fields)))
+        if activations is not None:
+            record.keep("activations", activations)
+        record.look()
 
     def _live_parameters(self) -> Sequence[nn.Parameter]:
         """The watched parameters; none if the model is gone."""
@@ -331,10 +312,10 @@ class GradientMonitor:
         parameters: list[Any] = [ref() for ref in self._parameters]
         if not all(map(is_not, parameters, repeat(None))):  # replaced, as `fully_shard` does
             named = dict(model.named_parameters())
-            if list(named) != self._names:
+            if list(named) != self._record.names:
                 raise RuntimeError(
                     f"GradientMonitor: the model has other parameters than when it was given; "
-                    f"expected {self._names}, got {list(named)}; make a new monitor"
+                    f"expected {self._record.names}, got {list(named)}; make a new monitor"
                 )
             parameters = [*named.values()]
             self._parameters = [weakref.ref(parameter) for parameter in parameters]
@@ -349,56 +330,36 @@ class GradientMonitor:
         except AttributeError:  # one of them is gone
             return [parameter.grad for parameter in self._live_parameters()]
 
-    def _plan(self, tensors: Sequence[Tensor | None], key: bytes) -> Reduction:
-        if key not in self._plans:
-            for name, tensor in zip(self._names, tensors, strict=True):
-                if tensor is not None and tensor.is_meta:
-                    raise ValueError(
-                        f"GradientMonitor: the gradient of {name!r} with shape "
-                        f"{tuple(tensor.shape)} is on the meta device, which holds no values; call "
-                        "model.to_empty(device=...) and load the weights before training"
-                    )
-            parameters = self._live_parameters()
-            self._record.numel[:] = [parameter.numel() for parameter in parameters]
-            self._plans[key] = Reduction(tensors, parameters)
-        return self._plans[key]
-
-    def _planned(
-        self,
-        tensors: Sequence[Tensor | None],
-        key: bytes,
-        *,
-        counts: bool = False,
-    ) -> tuple[Reduction, Tensor]:
-        """The plan for tensors that look like these, and what it reduces them to."""
-        if key not in self._plans and len(self._plans) >= _MOST_PLANS:
-            # With other experts in each step a new plan would cost more than reading some zeros.
-            key = key[:1] + b"filled"
-            pairs = zip(tensors, self._live_parameters(), strict=True)
-            tensors = [_zeros_like(p) if t is None else t for t, p in pairs]
-        plan = self._plan(tensors, key)
-        try:
-            return plan, plan(tensors, counts=counts)
-        except RuntimeError:  # the plan no longer fits: the model has moved to another device, say
-            del self._plans[key]
-            plan = self._plan(tensors, key)
-            return plan, plan(tensors, counts=counts)
+    def _absent(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """Which gradients are absent, and whether they are missing or of frozen parameters."""
+        if all(map(is_not, grads, repeat(None))):
+            return self._all_present
+        pairs = zip(grads, self._live_parameters(), strict=True)
+        kinds = [
+            PRESENT if g is not None else MISSING if p.requires_grad else FROZEN for g, p in pairs
+        ]
+        return torch.tensor(kinds, dtype=torch.uint8, device="cpu")
 
     def _reduce(
-        self, grads: Sequence[Tensor | None], *, counts: bool = False
-    ) -> tuple[np.ndarray | int, Reduction, Tensor]:
-        """Which gradients are absent and why, the plan for them, and what it reduces them to."""
-        absent: np.ndarray | int = PRESENT
-        key = b""
-        if not all(map(is_not, grads, repeat(None))):
-            pairs = zip(grads, self._live_parameters(), strict=True)
-            kinds = [
-                PRESENT if g is not None else MISSING if p.requires_grad else FROZEN
-                for g, p in pairs
-            ]
-            absent = np.array(kinds, dtype=np.uint8)
-            key = absent.tobytes()
-        return absent, *self._planned(grads, key, counts=counts)
+        self, what: str, tensors: Sequence[Tensor | None], *, counts: bool = False
+    ) -> tuple[Reduction, Tensor]:
+        """The plan for tensors that look like these, and what it reduces them to."""
+        key = what, bytes(map(is_, tensors, repeat(None)))
+        if key not in self._plans and len(self._plans) >= _MOST_PLANS:
+            # With other experts in each step a new plan would cost more than reading some zeros.
+            key = what, b"filled"
+            pairs = zip(tensors, self._live_parameters(), strict=True)
+            tensors = [_zeros_like(p) if t is None else t for t, p in pairs]
+        if key in self._plans:
+            try:
+                return self._plans[key], self._plans[key](tensors, counts=counts)
+            except RuntimeError:  # it no longer fits: the model has moved to another device, say
+                pass
+        check_not_meta("GradientMonitor", self._record.names, tensors)
+        parameters = self._live_parameters()
+        self._record.numel[:] = [parameter.numel() for parameter in parameters]
+        plan = self._plans[key] = Reduction(tensors, parameters)
+        return plan, plan(tensors, counts=counts)
 
     def _cosine(self, grads: Sequence[Tensor | None], norm: Tensor) -> Tensor:
         """Cosine of each gradient with the one recorded before it, NaN where one is absent or 0."""
@@ -414,8 +375,7 @@ class GradientMonitor:
             products = [
                 None if a is None or b is None else a * b.to(a.device).conj() for a, b in pairs
             ]
-            key = b"cosine" + bytes(product is None for product in products)
-            numel, mean = self._planned(products, key)[1][:2]
+            numel, mean = self._reduce("products", products)[1][:2]
             return torch.where(numel > 0, (mean * numel).clamp(-1, 1), torch.nan)
 
     def _measure_update(self, before: Sequence[Tensor]) -> None:
@@ -423,7 +383,7 @@ class GradientMonitor:
         with torch.no_grad():
             updates = [p - b for p, b in zip(self._live_parameters(), before, strict=False)]
             if updates:
-                plan, fields = self._planned(updates, b"update")
+                plan, fields = self._reduce("updates", updates)
                 self._record.keep("update_ratio", norms(fields) / norms(plan(before)))
 
     def _record_noise(self, scale: Tensor | None) -> None:
@@ -442,7 +402,7 @@ class GradientMonitor:
         grads = self._gradients()
         if all(grad is None for grad in grads):  # taken within backward
             return
-        *_, fields = self._reduce(grads)
+        _, fields = self._reduce("gradients", grads)
         square = norms(fields).square().sum()
         if scale is not None:
             square = square / scale.to(square.device, square.dtype).square()
@@ -462,8 +422,9 @@ class GradientMonitor:
         """What was recorded of the last steps, as NumPy arrays of shape [steps, parameters].
 
         `["step"]` and `["names"]` say what the rows and columns are, `["numel"]` how many elements
-        a parameter has. `["norm"]`, `["mean"]`, `["std"]`, `["min"]`, `["max"]`, `["abs_max"]` are
-        NaN where there was no gradient; `["missing"]` tells where one was required.
+        a parameter has. `["present"]` tells where there was a gradient, `["missing"]` where one was
+        required and there was none. `["norm"]`, `["mean"]`, `["std"]`, `["min"]`, `["max"]`,
+        `["abs_max"]` are NaN where there was none.
         `["total_norm"]` and `["skipped"]` have one entry a step. There, if collected, are
         `["zero_fraction"]`, `["nan_count"]`, `["inf_count"]`, `["cosine"]`, `["update_ratio"]`, NaN
         in the steps between; and `["histogram"]` of shape [recorded steps, parameters, 64], with
@@ -529,37 +490,13 @@ class GradientMonitor:
 
     # Exports.
 
-    def scalars(self, *statistics: str) -> dict[str, float]:
-        """The last step as a flat dict of numbers, which Weights & Biases and MLflow take as it is.
-
-        Args:
-            *statistics: Which ones to give for each parameter; by default the norm.
-
-        Returns:
-            `"gradients/total_norm"`, and `"gradients/norm/NAME"` for each parameter that had a
-            gradient.
-
-        Raises:
-            ValueError: A statistic is unknown or was not collected.
-        """
-        summary, history = self.get_gradient_summary(), self.history
-        found = {"gradients/total_norm": summary["total_norm"]}
-        known = [name for name in STATISTICS if name in history or not self._record.step]
-        for statistic in statistics or ("norm",):
-            if statistic not in known:
-                raise ValueError(f"scalars: expected statistics among {known}, got {statistic!r}")
-            for name, entry in summary["parameters"].items():
-                if isinstance(value := entry.get(statistic), (int, float)):
-                    found[f"gradients/{statistic}/{name}"] = value
-        return found
-
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Write the history as CSV: a line for each step and each parameter that had a gradient.
 
         Raises:
             OSError: The file cannot be written.
         """
-        write_csv(columns(self.history, self._record.present()), path)
+        write_csv(columns(self.history), path)
 
     def to_parquet(self, path: str | PathLike[str]) -> None:
         """Write the table of `to_csv` as Parquet.
@@ -568,14 +505,13 @@ class GradientMonitor:
             ImportError: pyarrow is not installed.
             OSError: The file cannot be written.
         """
-        write_parquet(columns(self.history, self._record.present()), path)
+        write_parquet(columns(self.history), path)
 
     def to_tensorboard(self, writer: Any) -> None:
-        """Write the norms, and the histograms where there are some, to TensorBoard.
+        """Write the norms to TensorBoard.
 
         Args:
-            writer: A `torch.utils.tensorboard.SummaryWriter`, or what has its `add_scalar` and
-                `add_histogram_raw`.
+            writer: A `torch.utils.tensorboard.SummaryWriter`, or what has its `add_scalar`.
         """
         write_tensorboard(self.history, writer)
 
@@ -589,8 +525,7 @@ class GradientMonitor:
         Raises:
             ValueError: The parameters have other names; nothing is changed then.
         """
-        device = home(self._live_parameters() or [torch.empty(0)])
-        self._record.load_state_dict(state, device)
+        self._record.load_state_dict(state)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -601,10 +536,6 @@ def _zeros_like(parameter: Tensor) -> Tensor:
     if is_distributed(parameter):
         return torch.zeros_like(parameter)
     return parameter.new_zeros(()).expand(parameter.shape)
-
-
-def _times(grads: Sequence[Tensor | None], factor: Tensor | None) -> Sequence[Tensor | None]:
-    return grads if factor is None else [None if g is None else g * factor for g in grads]
 
 
 def _mesh_size(parameter: Tensor) -> int:

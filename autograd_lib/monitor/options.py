@@ -36,32 +36,29 @@ def check_integer(operation: str, name: str, value: object, least: int) -> None:
         )
 
 
-def check_thresholds(vanish_below: float, explode_above: float) -> None:
-    """Check the norms between which there is no issue."""
+def check_options(
+    optimizer: Optimizer | None,
+    collect: Sequence[str],
+    noise: bool,
+    thresholds: tuple[float, float],
+    **integers: int,
+) -> None:
+    """Check what a monitor is asked to collect, how often, and what it takes for an issue."""
+    for name, value in integers.items():
+        least = 1 if name in {"history", "every"} else 0
+        check_integer("GradientMonitor", name, value, least)
+    known = (*ALWAYS, *COUNTS, "cosine")
+    if not isinstance(collect, Collection) or isinstance(collect, str) or {*collect} - {*known}:
+        raise ValueError(f"GradientMonitor: expected collect among {known}, got {collect!r}")
+    if optimizer is None and (integers["update_every"] or noise):
+        option = "noise=True" if noise else "update_every"
+        raise ValueError(
+            f"GradientMonitor: {option} looks at the steps of an optimizer; pass optimizer="
+        )
+    explode_above, vanish_below = thresholds
     numbers = isinstance(vanish_below, Real) and isinstance(explode_above, Real)
     if not numbers or not 0 <= vanish_below < explode_above:
         raise ValueError(
             "GradientMonitor: expected numbers 0 <= vanish_below < explode_above, got "
             f"vanish_below={vanish_below!r}, explode_above={explode_above!r}"
-        )
-
-
-def check_options(
-    optimizer: Optimizer | None,
-    collect: Sequence[str],
-    least_one: dict[str, int],
-    least_zero: dict[str, int],
-    noise: bool,
-) -> None:
-    """Check what a monitor is asked to collect, and how often."""
-    for least, options in ((1, least_one), (0, least_zero)):
-        for name, value in options.items():
-            check_integer("GradientMonitor", name, value, least)
-    known = (*ALWAYS, *COUNTS, "cosine")
-    if not isinstance(collect, Collection) or isinstance(collect, str) or {*collect} - {*known}:
-        raise ValueError(f"GradientMonitor: expected collect among {known}, got {collect!r}")
-    if optimizer is None and (least_zero["update_every"] or noise):
-        option = "noise=True" if noise else "update_every"
-        raise ValueError(
-            f"GradientMonitor: {option} looks at the steps of an optimizer; pass optimizer="
         )

@@ -14,30 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from autograd_lib.core.statistics import STATISTICS
 from autograd_lib.report.explorer import Interactive, import_ipywidgets, script_json
-from autograd_lib.report.plots import classify, common_prefix
+from autograd_lib.report.plots import Array, common_prefix, value_range
 
 __all__ = ["GradientDashboard"]
 
-Array = npt.NDArray[Any]
-
-# Statistics that a dashboard shows, in the order of its menu, with the scale of each.
-_SCALES = {
-    "norm": "log",
-    "std": "log",
-    "abs_max": "log",
-    "update_ratio": "log",
-    "mean": "signed",
-    "min": "signed",
-    "max": "signed",
-    "zero_fraction": "linear",
-    "cosine": "linear",
-    "nan_count": "linear",
-    "inf_count": "linear",
-}
-_RANGES = {"zero_fraction": (0.0, 1.0), "cosine": (-1.0, 1.0)}
 _MOST_NUMBERS = 45_000  # of one dashboard: 240 KB of a page
 _MOST_STEPS = 60
 _MOST_PARAMETERS = 200
@@ -83,25 +66,23 @@ class GradientDashboard(Interactive):
         monitor: A `GradientMonitor`, or any object with its `history` and `issues`.
 
     Raises:
-        TypeError: If `monitor` has no history or no issues.
+        TypeError: If `monitor` has no history.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> norms = np.array([[1.0, 0.1], [3.0, np.nan], [2.0, 0.3]])
-        >>> history = {"step": np.array([1, 2, 3]), "names": ["0.weight", "2.weight"],
-        ...            "norm": norms, "missing": np.isnan(norms), "skipped": np.zeros(3, bool),
-        ...            "total_norm": np.array([1.0, 3.0, 2.0])}
-        >>> monitor = SimpleNamespace(history=history, issues=[("missing", "2.weight", 2, None)])
+        >>> import torch
+        >>> from autograd_lib import GradientMonitor
+        >>> model = torch.nn.Linear(2, 1)
+        >>> with GradientMonitor(model) as monitor:
+        ...     model(torch.ones(1, 2)).sum().backward()
         >>> GradientDashboard(monitor)
-        GradientDashboard(2 parameters, steps 1 to 3)
+        GradientDashboard(2 parameters, steps 1 to 1)
     """
 
     def __init__(self, monitor: Monitor) -> None:
-        missing = [name for name in ("history", "issues") if not hasattr(monitor, name)]
-        if missing:
+        if not hasattr(monitor, "history"):
             raise TypeError(
-                f"GradientDashboard: expected a GradientMonitor, got {type(monitor).__name__} "
-                f"without {' and '.join(missing)}; pass the monitor itself, not its history"
+                f"GradientDashboard: expected a GradientMonitor, got {type(monitor).__name__}; "
+                "pass the monitor itself, not its history"
             )
         self._monitor = monitor
         self._output: Any = None
@@ -157,23 +138,24 @@ class GradientDashboard(Interactive):
 
 def _state(history: Mapping[str, Any], issues: Sequence[Any]) -> dict[str, Any]:
     """Return everything that the script of a dashboard draws, ready for JSON."""
-    statistics = [name for name in _SCALES if name in history]
+    statistics = [name for name in STATISTICS if name in history]
     steps, names = np.asarray(history["step"]), list(history["names"])
     row_of = {int(step): row for row, step in enumerate(steps)}
     column_of = {name: column for column, name in enumerate(names)}
     begun = [(i[0], column_of[i[1]], row_of[i[2]]) for i in issues if i[2] in row_of]
     columns = _choose(len(names), _MOST_PARAMETERS, {column for _, column, _ in begun})
-    most = max(1, min(_MOST_STEPS, _MOST_NUMBERS // (len(statistics) * len(columns))))
+    most = max(2, min(_MOST_STEPS, _MOST_NUMBERS // (len(statistics) * len(columns))))
     rows = _choose(len(steps), most, {row for *_, row in begun})
-    norm, missing = (np.asarray(history[key])[rows][:, columns] for key in ("norm", "missing"))
-    nonfinite, absent = classify(norm, missing, np.asarray(history["total_norm"])[rows])
+    norm, present = (np.asarray(history[key])[rows][:, columns] for key in ("norm", "present"))
     shown = {column: at for at, column in enumerate(columns.tolist())}
+    counts = (("steps", len(rows), len(steps)), ("parameters", len(columns), len(names)))
+    left_out = [f"{kept} of {count} {what}" for what, kept, count in counts if kept < count]
     return {
         "names": [names[column] for column in columns],
         "common": common_prefix(names),
         "steps": steps[rows].tolist(),
         "skipped": np.asarray(history["skipped"])[rows].astype(int).tolist(),
-        "cells": _base64(np.where(absent, 1, np.where(nonfinite, 2, 0)), "u1"),
+        "cells": _base64(np.where(present, np.where(np.isfinite(norm), 0, 2), 1), "u1"),
         "total": _base64(np.asarray(history["total_norm"])[rows], "<f4"),
         "statistics": [
             _scaled(name, np.asarray(history[name]), rows, columns) for name in statistics
@@ -183,24 +165,18 @@ def _state(history: Mapping[str, Any], issues: Sequence[Any]) -> dict[str, Any]:
             for kind, column, row in begun
             if column in shown
         ],
-        "note": _left_out(
-            ("steps", len(rows), len(steps)), ("parameters", len(columns), len(names))
-        ),
+        "note": f"{' and '.join(left_out)} shown" if left_out else "",
     }
 
 
 def _choose(count: int, most: int, wanted: set[int]) -> Array:
-    """Choose `most` of `count` places, evenly spaced, some moved to the nearest wanted places."""
+    """Choose `most` of `count` places: the wanted ones, half of all at most, others evenly."""
     if count <= most:
         return np.arange(count)
-    chosen = np.unique(np.linspace(0, count - 1, most).round().astype(int))
-    free = set(range(len(chosen) - 1)) - set(np.flatnonzero(np.isin(chosen, list(wanted))).tolist())
-    for place in sorted(wanted - set(chosen.tolist())):
-        if free:
-            nearest = min(free, key=lambda at: abs(int(chosen[at]) - place))
-            chosen[nearest] = place
-            free.remove(nearest)
-    return np.sort(chosen)
+    first = np.array(sorted(wanted)[: most // 2], dtype=int)
+    others = np.setdiff1d(np.arange(count), first)
+    spread = np.linspace(0, len(others) - 1, most - len(first)).round().astype(int)
+    return np.union1d(first, others[spread])
 
 
 def _scaled(name: str, values: Array, rows: Array, columns: Array) -> dict[str, Any]:
@@ -210,22 +186,13 @@ def _scaled(name: str, values: Array, rows: Array, columns: Array) -> dict[str, 
     known = ~np.isnan(values).all(axis=1)
     latest = np.maximum.accumulate(np.where(known, np.arange(len(values)), 0))
     values = values[latest[rows]]
-    size = np.abs(values[np.isfinite(values) & (values != 0)])
-    least, most = (size.min(), size.max()) if size.size else (0.1, 1.0)
-    scale, threshold = _SCALES[name], 0.0
-    if scale == "log":
-        high = float(np.ceil(np.log10(most)))
-        low = min(max(float(np.floor(np.log10(least))), high - _MOST_DECADES), high - 1)
-    elif scale == "linear":
-        low, high = _RANGES.get(name, (0.0, float(most)))
-    else:
-        low, high = -float(most), float(most)
-        threshold = float(np.quantile(size, 0.1)) if size.size else high
+    low, high, threshold = value_range(name, values)
+    scale = STATISTICS[name].scale
     return {
         "key": name,
         "label": name.replace("_", " "),
         "scale": scale,
-        "low": low,
+        "low": max(low, high - _MOST_DECADES) if scale == "log" else low,
         "high": high,
         "threshold": threshold,
         "values": _base64(values, "<f4"),
@@ -235,8 +202,3 @@ def _scaled(name: str, values: Array, rows: Array, columns: Array) -> dict[str, 
 def _base64(numbers: Array, dtype: str) -> str:
     with np.errstate(over="ignore"):  # beyond float32 a number is drawn as infinite
         return base64.b64encode(numbers.astype(dtype).tobytes()).decode()
-
-
-def _left_out(*counts: tuple[str, int, int]) -> str:
-    parts = [f"{shown} of {count} {what}" for what, shown, count in counts if shown < count]
-    return f"{' and '.join(parts)} shown" if parts else ""

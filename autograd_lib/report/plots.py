@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from autograd_lib.core.statistics import ALWAYS, STATISTICS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -17,32 +19,12 @@ Style = dict[str, Any]  # keywords of Matplotlib
 
 # Okabe and Ito's colors, and a grey for the background.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676"
-# Statistic to the option of the monitor that records it.
-OPTIONS = {
+_LONGEST_NAME = 30
+# What records a key of a history that `collect` does not name.
+_OPTIONS = {
     "update_ratio": "optimizer=optimizer, update_every=10",
     "histogram": "histogram_every=10",
-    "zero_fraction": 'collect=["zero_fraction"]',
-    "nan_count": 'collect=["nan_count"]',
-    "inf_count": 'collect=["inf_count"]',
-    "cosine": 'collect=["cosine"]',
 }
-LABELS = {
-    "norm": "norm of the gradient",
-    "std": "standard deviation of the gradient",
-    "abs_max": "largest magnitude in the gradient",
-    "zero_fraction": "share of zeros in the gradient",
-    "nan_count": "NaN elements of the gradient",
-    "inf_count": "infinite elements of the gradient",
-    "update_ratio": "norm of the update / norm of the weight",
-    "cosine": "cosine with the previous gradient",
-    "mean": "mean of the gradient",
-    "min": "least element of the gradient",
-    "max": "largest element of the gradient",
-}
-_NEEDED = ("step", "names", "norm", "missing", "total_norm", "skipped")  # of a history
-_LONGEST_NAME = 30
-# A logarithmic axis ends here: Matplotlib places ticks so far beyond it that a float overflows.
-TINY, HUGE = 1e-150, 1e150
 
 
 class Rows(NamedTuple):
@@ -50,106 +32,76 @@ class Rows(NamedTuple):
 
     step: Array  # [R]
     names: list[str]  # P
-    is_bias: Array  # [P]
     values: Array  # [R, P]
-    nonfinite: Array  # [R, P]: there was a gradient, and no finite number to show for it
-    missing: Array  # [R, P]: there was none
+    present: Array  # [R, P]: there was a gradient
+    nonfinite: Array  # [R, P]: there was one, and no finite number to show for it
     skipped: Array  # [R]
 
 
-def read_history(
-    operation: str,
-    history: Mapping[str, Any],
-    statistic: str | None,
-    *,
-    steps: Any = None,
-    biases: bool = True,
-) -> Rows:
-    """Check a history and select the rows and parameters to draw."""
-    check_history(operation, history, _NEEDED)
-    if statistic is not None:
-        check_statistic(operation, history, statistic)
-    if not isinstance(steps, slice | None):
+def check_history(operation: str, monitor: Any, key: str) -> Mapping[str, Any]:
+    """Return the history of a monitor, or the history that was given, if it has `key`."""
+    history = getattr(monitor, "history", monitor)
+    if not isinstance(history, Mapping) or "names" not in history:
         raise TypeError(
-            f"{operation}: expected steps to be a slice, got {steps!r}; for the last ten rows pass "
-            "steps=slice(-10, None)"
+            f"{operation}: expected a GradientMonitor or its history, got {type(monitor).__name__}"
         )
-    names = list(history["names"])
-    is_bias = np.array(["bias" in name.rpartition(".")[2] for name in names])
-    kept = np.ones(len(names), bool) if biases or is_bias.all() else ~is_bias
-    taken = slice(None) if steps is None else steps
-    step, skipped = (np.asarray(history[key])[taken] for key in ("step", "skipped"))
-    if not step.size:
+    if not len(history["step"]):
         raise ValueError(
-            f"{operation}: steps={steps!r} takes none of the {len(history['step'])} rows of the "
-            "history; it counts rows from the oldest, as a slice of a list does"
+            f"{operation}: no step was recorded; take at least one step while the monitor is "
+            "attached"
         )
-    norm, missing = (np.asarray(history[key])[taken][:, kept] for key in ("norm", "missing"))
-    values = norm
-    if statistic is not None:
-        values = np.asarray(history[statistic])[taken][:, kept]
+    if key not in history:
+        option = _OPTIONS.get(key, f'collect=["{key}"]')
+        raise ValueError(
+            f"{operation}: the history has no {key!r}; record it with "
+            f"GradientMonitor(..., {option})"
+        )
+    return history
+
+
+def read_history(operation: str, monitor: Any, statistic: str, among: Sequence[str]) -> Rows:
+    """Return what is drawn of one of the statistics that a picture can show."""
+    if statistic not in among:
+        raise ValueError(f"{operation}: expected a statistic among {[*among]}, got {statistic!r}")
+    history = check_history(operation, monitor, statistic)
+    norm, present, values = (np.asarray(history[key]) for key in ("norm", "present", statistic))
     values = np.real(values).astype(np.float64)  # the mean of a complex gradient is complex
     # Some statistics are computed at some of the steps only: leave out the other steps.
-    computed = np.isfinite(values).any(axis=1) | np.isinf(values).any(axis=1)
-    if statistic not in OPTIONS or not computed.any():
-        computed = np.ones(step.size, bool)
-    nonfinite, missing = classify(norm, missing, np.asarray(history["total_norm"])[taken])
-    nonfinite |= np.isinf(values)
+    computed = ~np.isnan(values).all(axis=1)
+    if statistic in ALWAYS or not computed.any():
+        computed[:] = True
     return Rows(
-        step=step[computed],
-        names=[name for name, keep in zip(names, kept, strict=True) if keep],
-        is_bias=is_bias[kept],
+        step=np.asarray(history["step"])[computed],
+        names=list(history["names"]),
         values=values[computed],
-        nonfinite=nonfinite[computed],
-        missing=missing[computed],
-        skipped=skipped[computed],
+        present=present[computed],
+        nonfinite=(present & ~np.isfinite(norm) | np.isinf(values))[computed],
+        skipped=np.asarray(history["skipped"])[computed],
     )
 
 
-def classify(norm: Array, missing: Array, total_norm: Array) -> tuple[Array, Array]:
-    """Distinguish gradients that are not finite from those that do not exist.
+def value_range(statistic: str, values: Array) -> tuple[float, float, float]:
+    """Return the ends of the scale of a statistic, and the threshold of a signed one.
 
-    Both have a norm of NaN. A frozen parameter has no gradient, though none is missing: the total
-    norm stays finite, which a NaN in a gradient would make NaN.
+    Of a logarithmic scale the ends are whole powers of ten; what is returned are the exponents.
     """
-    sound = np.isfinite(total_norm)[:, None]
-    frozen = (sound & np.isnan(norm)).any(axis=0) & ~(sound & ~np.isnan(norm)).any(axis=0)
-    absent = missing | (np.isnan(norm) & (sound | frozen))
-    return ~np.isfinite(norm) & ~absent, absent
+    size = np.abs(values[np.isfinite(values) & (values != 0)])
+    least, most = (float(size.min()), float(size.max())) if size.size else (0.1, 1.0)
+    scale, (low, high) = STATISTICS[statistic].scale, STATISTICS[statistic].limits
+    if scale == "log":
+        top = float(np.ceil(np.log10(most)))
+        return min(float(np.floor(np.log10(least))), top - 1), top, 0.0
+    if scale == "linear":
+        return low, most if high is None else high, 0.0
+    threshold = float(np.quantile(size, 0.1)) if size.size else most
+    return -most, most, min(max(threshold, 1e-6 * most), most / 2)
 
 
-def check_history(operation: str, history: Any, needed: Sequence[str]) -> None:
-    if not isinstance(history, Mapping):
-        raise TypeError(
-            f"{operation}: expected the history of a GradientMonitor, got "
-            f"{type(history).__name__}; pass monitor.history"
-        )
-    if absent := [key for key in needed if key not in history]:
-        raise ValueError(
-            f"{operation}: expected the history of a GradientMonitor, got a mapping without "
-            f"{absent}; pass monitor.history"
-        )
-    if not len(history["step"]) or not len(history["names"]):
-        what = "step" if len(history["names"]) else "parameter"
-        raise ValueError(
-            f"{operation}: no {what} was recorded; take at least one step while the monitor is "
-            "attached to a model with parameters"
-        )
-
-
-def check_statistic(
-    operation: str, history: Mapping[str, Any], statistic: str, among: Sequence[str] = (*LABELS,)
-) -> None:
-    """Check that a history has one of the statistics that can be drawn."""
-    if statistic in among and statistic in history:
-        return
-    if statistic in among and statistic in OPTIONS:
-        raise ValueError(
-            f"{operation}: the history has no {statistic!r}; record it with "
-            f"GradientMonitor(..., {OPTIONS[statistic]})"
-        )
-    known = [key for key in among if key in history]
-    raise ValueError(f"{operation}: expected a statistic among {known}, got {statistic!r}")
+def decades(statistic: str, values: Array) -> tuple[float, float]:
+    """Return the limits of a logarithmic axis."""
+    # Matplotlib places ticks so far beyond its limits that a float overflows.
+    low, high = np.clip(value_range(statistic, values)[:2], (-150, -149), (149, 150))
+    return float(10.0**low), float(10.0**high)
 
 
 def make_axes(operation: str, ax: Any, rows: float) -> Axes:
@@ -188,7 +140,7 @@ def name_rows(ax: Axes, names: Sequence[str]) -> None:
     ax.set_yticks(shown, [short_name(names[at].removeprefix(common)) for at in shown], size=size)
     ax.set_ylim(max(len(names), 1) - 0.5, -0.5)
     label = f"parameter of {short_name(common[:-1])}" if common else "parameter"
-    ax.set_ylabel(label if every == 1 else f"{label} (every {_ordinal(every)} named)")
+    ax.set_ylabel(label if every == 1 else f"{label} (one in {every} named)")
 
 
 def common_prefix(names: Sequence[str]) -> str:
@@ -198,11 +150,6 @@ def common_prefix(names: Sequence[str]) -> str:
     first, last = min(names).split("."), max(names).split(".")
     shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     return "".join(f"{part}." for part, _ in shared)
-
-
-def _ordinal(number: int) -> str:
-    last = 0 if number % 100 in (11, 12, 13) else number % 10
-    return str(number) + {1: "st", 2: "nd", 3: "rd"}.get(last, "th")
 
 
 def short_name(name: str, longest: int = _LONGEST_NAME) -> str:
@@ -216,45 +163,11 @@ def short_name(name: str, longest: int = _LONGEST_NAME) -> str:
     return name.replace("$", r"\$")  # else Matplotlib reads text between two of them as a formula
 
 
-def decades(values: Array, margin: float = 2.0) -> tuple[float, float]:
-    """Return the limits of a logarithmic axis."""
-    positive = values[np.isfinite(values) & (values > 0)]
-    if not positive.size:
-        return 1e-3, 1.0
-    positive = positive.clip(TINY, HUGE)
-    low, high = float(positive.min()) / margin, float(positive.max()) * margin
-    if high < 100 * low:  # at least two powers of ten, so that the axis has two labels
-        low, high = 10.0 ** np.floor(np.log10(low)), 10.0 ** np.ceil(np.log10(high))
-    return low, high
-
-
-def mark_edge(ax: Axes, side: float, rows: Array, style: tuple[str, str], label: str) -> None:
-    """Mark rows on the left edge of the axes (side 0) or the right one (1), above everything."""
-    marker, color = style
-    size = min(6.5, max(3.5, 0.9 * row_pitch(ax, len(ax.get_yticks()))))
-    if len(rows):
-        place: Style = {"transform": ax.get_yaxis_transform(), "clip_on": False, "zorder": 5}
-        look: Style = {"markersize": size, "linestyle": "none", "label": label}
-        face = "white" if marker == "o" else color
-        x = np.full(len(rows), side)
-        ax.plot(x, rows, marker, color=color, markerfacecolor=face, **place, **look)
-
-
 def add_legend(ax: Axes, handles: Sequence[Any] | None = None, above: float = 1.01) -> None:
     """Add a legend above the axes, where it hides nothing."""
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
     if handles:
+        width = ax.get_window_extent().width * 72 / ax.figure.dpi  # in points; 180 hold a label
         place: Style = {"loc": "lower left", "bbox_to_anchor": (0.0, above), "borderaxespad": 0.2}
         look: Style = {"frameon": False, "fontsize": 9, "handlelength": 1.4, "columnspacing": 1.4}
-        ax.legend(handles=handles, ncols=_fitting(ax, handles), **place, **look)
-
-
-def _fitting(ax: Axes, handles: Sequence[Any]) -> int:
-    """Return how many columns of a legend fit the width of the axes, about."""
-    room = ax.get_window_extent().width * 72 / ax.figure.dpi / 9  # in ems
-    widths = [0.55 * len(handle.get_label()) + 3.5 for handle in handles]
-    for columns in range(len(widths), 1, -1):
-        deep = -(-len(widths) // columns)
-        if sum(max(widths[i : i + deep]) for i in range(0, len(widths), deep)) <= room:
-            return columns
-    return 1
+        ax.legend(handles=handles, ncols=max(1, int(width / 180)), **place, **look)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection, PatchCollection, QuadMesh
+from matplotlib.collections import LineCollection, QuadMesh
 from torch import nn
 
 from autograd_lib import GradientMonitor, compute_gradient_statistics
@@ -21,8 +21,6 @@ from autograd_lib.monitor.figures import (
     plot_gradient_flow,
     plot_gradient_heatmap,
     plot_gradient_histograms,
-    plot_issues,
-    plot_update_ratios,
 )
 
 STATISTICS = ("norm", "mean", "std", "min", "max", "abs_max")
@@ -33,7 +31,6 @@ def make_history(norm: Any, names: list[str] | None = None, **more: Any) -> dict
     """A history with these norms, [rows, parameters]; NaN stands for a missing gradient."""
     norm = np.asarray(norm, dtype=np.float64)
     rows, parameters = norm.shape
-    missing = more.get("missing", np.isnan(norm))
     with np.errstate(all="ignore"):
         history: dict[str, Any] = {
             "step": np.arange(1, rows + 1),
@@ -45,9 +42,8 @@ def make_history(norm: Any, names: list[str] | None = None, **more: Any) -> dict
             "min": -norm / 2,
             "max": norm / 2,
             "abs_max": norm / 2,
-            "total_norm": np.sqrt((np.where(missing, 0, norm) ** 2).sum(axis=1)),
             "skipped": np.zeros(rows, dtype=bool),
-            "missing": np.isnan(norm),
+            "present": ~np.isnan(norm),
             "update_ratio": norm / 100,
             "histogram": np.ones((2, parameters, 64), dtype=np.int64),
             "histogram_step": np.array([1, 11]),
@@ -70,7 +66,7 @@ ODD = {
     "all missing": make_history(np.full((5, 3), NAN)),
     "a row missing": make_history([[1, NAN, 2], [1, NAN, 3], [2, NAN, 1]]),
     "all infinite": make_history(np.full((5, 3), INF)),
-    "all NaN": make_history(np.full((5, 3), NAN), missing=np.zeros((5, 3), dtype=bool)),
+    "all NaN": make_history(np.full((5, 3), NAN), present=np.ones((5, 3), dtype=bool)),
     "some infinite": make_history([[1, INF], [-0.0, 1], [1, 2]]),
     "skipped": make_history([[1, 2], [INF, INF], [1, 2]], skipped=np.array([False, True, False])),
     "all skipped": make_history(np.full((3, 2), INF), skipped=np.ones(3, dtype=bool)),
@@ -91,23 +87,16 @@ ODD = {
 
 DRAW: dict[str, Callable[[dict[str, Any], Axes | None], Axes]] = {
     "flow": plot_gradient_flow,
-    "flow with biases": lambda history, ax: plot_gradient_flow(history, ax, biases=True),
+    "flow of updates": lambda history, ax: plot_gradient_flow(
+        history, ax, statistic="update_ratio"
+    ),
     **{
         f"heat map of {statistic}": lambda history, ax, statistic=statistic: plot_gradient_heatmap(
             history, ax, statistic=statistic
         )
         for statistic in ("norm", "mean", "update_ratio")
     },
-    "histograms": lambda history, ax: plot_gradient_histograms(
-        history, history["names"][0], ax, dtype=torch.float16
-    ),
-    "update ratios": plot_update_ratios,
-    "issues": lambda history, ax: plot_issues(
-        [("nan", history["names"][-1], 1, NAN), ("missing", history["names"][0], 3, None)],
-        history,
-        ax,
-    ),
-    "no issues": lambda history, ax: plot_issues([], history, ax),
+    "histograms": lambda history, ax: plot_gradient_histograms(history, history["names"][0], ax),
 }
 
 every_figure = pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW)
@@ -129,8 +118,13 @@ def segments(ax: Axes) -> list[np.ndarray]:
 
 
 def mesh(ax: Axes) -> QuadMesh:
-    (found,) = [c for c in ax.collections if isinstance(c, QuadMesh)]
-    return found
+    return next(c for c in ax.collections if isinstance(c, QuadMesh))
+
+
+def broken(ax: Axes) -> list[list[int]]:
+    """The cells [row, column] that are drawn as not finite."""
+    _, found = [c for c in ax.collections if isinstance(c, QuadMesh)]
+    return np.argwhere(~found.get_array().mask).tolist()
 
 
 def legend(ax: Axes) -> list[str]:
@@ -191,20 +185,35 @@ def test_an_empty_history_says_what_to_do(draw: Callable[..., Axes]) -> None:
         draw(history, None)
 
 
-@pytest.mark.parametrize("history", [{}, {"step": [1]}], ids=str)
+@every_figure
+def test_a_monitor_is_taken_like_its_history(draw: Callable[..., Axes]) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with GradientMonitor(model, optimizer, update_every=1, histogram_every=1) as monitor:
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    of_monitor, of_history = (
+        plot_gradient_histograms(source, "weight")
+        if draw is DRAW["histograms"]
+        else draw(source, None)
+        for source in (monitor, monitor.history)
+    )
+    assert of_monitor.get_xlim() == of_history.get_xlim()
+    assert of_monitor.get_ylim() == of_history.get_ylim()
+
+
+@pytest.mark.parametrize("history", [{}, {"step": [1]}, [], None], ids=str)
 @pytest.mark.parametrize(
     "draw",
     [
         plot_gradient_flow,
         plot_gradient_heatmap,
-        plot_update_ratios,
         lambda history: plot_gradient_histograms(history, "0.weight"),
-        lambda history: plot_issues([], history),
     ],
 )
-def test_what_is_no_history_is_said(draw: Callable[..., Axes], history: dict[str, Any]) -> None:
-    message = r"history of a GradientMonitor, got a mapping without \[.*'names'.*monitor.history"
-    with pytest.raises(ValueError, match=message):
+def test_what_is_no_history_is_said(draw: Callable[..., Axes], history: Any) -> None:
+    message = f"expected a GradientMonitor or its history, got {type(history).__name__}"
+    with pytest.raises(TypeError, match=message):
         draw(history)
 
 
@@ -215,22 +224,16 @@ def test_axes_must_be_one(draw: Callable[..., Axes]) -> None:
         draw(make_history([[1.0]]), axes)
 
 
-@pytest.mark.parametrize("draw", [plot_gradient_flow, plot_gradient_heatmap, plot_update_ratios])
-@pytest.mark.parametrize("steps", [10, (0, 2)], ids=str)
-def test_steps_must_be_a_slice(draw: Callable[..., Axes], steps: Any) -> None:
-    with pytest.raises(TypeError, match=r"steps to be a slice, got .*steps=slice\(-10, None\)"):
-        draw(make_history(random_norms()), steps=steps)
-
-
-@pytest.mark.parametrize("statistic", ["total_norm", "missing", "numel", "histogram", "x"])
-@pytest.mark.parametrize("recorded", [True, False])
-def test_heat_map_knows_its_statistics(statistic: str, recorded: bool) -> None:
+@pytest.mark.parametrize("statistic", ["total_norm", "present", "numel", "histogram", "x"])
+def test_figures_know_their_statistics(statistic: str) -> None:
     history = make_history(random_norms())
-    if not recorded:
-        del history["histogram"]
-    message = rf"a statistic among \['norm', 'std', .*'max'\], got '{statistic}'"
+    message = rf"a statistic among \['norm', 'mean', .*'inf_count'\], got '{statistic}'"
     with pytest.raises(ValueError, match=message):
         plot_gradient_heatmap(history, statistic=statistic)
+    message = r"a statistic among \['norm', 'std', 'abs_max', 'update_ratio'\], got"
+    for other in (statistic, "mean", "zero_fraction"):  # which no logarithmic axis can show
+        with pytest.raises(ValueError, match=message):
+            plot_gradient_flow(history, statistic=other)
 
 
 @pytest.mark.parametrize(
@@ -270,19 +273,13 @@ def test_names_are_drawn_as_they_are_and_not_as_formulas() -> None:
         labels = [as_drawn(label) for label in ax.get_yticklabels()]
         assert labels == ["a_$b$", r"$\alpha$", r"x\$"]
     ax = plot_gradient_histograms(history, names[0])
-    assert as_drawn(ax.xaxis.label) == rf"magnitude of the elements of {names[0]}"
-    shown = [as_drawn(text) for text in plot_update_ratios(history).get_legend().get_texts()]
-    assert shown[1:] == [f"largest: {names[2]}", f"smallest: {names[0]}"]
-    ax = plot_issues([("nan", names[1], 1, NAN)], history)
-    assert [as_drawn(label) for label in ax.get_yticklabels()] == [names[1]]
+    assert as_drawn(ax.yaxis.label) == rf"magnitude of the elements of {names[0]}"
 
 
-def test_the_legend_names_parameters_of_a_compiled_model() -> None:
-    names = ["_orig_mod.0.weight", "_orig_mod.2.weight"]
-    ax = plot_update_ratios(make_history([[1.0, 2.0]], names))
-    assert legend(ax)[1:] == ["largest: _orig_mod.2.weight", "smallest: _orig_mod.0.weight"]
-    ax = plot_gradient_flow(make_history([[1.0]], names[:1]))
-    assert [label.get_text() for label in ax.get_yticklabels()] == names[:1]
+def test_a_parameter_of_a_compiled_model_is_named() -> None:
+    names = ["_orig_mod.0.weight"]
+    ax = plot_gradient_flow(make_history([[1.0]], names))
+    assert [label.get_text() for label in ax.get_yticklabels()] == names
 
 
 @every_figure
@@ -295,8 +292,11 @@ def test_without_matplotlib(draw: Callable[..., Axes], monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("draw", "error", "message"),
     [
-        (lambda h: plot_gradient_flow([]), TypeError, "got list; pass monitor.history"),
-        (plot_update_ratios, ValueError, "'update_ratio'.*update_every="),
+        (
+            lambda h: plot_gradient_flow(h, statistic="update_ratio"),
+            ValueError,
+            "'update_ratio'.*update_every=",
+        ),
         (lambda h: plot_gradient_histograms(h, "0.weight"), ValueError, "histogram_every="),
         (
             lambda h: plot_gradient_heatmap(h, statistic="zero_fraction"),
@@ -306,17 +306,7 @@ def test_without_matplotlib(draw: Callable[..., Axes], monkeypatch: pytest.Monke
         (
             lambda h: plot_gradient_heatmap(h, statistic="median"),
             ValueError,
-            r"a statistic among \['norm', 'std'.*got 'median'",
-        ),
-        (
-            lambda h: plot_gradient_flow(h, steps=slice(100, None)),
-            ValueError,
-            r"takes none of the 3 rows",
-        ),
-        (
-            lambda h: plot_issues([("nan", "other", 1, NAN)], h),
-            ValueError,
-            "got 'nan' in 'other'; pass the issues and the history of one monitor",
+            r"a statistic among \['norm', 'mean'.*got 'median'",
         ),
     ],
 )
@@ -335,7 +325,7 @@ def test_flow_draws_the_quartiles_of_the_finite_norms() -> None:
     norm = random_norms(41, 5)
     norm[3, 1], norm[4, 2], norm[5, 2] = NAN, INF, INF
     ax = plot_gradient_flow(make_history(norm))
-    dots = line(ax, "weights")
+    dots = line(ax, "median")
     by_hand = [
         np.percentile(column[np.isfinite(column)], [0, 25, 50, 75, 100]) for column in norm.T
     ]
@@ -359,21 +349,23 @@ def test_flow_has_labels_that_do_not_overlap(spread: float) -> None:
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
-def test_flow_takes_weights_unless_asked_for_biases() -> None:
+def test_flow_takes_weights_alone_where_there_are_some() -> None:
     names = ["0.weight", "0.bias", "attn.in_proj_weight", "attn.in_proj_bias", "bias_net.weight"]
-    history = make_history(random_norms(parameters=5), names)
-    shown = [t.get_text() for t in plot_gradient_flow(history).get_yticklabels()]
+    norm = random_norms(parameters=5)
+    ax = plot_gradient_flow(make_history(norm, names))
+    shown = [t.get_text() for t in ax.get_yticklabels()]
     assert shown == ["0.weight", "attn.in_proj_weight", "bias_net.weight"]
-    ax = plot_gradient_flow(history, biases=True)
-    assert [t.get_text() for t in ax.get_yticklabels()] == names
-    assert list(line(ax, "biases").get_ydata()) == [1, 3]
+    assert np.allclose(line(ax, "median").get_xdata(), np.median(norm[:, [0, 2, 4]], axis=0))
+    ax = plot_gradient_flow(make_history(norm[:, :2], ["0.bias", "1.bias"]))
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0.bias", "1.bias"]
 
 
-def test_flow_takes_the_rows_asked_for() -> None:
-    norm = random_norms(20, 1)
-    ax = plot_gradient_flow(make_history(norm), steps=slice(-5, None))
-    assert line(ax, "weights").get_xdata() == pytest.approx([np.median(norm[-5:])])
-    assert ax.get_xlabel().endswith("steps 16 to 20")
+def test_flow_of_updates_is_of_the_steps_that_measured_them() -> None:
+    norm = random_norms(30, 2)
+    ratio = np.where(np.arange(30)[:, None] % 10 == 0, norm, NAN)
+    ax = plot_gradient_flow(make_history(norm, update_ratio=ratio), statistic="update_ratio")
+    assert np.allclose(line(ax, "median").get_xdata(), np.median(ratio[::10], axis=0))
+    assert ax.get_xlabel() == "norm of the update / norm of the weight, steps 1 to 21"
 
 
 def test_flow_marks_what_has_no_place_on_its_axis() -> None:
@@ -390,9 +382,8 @@ def test_flow_marks_what_has_no_place_on_its_axis() -> None:
 def test_a_frozen_parameter_has_no_gradient_rather_than_a_nan() -> None:
     norm = np.ones((4, 3))
     norm[:, 0], norm[2] = NAN, NAN  # the first is frozen, at the third step all others are NaN
-    history = make_history(norm, missing=np.zeros((4, 3), dtype=bool))
-    history["total_norm"] = np.array([1, 1, NAN, 1])
-    ax = plot_gradient_flow(history)
+    present = np.tile([False, True, True], (4, 1))
+    ax = plot_gradient_flow(make_history(norm, present=present))
     assert list(line(ax, "no gradient at any step").get_ydata()) == [0]
     assert list(line(ax, "not finite at some step").get_ydata()) == [1, 2]
 
@@ -409,12 +400,9 @@ def test_heat_map_shows_each_value_in_its_place() -> None:
     assert np.array_equal(cells.mask, ~np.isfinite(norm.T))
     assert np.array_equal(cells.compressed(), norm.T[np.isfinite(norm.T)])
     assert mesh(ax).get_coordinates()[0, :, 0].tolist() == [s - 0.5 for s in range(1, 9)]
-    assert legend(ax) == ["no gradient", "not finite (× where it began)"]
-    hatched, orange = [c for c in ax.collections if isinstance(c, PatchCollection)]
-    for cells_of_a_kind, (step, row) in ((hatched, (3, 1)), (orange, (4, 2))):
-        (path,) = cells_of_a_kind.get_paths()
-        assert path.get_extents().extents.tolist() == [step - 0.5, row - 0.5, step + 0.5, row + 0.5]
-    assert hatched.get_hatch() != orange.get_hatch()
+    assert legend(ax) == ["no value", "not finite (× where it began)"]
+    assert broken(ax) == [[2, 3]]
+    assert ax.patch.get_hatch(), "what is left is seen through: a gradient that is missing"
     (crosses,) = [found for found in ax.lines if found.get_marker() == "x"]
     assert (crosses.get_xdata().tolist(), crosses.get_ydata().tolist()) == ([3.5], [2])
 
@@ -430,19 +418,19 @@ def test_heat_map_tells_zero_from_small() -> None:
 def test_no_spike_is_lost_among_many_steps() -> None:
     norm = np.full((5003, 3), 0.1)
     norm[1234, 1], norm[2345, 2] = 77, NAN
-    missing = np.zeros_like(norm, dtype=bool)
+    present = np.ones_like(norm, dtype=bool)
     mean = np.full_like(norm, 0.1)
     mean[3456, 0] = -9
-    ax = plot_gradient_heatmap(make_history(norm, missing=missing, mean=mean))
+    ax = plot_gradient_heatmap(make_history(norm, present=present, mean=mean))
     cells = mesh(ax).get_array()
     assert cells.shape[1] <= 400
     assert cells[1].max() == 77
     starts = mesh(ax).get_coordinates()[0, :, 0]
     column = int(cells[1].argmax())
     assert starts[column] < 1235 < starts[column + 1]
-    assert "not finite (× where it began)" in legend(ax)
+    assert broken(ax) == [[2, 2345 // 13]]
     signed = mesh(
-        plot_gradient_heatmap(make_history(norm, missing=missing, mean=mean), statistic="mean")
+        plot_gradient_heatmap(make_history(norm, present=present, mean=mean), statistic="mean")
     )
     assert signed.get_array()[0].min() == -9
 
@@ -465,15 +453,6 @@ def test_steps_at_which_nothing_was_computed_are_left_out() -> None:
     history = make_history(norm, update_ratio=ratio)
     ax = plot_gradient_heatmap(history, statistic="update_ratio")
     assert np.array_equal(mesh(ax).get_array(), norm[::10].T)
-    assert line(plot_update_ratios(history), line_labels(history)[0]).get_xdata().tolist() == [
-        1,
-        11,
-        21,
-    ]
-
-
-def line_labels(history: dict[str, Any]) -> list[str]:
-    return [found.get_label() for found in plot_update_ratios(history).lines[1:]]
 
 
 def test_the_mean_of_a_complex_gradient_is_drawn_by_its_real_part() -> None:
@@ -485,107 +464,27 @@ def test_the_mean_of_a_complex_gradient_is_drawn_by_its_real_part() -> None:
 # --- histograms -----------------------------------------------------------------------------------
 
 
-def test_ridges_follow_the_counts() -> None:
-    counts = np.zeros((3, 1, 64), dtype=np.int64)
-    counts[0, 0, 30], counts[1, 0, 40], counts[2, 0, [0, 40]] = 8, 8, [2, 6]
-    history = make_history([[1.0]], histogram=counts, histogram_step=np.array([1, 51, 101]))
-    ax = plot_gradient_histograms(history, "0.weight")
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "51", "101"]
-    tops = [(ridge.get_xdata(), i - ridge.get_ydata()) for i, ridge in enumerate(ax.lines)]
-    for (x, height), start in zip(tops, [30, 40, 40], strict=True):
-        assert np.unique(x[height > 0]).tolist() == [start - 48, start - 47]
-    heights = [np.nanmax(height) for _, height in tops]
-    assert heights[2] / heights[0] == pytest.approx(6 / 8)
-    assert [text.get_text() for text in ax.texts] == ["25% zero"]
-
-
-def test_many_histograms_are_thinned_but_the_ends_remain() -> None:
-    history = make_history(
-        [[1.0]], histogram=np.ones((99, 1, 64), dtype=int), histogram_step=np.arange(99) + 1
+def test_columns_follow_the_counts() -> None:
+    counts = np.zeros((3, 2, 64), dtype=np.int64)
+    counts[0, 1, 30], counts[1, 1, 40], counts[2, 1, [0, 30, 41]] = 8, 8, [2, 2, 4]
+    steps = np.array([1, 51, 91])
+    history = make_history([[1.0, 1.0]], histogram=counts, histogram_step=steps)
+    ax = plot_gradient_histograms(history, "1.weight")
+    drawn = mesh(ax)
+    shares = np.zeros((64, 3))
+    shares[30, 0], shares[40, 1], shares[[0, 30, 41], 2] = 1, 1, [0.25, 0.25, 0.5]
+    assert np.array_equal(drawn.get_array(), shares)
+    corners = drawn.get_coordinates()
+    assert corners[0, :, 0].tolist() == [0.5, 50.5, 90.5, 130.5]
+    assert corners[:, 0, 1].tolist() == list(range(-48, 17)), "powers of two"
+    assert ax.get_ylim() == (-48 + 30, -48 + 42), (
+        "the bins that hold something, without that of the zeros"
     )
-    labels = [t.get_text() for t in plot_gradient_histograms(history, "0.weight").get_yticklabels()]
-    assert len(labels) == 14
-    assert (labels[0], labels[-1]) == ("1", "99")
 
 
-@pytest.mark.parametrize("scale", [1.0, 1024.0])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e5m2], ids=str)
-def test_limits_are_where_a_cast_says(dtype: torch.dtype, scale: float) -> None:
-    """Below the left line a number becomes zero, below the right one it loses digits."""
-    ax = plot_gradient_histograms(make_history([[1.0]]), "0.weight", dtype=dtype, loss_scale=scale)
-    zero, normal = sorted(2.0 ** found.get_xdata()[0] for found in ax.lines[-2:])
-
-    def cast(value: float) -> float:
-        return torch.tensor(value * scale, dtype=torch.float64).to(dtype).item() / scale
-
-    assert cast(0.99 * zero) == 0 < cast(1.01 * zero)
-    digits = 1 + torch.finfo(dtype).eps
-    assert cast(normal * digits) == normal * digits
-    assert cast(normal / 2 * digits) != normal / 2 * digits
-
-
-def test_limits_beyond_the_axis_are_said_in_words() -> None:
-    ax = plot_gradient_histograms(make_history([[1.0]]), "0.weight", dtype=torch.bfloat16)
-    assert ax.texts[-1].get_text().startswith("bfloat16 keeps all digits down to $2^{-126}$")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"parameter": "x"}, ValueError, r"a parameter among \['0.weight'\], got 'x'"),
-        ({"dtype": torch.int8}, TypeError, "dtype to be floating"),
-        ({"loss_scale": 0}, ValueError, "loss_scale > 0, got 0"),
-    ],
-)
-def test_bad_arguments_of_histograms(
-    arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        plot_gradient_histograms(make_history([[1.0]]), **{"parameter": "0.weight", **arguments})
-
-
-def test_histograms_that_are_not_due_yet() -> None:
-    history = make_history([[1.0]], histogram=np.zeros((0, 1, 64)), histogram_step=np.zeros(0))
-    with pytest.raises(ValueError, match="no histogram was due yet"):
-        plot_gradient_histograms(history, "0.weight")
-
-
-# --- ratios and issues ----------------------------------------------------------------------------
-
-
-def test_ratios_name_the_extremes_over_the_band() -> None:
-    ratio = np.array([1e-3, 1e-1, 1e-5, 1e-2]) * np.ones((6, 4))
-    ax = plot_update_ratios(make_history(ratio, update_ratio=ratio))
-    assert legend(ax) == ["healthy: 0.0001 to 0.01", "largest: 1.weight", "smallest: 2.weight"]
-    assert np.allclose(line(ax, "largest: 1.weight").get_ydata(), 1e-1)
-    (band,) = ax.patches
-    assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((1e-4, 1e-2))
-    assert len(ax.lines) == 1 + 4
-
-
-def test_issues_stand_at_their_step_and_parameter() -> None:
-    history = make_history(random_norms(50, 4), skipped=np.arange(50) == 20)
-    issues = [
-        ("nan", "2.weight", 7, NAN),
-        ("missing", "0.weight", 9, None),
-        ("nan", "0.weight", 8, NAN),
-    ]
-    ax = plot_issues(issues, history)
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["0.weight", "2.weight"]
-    nan = line(ax, "nan")
-    assert set(zip(nan.get_xdata(), nan.get_ydata(), strict=True)) == {(7, 1), (8, 0)}
-    assert line(ax, "skipped step").get_xdata() == [21, 21]
-    assert ax.get_xlim()[0] <= 1
-    assert ax.get_xlim()[1] >= 50
-
-
-def test_each_kind_of_issue_has_a_shape_and_a_color_of_its_own() -> None:
-    kinds = ["nan", "inf", "exploding", "vanishing", "missing"]
-    history = make_history(random_norms())
-    ax = plot_issues([(kind, "0.weight", 1, None) for kind in kinds], history)
-    assert len({line(ax, kind).get_marker() for kind in kinds}) == 5
-    assert len({line(ax, kind).get_color() for kind in kinds}) == 5
-    assert ax.get_title() == ""
+def test_histograms_are_of_a_parameter_of_the_history() -> None:
+    with pytest.raises(ValueError, match=r"a parameter among \['0.weight'\], got 'x'"):
+        plot_gradient_histograms(make_history([[1.0]]), "x")
 
 
 # --- a real run -----------------------------------------------------------------------------------
@@ -611,7 +510,7 @@ def test_a_real_run_is_drawn() -> None:
         key: np.array([[row[n][key] for n in names] for row in recorded]) for key in STATISTICS
     }
     history = make_history(values.pop("norm"), names, **values, update_ratio=np.array(ratios))
-    medians = line(plot_gradient_flow(history), "weights").get_xdata()
+    medians = line(plot_gradient_flow(history), "median").get_xdata()
     assert (np.diff(medians) > 0).all()
     for draw in DRAW.values():
         draw(history, None).figure.canvas.draw()

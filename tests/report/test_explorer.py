@@ -200,9 +200,11 @@ def make_monitor(norm: Any, issues: list[Any] | None = None, **more: Any) -> Sim
         "step": np.arange(1, len(norm) + 1),
         "names": [f"{i}.weight" for i in range(norm.shape[1])],
         "norm": norm,
-        "total_norm": np.where(more.get("missing", np.isnan(norm)), 0, norm).max(axis=1, initial=0),
+        "total_norm": np.where(more.get("present", ~np.isnan(norm)), norm, 0).max(
+            axis=1, initial=0
+        ),
         "skipped": np.zeros(len(norm), dtype=bool),
-        "missing": np.isnan(norm),
+        "present": ~np.isnan(norm),
     }
     return SimpleNamespace(history=history | more, issues=issues or [])
 
@@ -226,10 +228,10 @@ def state(dashboard: GradientDashboard) -> dict[str, Any]:
 def test_a_dashboard_carries_the_numbers_of_the_history() -> None:
     norm = norms()
     norm[2, 1], norm[3, 2], norm[4, 0] = NAN, INF, NAN
-    missing = np.zeros(norm.shape, dtype=bool)
-    missing[2, 1] = True
+    present = np.ones(norm.shape, dtype=bool)
+    present[2, 1] = False
     issues = [("missing", "1.weight", 3, None), ("inf", "2.weight", 4, INF)]
-    monitor = make_monitor(norm, issues, missing=missing, mean=-norm / 10)
+    monitor = make_monitor(norm, issues, present=present, mean=-norm / 10)
     data = state(GradientDashboard(monitor))
     assert data["names"] == monitor.history["names"]
     assert data["steps"] == list(range(1, 9))
@@ -250,8 +252,7 @@ def test_a_dashboard_carries_the_numbers_of_the_history() -> None:
 
 
 def test_a_frozen_parameter_has_no_gradient_rather_than_a_nan() -> None:
-    monitor = make_monitor([[NAN, 1], [NAN, NAN]], missing=np.zeros((2, 2), dtype=bool))
-    monitor.history["total_norm"] = np.array([1, NAN])
+    monitor = make_monitor([[NAN, 1], [NAN, NAN]], present=np.array([[False, True]] * 2))
     assert state(GradientDashboard(monitor))["cells"].tolist() == [[1, 0], [1, 2]]
 
 
@@ -327,7 +328,7 @@ def test_before_the_first_step() -> None:
 
 
 def test_a_dashboard_takes_the_monitor_itself() -> None:
-    with pytest.raises(TypeError, match="got dict without history and issues"):
+    with pytest.raises(TypeError, match="got dict; pass the monitor itself"):
         GradientDashboard(make_monitor(norms()).history)
 
 
