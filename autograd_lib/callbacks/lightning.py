@@ -90,7 +90,7 @@ class _LightningHooks(FrameworkCallback):
 
 def _loss_of(output: Any) -> Any:
     """The loss in what `training_step` returns."""
-    return output["loss"] if isinstance(output, Mapping) else output
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def lightning_callback(*, guard: bool = True, max_nonfinite: int = 3, **options: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ class _TransformersHooks(FrameworkCallback):
         self._replace(trainer, "log", self._logging(trainer.log))
         # What is raised shows in the outermost method that there is to replace.
         outer = "_run_epoch" if hasattr(trainer, "_run_epoch") else "training_step"
-        self._replace(trainer, outer, self._until_it_raises(getattr(trainer, outer)))
+        self._replace(trainer, outer, self._until_it_raises()(getattr(trainer, outer)))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if self._spoiled and self._scaler is None:
@@ -79,18 +81,14 @@ class _TransformersHooks(FrameworkCallback):
 
         return log
 
-    def _until_it_raises(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function; no event tells a callback of an exception."""
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return function(*args, **kwargs)
-            except BaseException:
-                self._detach()
-                raise
-
-        return call
+    @contextlib.contextmanager
+    def _until_it_raises(self) -> Iterator[None]:
+        """Remove the hooks upon an exception, of which no event tells a callback."""
+        try:
+            yield
+        except BaseException:
+            self._detach()
+            raise
 
 
 def transformers_callback(*, guard: bool = True, max_nonfinite: int = 3, **options: Any) -> Any:
@@ -153,11 +151,9 @@ def transformers_callback(*, guard: bool = True, max_nonfinite: int = 3, **optio
 def _calling_trainer(operation: str) -> tuple[Any, str | None]:
     """The `Trainer` on the stack, and the checkpoint that it goes on from."""
     kind = importlib.import_module("transformers").Trainer
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame, _ in walk_stack(sys._getframe(1)):
         if isinstance(trainer := frame.f_locals.get("self"), kind):
             return trainer, frame.f_locals.get("resume_from_checkpoint")
-        frame = frame.f_back  # type: ignore[assignment]
     raise RuntimeError(
         f"{operation}: expected to be called by a transformers.Trainer that trains, found none on "
         "the stack; give the callback to a Trainer, and use GradientMonitor in loops of your own"

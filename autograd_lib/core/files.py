@@ -23,9 +23,3 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-    if os.name == "posix":  # makes the directory entry, too, survive a loss of power
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

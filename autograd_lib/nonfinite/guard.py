@@ -317,7 +317,12 @@ class GuardedStep(ModuleState):
             return None
         wrong = outcome(self._model, losses)
         everywhere = [w for w in _gather(groups, wrong) if w is not None]
-        if not everywhere or self._is_for_the_scaler(everywhere):
+        left_to_scaler = (
+            self._scaler is not None
+            and all(w.phase == "backward" for w in everywhere)
+            and self._scaler.get_scale() > 1  # that of a disabled one is 1
+        )
+        if not everywhere or left_to_scaler:
             return None
         if replay is None:
             return _report(everywhere[0].also("the loop does not allow to run the step again"))
@@ -338,12 +343,6 @@ class GuardedStep(ModuleState):
         """Numbers that grow when a parameter is changed in place."""
         lazy = nn.parameter.is_lazy
         return [p._version for p in self._parameters if not (lazy(p) or p.is_inference())]
-
-    def _is_for_the_scaler(self, wrong: Sequence[Culprit]) -> bool:
-        scaler = self._scaler
-        if scaler is None or any(culprit.phase != "backward" for culprit in wrong):
-            return False
-        return scaler.get_scale() > 1  # that of a disabled one is 1
 
 
 def _check_step(operation: str, step: Callable[[], object]) -> None:

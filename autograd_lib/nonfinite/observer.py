@@ -17,8 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import FrameType
+from traceback import walk_stack
 from typing import Any, NamedTuple
 
 import torch
@@ -29,16 +28,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
-from autograd_lib.nonfinite.values import (
-    Extremes,
-    Operand,
-    Operator,
-    extremes,
-    kinds,
-    named_tensors,
-    operand,
-    real_values,
-)
+from autograd_lib.nonfinite.values import Operand, Operator, kinds, named_tensors, real_values
 
 _MODULE_CALL = nn.Module.__call__.__code__
 _ENGINE = _engine_run_backward.__code__
@@ -55,10 +45,13 @@ _NEVER = math.inf
 
 
 class Culprit(NamedTuple):
-    """What `observe` finds; `NonFinite` says what the fields mean."""
+    """What `observe` finds; `NonFinite` says what the fields mean.
+
+    Without a kind and inputs it says where in the program an operation runs.
+    """
 
     phase: str
-    kind: str
+    kind: str = ""
     module: str = ""
     op: str = ""
     backward_op: str = ""
@@ -67,19 +60,14 @@ class Culprit(NamedTuple):
     name: str = ""
     detail: str = ""
 
+    @property
+    def by(self) -> str:
+        """The operation that ran."""
+        return self.backward_op or self.op
+
     def also(self, detail: str) -> Culprit:
         """The same with one more thing to tell."""
         return self._replace(detail="; ".join(filter(None, [self.detail, detail])))
-
-
-class _Site(NamedTuple):
-    """Where in the program an operation runs: the leading fields of a `Culprit`."""
-
-    phase: str
-    module: str
-    op: str
-    backward_op: str
-    place: tuple[str, int]
 
 
 class _Origin(NamedTuple):
@@ -96,13 +84,8 @@ class _Origin(NamedTuple):
     surfaced: float = _NEVER  # the event in which a NaN came of it
 
 
-@dataclass(slots=True)
-class _Mark:
-    """Which events first put a NaN and an Inf into a storage, if any did."""
-
-    nan: _Origin | None = None
-    inf: _Origin | None = None
-    blank: bool = False  # memory that nobody has written yet
+# The events that first put a NaN and an Inf into a storage, by kind.
+_Origins = dict[str, _Origin]
 
 
 class _Input(NamedTuple):
@@ -111,9 +94,8 @@ class _Input(NamedTuple):
     name: str  # empty where the tensor is only written to
     tensor: Tensor
     written: bool
-    nan: _Origin | None
-    inf: _Origin | None
-    bounds: Extremes  # taken in advance where the operation may overwrite it
+    origins: _Origins
+    before: Operand | None  # taken in advance where the operation may overwrite it
 
 
 def observe(
@@ -145,13 +127,10 @@ def observe(
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module that a wrapper (compiled, data parallel) was made of."""
-    while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = model.module
+    return model if inner is None else unwrap(inner)
 
 
 def readable(name: str) -> str:
@@ -161,25 +140,22 @@ def readable(name: str) -> str:
 
 def outcome(model: nn.Module, result: object) -> Culprit | None:
     """The first among the numbers in `result` and the gradients of `model` that is not finite."""
-    losses = [
-        (
-            "",
-            "forward",
-            torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf,
-        )
-        for leaf in tree_leaves(result)
-        if isinstance(leaf, (Tensor, float))
-    ]
-    grads = [
-        (readable(name), "backward", parameter.grad)
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    ]
-    for name, phase, tensor in losses + grads:
-        nan, inf = kinds(tensor)
-        if nan or inf:
-            return Culprit(phase, "nan" if nan else "inf", name=name)
+    for name, tensor in _results(model, result):
+        for kind in kinds(tensor):
+            return Culprit("backward" if name else "forward", kind, name=name)
     return None
+
+
+def _results(model: nn.Module, result: object) -> Iterator[tuple[str, Tensor]]:
+    """Every loss, without a name, and every gradient, with the name of its parameter."""
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            yield "", leaf
+        elif isinstance(leaf, float):
+            yield "", torch.tensor(leaf, dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            yield readable(name), parameter.grad
 
 
 class _Observer(TorchDispatchMode):
@@ -191,17 +167,21 @@ class _Observer(TorchDispatchMode):
         self._names = {id(module): readable(name) for name, module in model.named_modules()}
         self.guess: _Origin | None = None  # where no loss and no gradient tells more
         self._order = itertools.count()
-        self._marks: dict[int, _Mark] = {}
+        self._marks: dict[int, _Origins] = {}
         # A weak reference keeps the address of a storage from being given to another one.
         self._references: dict[int, StorageWeakRef] = {}
         # By the sequence number of a node of the graph, then by the plain name of the operation.
-        self._sites: dict[int, dict[str, _Site]] = {}
+        self._sites: dict[int, dict[str, Culprit]] = {}
         self._roots: dict[int, list[Tensor]] = {}  # what each backward started from
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            self._note(tensor, "parameter", readable(name), readable(name).rpartition(".")[0])
+            source = _MADE if isinstance(tensor, nn.Parameter) else _DATA
+            owner = readable(name).rpartition(".")[0]
+            self._note(tensor, Culprit("parameter", module=owner, name=readable(name)), source)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                self._note(parameter.grad, "backward", readable(name), "")
+                before = "the gradient held it before the step"
+                given = Culprit("backward", name=readable(name), detail=before)
+                self._note(parameter.grad, given, _BEFORE)
 
     # --- what comes from outside
 
@@ -215,48 +195,45 @@ class _Observer(TorchDispatchMode):
             for name, argument in bound.items():
                 for path, leaf in tree_flatten_with_path(argument)[0]:
                     if isinstance(leaf, Tensor):
-                        self._note(leaf, "input", f"{name}{keystr(path)}", "")
+                        self._note(leaf, Culprit("input", name=f"{name}{keystr(path)}"), _DATA)
 
-    def _note(self, tensor: Tensor, phase: str, name: str, module: str) -> None:
+    def _note(self, tensor: Tensor, given: Culprit, source: int) -> None:
         """Mark what `tensor` holds as given, unless an operation of the step has made it."""
-        nan, inf = kinds(tensor)
+        found = self._given(tensor, given, source)
         for values in real_values(tensor):
-            mark = self._marks.setdefault(self._identify(values), _Mark())
-            given = Culprit(phase, "", module, name=name)
-            if phase == "backward":
-                given = given._replace(detail="the gradient held it before the step")
-            source = _MADE if isinstance(tensor, nn.Parameter) else _DATA
-            source = _BEFORE if phase == "backward" else source
-            if inf and (mark.inf is None or mark.inf.meant):
-                mark.inf = self._brought(given, "inf", tensor, source)
-            if nan and (mark.nan is None or mark.nan.meant):
-                mark.nan = self._brought(given, "nan", tensor, source)
-                if phase != "backward":
-                    self._consider(mark.nan)
+            mark = self._marks.setdefault(self._identify(values), {})
+            for kind, origin in found.items():
+                if kind not in mark or mark[kind].meant:
+                    mark[kind] = origin
+                    if kind == "nan" and source != _BEFORE:
+                        self._consider(origin)
+
+    def _given(
+        self, tensor: Tensor, given: Culprit, source: int, meant: Sequence[str] = ()
+    ) -> _Origins:
+        """The origins of what no observed operation has made; those of kinds in `meant` are."""
+        operands = (Operand.of(given.name, tensor),) if (held := kinds(tensor)) else ()
+        return {
+            kind: _Origin(
+                next(self._order),
+                given._replace(kind=kind, inputs=operands),
+                kind in meant,
+                source,
+            )
+            for kind in held
+        }
+
+    def _first_sight(self, site: Culprit, name: str, values: Tensor) -> _Origins:
+        """The origins of a tensor that no observed operation has made: a target, a constant."""
+        if site.phase == "backward":
+            return self._given(values, _unseen(site), _DATA, ["nan", "inf"])
+        if site.op.startswith("aten.lift_fresh"):  # torch.tensor(...), within the step
+            return self._given(values, site, _DATA, ["nan", "inf"])
+        return self._given(values, Culprit("input", name=name, detail=OUTSIDE), _DATA, ["inf"])
 
     def _consider(self, origin: _Origin) -> None:
         there = [origin] if self.guess is None else [self.guess, origin]
         self.guess = min(there, key=lambda o: (o.surfaced == _NEVER, o.source, o.order))
-
-    def _brought(
-        self, given: Culprit, kind: str, tensor: Tensor, source: int, meant: bool = False
-    ) -> _Origin:
-        operands = (operand(given.name, tensor, extremes(tensor)),)
-        culprit = given._replace(kind=kind, inputs=operands)
-        return _Origin(next(self._order), culprit, meant, source)
-
-    def _first_sight(self, site: _Site, name: str, values: Tensor) -> _Mark:
-        """The mark of a tensor that no observed operation has made: a target, a constant."""
-        nan, inf = kinds(values)
-        given = Culprit(site.phase, "", *site[1:])
-        if site.phase == "backward":
-            given = _unseen(given)
-        elif not site.op.startswith("aten.lift_fresh"):  # torch.tensor(...), within the step
-            given = Culprit("input", "", name=name, detail=OUTSIDE)
-        return _Mark(
-            self._brought(given, "nan", values, _DATA, given.phase != "input") if nan else None,
-            self._brought(given, "inf", values, _DATA, meant=True) if inf else None,
-        )
 
     # --- one operation
 
@@ -266,114 +243,108 @@ class _Observer(TorchDispatchMode):
         kwargs = kwargs or {}
         task = torch._C._current_graph_task_id()
         if task not in self._roots:
-            self._roots[task] = _roots(sys._getframe(1)) if task != _NO_TASK else []
-        site = self._site(func)
-        inputs = [self._input(site, *named) for named in named_tensors(func, args, kwargs)]
+            self._roots[task] = _roots()
+        site, blank = self._site(func), _UNINITIALIZED.match(str(func))
+        given = () if blank else named_tensors(func, args, kwargs)
+        inputs = [self._input(site, *entry) for entry in given]
         result = func(*args, **kwargs)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if _UNINITIALIZED.match(str(func)):
-            self._mark_blank(site, outputs)
-        else:
-            literal = any(
-                isinstance(leaf, float) and not math.isfinite(leaf)
-                for leaf in tree_leaves((args, kwargs))
-            )
-            self._mark_outputs(site, inputs, outputs, literal)
+        literal = any(
+            isinstance(leaf, float) and not math.isfinite(leaf)
+            for leaf in tree_leaves((args, kwargs))
+        )
+        self._mark_outputs(site, inputs, tree_leaves(result), literal)
         return result
 
-    def _input(self, site: _Site, name: str, tensor: Tensor, written: bool) -> _Input:
-        if not name:
-            return _Input(name, tensor, written, None, None, None)
-        nan = inf = None
-        blank = False
-        for values in real_values(tensor):
+    def _input(self, site: Culprit, name: str, tensor: Tensor, written: bool) -> _Input:
+        origins: _Origins = {}
+        for values in real_values(tensor) if name else ():
             key = self._identify(values)
-            mark = self._marks.get(key)
-            if mark is None:
-                mark = self._marks[key] = self._first_sight(site, name, values)
-            if mark.nan or mark.inf:
-                has_nan, has_inf = kinds(values)
-                nan = nan or (mark.nan if has_nan else None)
-                inf = inf or (mark.inf if has_inf else None)
-            blank = blank or mark.blank
-        bounds = extremes(tensor) if written else None
-        return _Input("" if blank else name, tensor, written, nan, inf, bounds)
-
-    def _mark_blank(self, site: _Site, outputs: Iterable[Tensor]) -> None:
-        for values in itertools.chain(*map(real_values, outputs)):
-            nan, inf = (
-                _Origin(next(self._order), _culprit(site, kind, ()).also(_BLANK), meant=True)
-                for kind in ("nan", "inf")
-            )
-            self._marks[self._identify(values)] = _Mark(nan, inf, blank=True)
+            if key not in self._marks:
+                self._marks[key] = self._first_sight(site, name, values)
+            mark = self._marks[key]
+            for kind in kinds(values) if mark else ():
+                if kind in mark:
+                    origins.setdefault(kind, mark[kind])
+        before = Operand.of(name, tensor) if name and written else None
+        return _Input(name, tensor, written, origins, before)
 
     def _mark_outputs(
-        self, site: _Site, inputs: Sequence[_Input], outputs: Sequence[Tensor], literal: bool
+        self, site: Culprit, inputs: Sequence[_Input], results: Iterable[object], literal: bool
     ) -> None:
         written = [entry.tensor for entry in inputs if entry.written]
         overwritten = {self._identify(v) for tensor in written for v in real_values(tensor)}
-        nan_origin = inf_origin = None
-        for values in itertools.chain(*map(real_values, [*written, *outputs])):
+        outputs = [*written, *(leaf for leaf in results if isinstance(leaf, Tensor))]
+        made: _Origins = {}
+        for values in itertools.chain(*map(real_values, outputs)):
             key = self._identify(values)
-            mark = self._marks.get(key)
-            if mark is not None and key not in overwritten:
+            if key in self._marks and key not in overwritten:
                 continue  # a view: nothing new was computed
-            mark = self._marks.setdefault(key, _Mark())
-            mark.blank = False
-            nan, inf = kinds(values)
-            if inf:
-                inf_origin = inf_origin or self._origin_of_inf(site, inputs, literal)
-                mark.inf = _after_writing(values, mark.inf, inf_origin)
-            if nan:
-                nan_origin = nan_origin or self._origin_of_nan(site, inputs, literal)
-                mark.nan = _after_writing(values, mark.nan, nan_origin)
+            mark = self._marks.setdefault(key, {})
+            for kind in kinds(values):
+                if kind not in made:
+                    made[kind] = self._origin(kind, site, inputs, literal)
+                whole = values.numel() * values.itemsize == values.untyped_storage().nbytes()
+                origin = None if whole else _earliest(made[kind], mark.get(kind))
+                mark[kind] = origin or made[kind]
 
-    def _origin_of_inf(self, site: _Site, inputs: Sequence[_Input], literal: bool) -> _Origin:
-        return _earliest(i.inf for i in inputs) or self._made(site, "inf", inputs, literal)
-
-    def _origin_of_nan(self, site: _Site, inputs: Sequence[_Input], literal: bool) -> _Origin:
+    def _origin(self, kind: str, site: Culprit, inputs: Sequence[_Input], literal: bool) -> _Origin:
+        """The event to which a NaN or an Inf in the result of an operation goes back."""
         became = ""
-        origin = _earliest(i.nan for i in inputs)
-        if origin is None:
-            origin = _earliest(i.inf for i in inputs if i.inf and not i.inf.meant)
-            if origin is not None:
-                became = f"its Inf becomes a NaN in {site.backward_op or site.op}"
-        if origin is None:
-            origin = self._made(site, "nan", inputs, literal)
-        if not origin.meant and origin.surfaced == _NEVER:
-            names = [i.name for i in inputs if i.nan is origin or i.inf is origin]
+        origin = _earliest(*(entry.origins.get(kind) for entry in inputs))
+        if origin is None and kind == "nan":
+            infinite = [entry.origins.get("inf") for entry in inputs]
+            origin = _earliest(*(o for o in infinite if o and not o.meant))
+            became = f"its Inf becomes a NaN in {site.by}" if origin else ""
+        origin = origin or self._made(kind, site, inputs, literal)
+        if kind == "nan" and not origin.meant and origin.surfaced == _NEVER:
+            names = [i.name for i in inputs if any(o is origin for o in i.origins.values())]
             culprit = _surfaced(origin.culprit, site, *names[:1])
             culprit = culprit._replace(detail=became or culprit.detail)
             origin = origin._replace(culprit=culprit, surfaced=next(self._order))
             self._consider(origin)
         return origin
 
-    def _made(self, site: _Site, kind: str, inputs: Sequence[_Input], literal: bool) -> _Origin:
-        culprit = _culprit(site, kind, inputs)
-        which = ("nan", "inf").index(kind)
-        if site.op.startswith(("c10d", "_c10d")) or any(
-            kinds(entry.tensor)[which] for entry in inputs if not entry.written
+    def _made(self, kind: str, site: Culprit, inputs: Sequence[_Input], literal: bool) -> _Origin:
+        named = [entry for entry in inputs if entry.name]
+        operands = tuple(entry.before or Operand.of(*entry[:2]) for entry in named)
+        culprit = site._replace(kind=kind, inputs=operands)
+        if _UNINITIALIZED.match(site.by):
+            culprit, literal = culprit.also(_BLANK), True
+        elif site.op.startswith(("c10d", "_c10d")) or any(
+            kind in kinds(entry.tensor) for entry in inputs if not entry.written
         ):
-            return _Origin(next(self._order), _unseen(culprit), meant=True)
+            culprit, literal = _unseen(culprit), True
         return _Origin(next(self._order), culprit, literal)
 
     # --- where it runs
 
-    def _site(self, func: Operator) -> _Site:
+    def _site(self, func: Operator) -> Culprit:
+        """Where in the program an operation runs: module, line, and forward or backward.
+
+        In backward only what runs inside it counts: a checkpoint, a custom Function, a hook.
+        """
         node = torch._C._current_autograd_node()
         backward = torch._C._current_graph_task_id() != _NO_TASK
-        module, place, recomputed = self._walk(sys._getframe(2), backward)
         forward = None if node is None else self._forward_site(node)
+        module, place, recomputed = "", None, False
+        for frame, line in walk_stack(sys._getframe(1)):
+            code = frame.f_code
+            if (code is _ENGINE) if backward else (module and place):
+                break
+            if code is _MODULE_CALL:
+                module = module or self._names.get(id(frame.f_locals["self"]), "")
+            elif code.co_filename == _CHECKPOINT:
+                recomputed = backward
+            elif place is None and not code.co_filename.startswith(_INTERNAL):
+                place = code.co_filename, line
+        place = place or (forward.place if forward else ("", 0))
         if not backward or recomputed:
-            place = place or (forward.place if forward else ("", 0))
-            site = _Site("forward", module, str(func), "", place)
-        elif forward is None:
-            name = "" if node is None else node.name().rpartition("::")[2]
-            site = _Site("backward", module, name, str(func), place or ("", 0))
+            site = Culprit("forward", "", module, str(func), "", place)
+        elif forward:
+            site = forward._replace(phase="backward", backward_op=str(func), place=place)
         else:
-            site = forward._replace(
-                phase="backward", backward_op=str(func), place=place or forward.place
-            )
+            name = "" if node is None else node.name().rpartition("::")[2]
+            site = Culprit("backward", "", module, name, str(func), place)
         if site.phase == "forward" or torch.is_grad_enabled():
             # Autograd numbers its nodes; an operation runs right after its node was numbered.
             number = torch._C._autograd._get_sequence_nr() - 1
@@ -381,31 +352,7 @@ class _Observer(TorchDispatchMode):
             self._sites.setdefault(number, {}).setdefault(kin, site)
         return site
 
-    def _walk(
-        self, frame: FrameType | None, backward: bool
-    ) -> tuple[str, tuple[str, int] | None, bool]:
-        """Module, place in the user's code, and whether checkpointing runs the forward again.
-
-        In backward only what runs inside it counts: a checkpoint, a custom Function, a hook.
-        """
-        module: str | None = None
-        place: tuple[str, int] | None = None
-        recomputed = False
-        while frame is not None and (backward or module is None or place is None):
-            code = frame.f_code
-            if code is _ENGINE and backward:
-                break
-            if code is _MODULE_CALL:
-                if module is None:
-                    module = self._names.get(id(frame.f_locals["self"]))
-            elif code.co_filename == _CHECKPOINT:
-                recomputed = backward
-            elif place is None and not code.co_filename.startswith(_INTERNAL):
-                place = (code.co_filename, frame.f_lineno)
-            frame = frame.f_back
-        return module or "", place, recomputed
-
-    def _forward_site(self, node: Any) -> _Site | None:
+    def _forward_site(self, node: Any) -> Culprit | None:
         """Where the forward operation of a node of the graph ran."""
         number = node._sequence_nr()
         if node.name().endswith("CopySlices"):
@@ -437,74 +384,53 @@ class _Observer(TorchDispatchMode):
         if carried is not None and (guess is None or not carried[0][0]):
             _, culprit, reaches = carried
             return culprit.also(reaches)
-        where = f"the gradient of {final.name!r}" if final.name else "the loss"
+        where = _where(final.name)
         if guess is not None:
             return guess.also(f"{where} is not finite, but {UNLINKED}")
         return final._replace(detail=f"{where} holds it, but no observed operation made it")
 
     def _carried(self, losses: Iterable[object]) -> Iterator[tuple[Any, Culprit, str]]:
         """The events whose NaN or Inf the loss and the gradients hold: rank, culprit and note."""
-        named = [("the loss", loss) for loss in losses if isinstance(loss, Tensor)]
-        for name, parameter in self._model.named_parameters():
-            if parameter.grad is not None:
-                named.append((f"the gradient of {readable(name)!r}", parameter.grad))
-        for where, tensor in named:
-            has_nan, has_inf = kinds(tensor)
-            if not (has_nan or has_inf):
-                continue
-            for values in real_values(tensor):
-                mark = self._marks.get(self._identify(values), _Mark())
-                for is_inf, held, o in ((False, has_nan, mark.nan), (True, has_inf, mark.inf)):
-                    if held and o is not None:
-                        # Tensors with no observed writer rank last.
-                        unseen = o.culprit.phase != "input" and not o.culprit.op
-                        dark = o.meant and (unseen or _BLANK in o.culprit.detail)
-                        key = (dark, o.source == _BEFORE, o.meant, is_inf, o.order, o.surfaced)
-                        yield key, o.culprit, f"it reaches {where}" if is_inf or o.meant else ""
+        for name, tensor in _results(self._model, losses):
+            for kind, values in itertools.product(kinds(tensor), real_values(tensor)):
+                o = self._marks.get(self._identify(values), {}).get(kind)
+                if o is not None:
+                    # Tensors with no observed writer rank last.
+                    unseen = o.culprit.phase != "input" and not o.culprit.op
+                    dark = o.meant and (unseen or _BLANK in o.culprit.detail)
+                    is_inf = kind == "inf"
+                    key = (dark, o.source == _BEFORE, o.meant, is_inf, o.order, o.surfaced)
+                    note = f"it reaches {_where(name)}" if is_inf or o.meant else ""
+                    yield key, o.culprit, note
 
 
-def _roots(frame: FrameType | None) -> list[Tensor]:
-    """What the outermost backward started from: the loss."""
-    roots: Iterable[object] = ()
-    while frame is not None:
-        if frame.f_code is _ENGINE:
-            roots = frame.f_locals["t_outputs"]
-        frame = frame.f_back
+def _where(name: str) -> str:
+    return f"the gradient of {name!r}" if name else "the loss"
+
+
+def _roots() -> list[Tensor]:
+    """What the outermost backward that runs started from: the loss."""
+    engines = [frame for frame, _ in walk_stack(sys._getframe()) if frame.f_code is _ENGINE]
+    roots = engines[-1].f_locals["t_outputs"] if engines else ()
     return [root.detach() for root in roots if isinstance(root, Tensor)]
 
 
-def _earliest(origins: Iterable[_Origin | None]) -> _Origin | None:
+def _earliest(*origins: _Origin | None) -> _Origin | None:
     """The first event; intended ones come last, and data after what the step made."""
     there = [origin for origin in origins if origin is not None]
     return min(there, key=lambda o: (o.meant, o.source, o.order, o.surfaced), default=None)
-
-
-def _after_writing(values: Tensor, before: _Origin | None, origin: _Origin) -> _Origin | None:
-    """The origin of what is in the memory of `values` after `origin` was written there."""
-    whole = values.numel() * values.itemsize == values.untyped_storage().nbytes()
-    return origin if whole else _earliest([before, origin])
 
 
 def _plain(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def _culprit(site: _Site, kind: str, inputs: Iterable[_Input]) -> Culprit:
-    operands = tuple(
-        operand(entry.name, entry.tensor, entry.bounds or extremes(entry.tensor))
-        for entry in inputs
-        if entry.name
-    )
-    return Culprit(site.phase, kind, *site[1:], operands)
-
-
 def _unseen(culprit: Culprit) -> Culprit:
-    op = culprit.backward_op or culprit.op
-    detail = f"it came with {op} from another process, or by no operation of PyTorch"
+    detail = f"it came with {culprit.by} from another process, or by no operation of PyTorch"
     return culprit._replace(op="", detail=detail)
 
 
-def _surfaced(culprit: Culprit, site: _Site, name: str = "") -> Culprit:
+def _surfaced(culprit: Culprit, site: Culprit, name: str = "") -> Culprit:
     """Name the operation in which a given value surfaced, and the value's name there."""
     if culprit.phase not in ("parameter", "input"):
         return culprit

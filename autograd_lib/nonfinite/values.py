@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-Extremes = tuple[Tensor, Tensor] | None
 Operator = torch._ops.OpOverload | torch._ops.HigherOrderOperator
 
 
@@ -32,6 +31,22 @@ class Operand(NamedTuple):
     dtype: torch.dtype
     min: float
     max: float
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Operand:
+        """Describe a tensor as it is now; its bounds are read from the device."""
+        if tensor.is_complex():
+            parts = [part.norm(dim=-1) for part in real_values(tensor)]
+        elif tensor.is_floating_point():
+            parts = [part.float() if part.itemsize == 1 else part for part in real_values(tensor)]
+        elif tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested):
+            parts = [tensor]
+        else:
+            parts = []
+        bounds = [part.aminmax() for part in parts if part.numel() and not part.is_meta]
+        low = torch.stack([low for low, _ in bounds]).amin().item() if bounds else math.nan
+        high = torch.stack([high for _, high in bounds]).amax().item() if bounds else math.nan
+        return cls(name, tuple(tensor.shape), tensor.dtype, float(low), float(high))
 
 
 def real_values(tensor: Tensor) -> list[Tensor]:
@@ -65,40 +80,17 @@ def _has_no_memory(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.untyped_storage().nbytes()
 
 
-def kinds(tensor: Tensor) -> tuple[bool, bool]:
-    """Tell whether `tensor` holds a NaN, and whether it holds an Inf."""
-    nan = inf = False
+def kinds(tensor: Tensor) -> list[str]:
+    """What `tensor` holds of "nan" and "inf"."""
+    suspects = []
     for part in real_values(tensor):
         values = part.float() if part.itemsize == 1 else part  # float8 has no reductions
         # A finite sum settles it at a tenth of the price of isfinite().all().
         wide = torch.promote_types(values.dtype, torch.float32)
         if not math.isfinite(values.sum(dtype=wide).item()):
-            nan = nan or bool(values.isnan().any())
-            inf = inf or bool(values.isinf().any())
-    return nan, inf
-
-
-def extremes(tensor: Tensor) -> Extremes:
-    """Least and greatest element, not yet read from the device."""
-    if tensor.is_floating_point():
-        parts = [v.float() if v.itemsize == 1 else v for v in real_values(tensor)]
-    elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        parts = []
-    elif tensor.is_complex():
-        parts = [part.norm(dim=-1) for part in real_values(tensor)]
-    else:
-        parts = [tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor]
-    bounds = [part.aminmax() for part in parts if part.numel() and not part.is_meta]
-    if not bounds:
-        return None
-    low, high = zip(*bounds, strict=True)
-    return torch.stack(low).amin(), torch.stack(high).amax()
-
-
-def operand(name: str, tensor: Tensor, bounds: Extremes) -> Operand:
-    """Describe a tensor by its name and its bounds, which are read from the device here."""
-    low, high = (math.nan, math.nan) if bounds is None else (float(bound) for bound in bounds)
-    return Operand(name, tuple(tensor.shape), tensor.dtype, low, high)
+            suspects.append(values)
+    tests = {"nan": torch.isnan, "inf": torch.isinf}
+    return [kind for kind, test in tests.items() if any(test(values).any() for values in suspects)]
 
 
 def named_tensors(

@@ -511,12 +511,13 @@ def test_manual_optimization_has_a_monitor_and_a_guard_for_each_optimizer(
             super().__init__()
             self.a, self.b = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
 
-        def training_step(self, batch: Tensor) -> None:
+        def training_step(self, batch: Tensor) -> dict[str, float]:
             for layer, optimizer in zip((self.a, self.b), self.optimizers(), strict=True):
                 optimizer.zero_grad()
                 self.manual_backward(layer(batch if layer is self.b else batch.abs()).sum())
                 optimizer.step()
             seen.append(self.b.weight.detach().clone())
+            return {"without": 0.0}  # a loss
 
         def configure_optimizers(self) -> list[torch.optim.Optimizer]:
             return [torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.a, self.b)]
