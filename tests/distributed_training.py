@@ -686,8 +686,7 @@ def resumed_where_a_rank_has_no_more(rank: int, strategy: str, shared: Path) -> 
     undisturbed.fit(own, 1)
     path = shared / f"unequal_{strategy}"
     trained = system(strategy, directory=str(path), save_every=3)
-    error, text = (OSError, "disk") if rank == 0 else (RuntimeError, "loader of rank 0 failed")
-    with pytest.raises(error, match=text):
+    with pytest.raises(OSError, match="the disk is gone"):
         trained.fit(Failing(own, at=3) if rank == 0 else own, 1)
     again = system(strategy)
     again.load(path / "last.pt")
@@ -765,7 +764,7 @@ def unsavable(rank: int, strategy: str, shared: Path) -> None:
     trained = system(strategy)
     trained.history.append({"loss": tempfile})
     error = raised_by(TypeError, lambda: trained.save(shared / f"unsavable_{strategy}.pt"))
-    assert "expected tensors and plain numbers and text, got module" in str(error)
+    assert "cannot pickle 'module'" in str(error)
     assert not (shared / f"unsavable_{strategy}.pt").exists()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from autograd_lib.config.records import DistributedConfig
 from autograd_lib.core.shards import is_distributed
 
 _T = TypeVar("_T")
@@ -75,15 +75,15 @@ class Peers:
         own: Exception | None = None
         try:
             yield
-        except Exception as err:
-            own = err
-        errors = self.gather_objects(None if own is None else _picklable(own))
+        except Exception as error:
+            own = error
+        errors = self.gather_objects(own)
         if own is not None:
             raise own
-        for rank, error in enumerate(errors):
-            if error is not None:
-                error.add_note(f"(raised on rank {rank})")
-                raise error
+        for rank, other in enumerate(errors):
+            if other is not None:
+                other.add_note(f"(raised on rank {rank})")
+                raise other
 
     def even_batches(
         self, batches: Iterable[_T], last: _T | None = None
@@ -102,43 +102,28 @@ class Peers:
             found, failed = None, None
             try:
                 found = next(iterator, None)
-            except Exception as err:
-                failed = err
+            except Exception as error:
+                failed = error
             batch = batch if found is None else found
             status = self.gather(found is not None, batch is not None, failed is not None)
-            if failed is not None:
-                raise failed
-            _check_all_continue(status)
-            if not any(counts for counts, _, _ in status):
+            counted, present, failures = (list(flags) for flags in zip(*status, strict=True))
+            if any(failures):
+                with self.raise_on_all():
+                    if failed is not None:
+                        raise failed
+            if any(present) and not all(present):
+                raise ValueError(
+                    f"the loader of rank {present.index(False)} gives no batch, those of others "
+                    "do; every process needs at least one"
+                )
+            if not any(counted):
                 return
             assert batch is not None
             yield batch, found is not None
 
 
-def _check_all_continue(status: list[list[float]]) -> None:
-    for rank, (_, _, failed) in enumerate(status):
-        if failed:
-            raise RuntimeError(
-                f"the loader of rank {rank} failed; the error of that process says why"
-            )
-    without = [rank for rank, (_, has_one, _) in enumerate(status) if not has_one]
-    if without and len(without) < len(status):
-        raise ValueError(
-            f"the loader of rank {without[0]} gives no batch, those of others do; every process "
-            "needs at least one"
-        )
-
-
-def _picklable(error: Exception) -> Exception:
-    """An error that another process can unpickle."""
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-
-
 def parallelize(
-    model: nn.Module, optimizer: Optimizer, peers: Peers, *, strategy: str, unused: bool
+    model: nn.Module, optimizer: Optimizer, peers: Peers, config: DistributedConfig
 ) -> nn.Module:
     """Wrap a model for several processes, unless that has been done; return what is to be called.
 
@@ -148,7 +133,8 @@ def parallelize(
     wrapped = isinstance(model, DistributedDataParallel) or any(map(is_distributed, parameters))
     if peers.world == 1 or wrapped:
         return model
-    if strategy == "ddp":
+    if config.strategy == "ddp":
+        unused = config.find_unused_parameters
         return DistributedDataParallel(model, find_unused_parameters=unused)
     if optimizer.state:
         raise ValueError(
@@ -174,22 +160,24 @@ def parallelize(
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
     """Clip to a norm over all gradients, those that are sharded included; return what it was."""
-    sharded: list[Tensor] = []
-    plain: list[Tensor] = []
+    # Each kind by itself, as PyTorch 2.13 takes no mixture: those of a loss are not sharded with
+    # the model.
+    kinds: dict[bool, list[Tensor]] = {}
     for parameter in parameters:
-        (sharded if is_distributed(parameter) else plain).append(parameter)
-    if not (sharded and plain):
-        norm = nn.utils.clip_grad_norm_(sharded or plain, limit)
-        return norm.full_tensor() if is_distributed(norm) else norm
-    # PyTorch 2.13 takes no mixture of both; those of a loss are not sharded with the model.
+        kinds.setdefault(is_distributed(parameter), []).append(parameter)
     norms = []
-    for kind in (sharded, plain):
+    for kind in kinds.values():
         norm = nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])
         norms.append(norm.full_tensor() if is_distributed(norm) else norm)
-    total = torch.stack(norms).norm()
-    for kind in (sharded, plain):
+    total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for kind in kinds.values():
         nn.utils.clip_grads_with_norm_(kind, limit, total)
     return total
+
+
+def optimized(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of an optimizer."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def module_of(model: nn.Module) -> nn.Module:

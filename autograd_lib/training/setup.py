@@ -2,40 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autograd_lib.config.records import AutogradConfig, Settings
 from autograd_lib.core.shards import is_distributed
 from autograd_lib.monitor.monitor import GradientMonitor
+from autograd_lib.training.processes import optimized
 
 
-def check_options(optimizer: Optimizer, scheduler: object, count: object, metrics: Any) -> None:
-    """Raise for options that would fail in the middle of training, or change nothing."""
-    if scheduler is not None and not isinstance(scheduler, LRScheduler):
-        raise TypeError(
-            "AutogradTrainingSystem: expected scheduler to be one of torch.optim.lr_scheduler, got "
-            f"{type(scheduler).__name__}; a configuration names one as optimizer.schedule"
-        )
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise ValueError(
-            "AutogradTrainingSystem: the scheduler is that of another optimizer; make it with the "
-            "optimizer that is given here"
-        )
-    functions = {"count": count, **{f"metrics[{n!r}]": f for n, f in dict(metrics or {}).items()}}
-    for name, function in functions.items():
-        if function is not None and not callable(function):
+def check_arguments(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss_fn: object,
+    config: AutogradConfig,
+    *,
+    scheduler: LRScheduler | None,
+    metrics: Iterable[str],
+) -> None:
+    """Raise for what cannot be trained, would fail in the middle, or would change nothing."""
+    expected: dict[str, tuple[object, type, str]] = {
+        "model": (model, nn.Module, "an nn.Module"),
+        "optimizer": (optimizer, Optimizer, "a torch.optim.Optimizer"),
+        "config": (config, AutogradConfig, "what load_config returns, or None"),
+    }
+    for name, (value, kind, text) in expected.items():
+        if not isinstance(value, kind):
             raise TypeError(
-                f"AutogradTrainingSystem: expected {name} to be a function, got "
-                f"{type(function).__name__}"
+                f"AutogradTrainingSystem: expected {name} to be {text}, got {type(value).__name__}"
             )
-    if "metrics['loss']" in functions:
+    if (reduction := getattr(loss_fn, "reduction", "mean")) != "mean":
+        raise ValueError(
+            f"AutogradTrainingSystem: expected a loss that is a mean, got reduction={reduction!r}; "
+            "micro-batches and processes are weighted by what its mean counts"
+        )
+    if isinstance(optimizer, LBFGS):
+        raise TypeError(
+            "AutogradTrainingSystem: LBFGS calls the step itself, several times; expected an "
+            "optimizer whose step needs no closure"
+        )
+    if set(model.parameters()).isdisjoint(optimized(optimizer)):
+        raise ValueError(
+            "AutogradTrainingSystem: the optimizer holds no parameter of the model; make it from "
+            "model.parameters(), after the model is on its device"
+        )
+    if scheduler is not None and getattr(scheduler, "optimizer", None) is not optimizer:
+        raise ValueError(
+            "AutogradTrainingSystem: expected a scheduler of the optimizer that is given here, "
+            f"got {scheduler!r}"
+        )
+    if "loss" in metrics:
         raise ValueError(
             "AutogradTrainingSystem: a metric named 'loss' would take the place of the loss, by "
             "which training stops and keeps the best; give it another name"
@@ -51,18 +73,13 @@ def check_trains(operation: str, config: AutogradConfig) -> None:
         )
 
 
-def check_fit(
-    config: AutogradConfig, epochs: object, validation: object, *, owns_files: bool
-) -> None:
-    """Raise for arguments of `fit` that do not fit the configuration or the directory."""
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-        raise ValueError(f"fit: expected epochs to be an integer from 0 on, got {epochs!r}")
+def check_fit(config: AutogradConfig, validation: object, *, owns_files: bool) -> None:
+    """Raise if `fit` cannot do what the configuration says, or would overwrite another run."""
     check_trains("fit", config)
     if config.training.patience is not None and validation is None:
         raise ValueError("fit: training.patience is about the validation loss; pass validation=")
-    directory = config.training.directory
-    last = None if directory is None else Path(directory, "last.pt")
-    if last is not None and not owns_files and last.exists():
+    last = Path(config.training.directory or "", "last.pt")
+    if config.training.directory is not None and not owns_files and last.exists():
         raise ValueError(
             f"fit: {str(last)!r} is from another run, and would be overwritten; load() it to go "
             "on, or set another training.directory"
@@ -121,54 +138,8 @@ def monitor_of(
     watched = config.autograd_system.gradient_monitoring
     if not watched.enabled or not config.autograd_system.enable_gradients:
         return None
-    monitor = GradientMonitor(
-        *(model, optimizer, scaler),
-        history=watched.history,
-        every=watched.every,
-        explode_above=watched.explode_above,
-        vanish_below=watched.vanish_below,
-    )
+    names = ("history", "every", "explode_above", "vanish_below")
+    options = {name: getattr(watched, name) for name in names}
+    monitor = GradientMonitor(model, optimizer, scaler, **options)
     monitor.register_hooks()
     return monitor
-
-
-def optimized(optimizer: Optimizer) -> list[Tensor]:
-    """The parameters of an optimizer."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def check_arguments(model: object, optimizer: object, loss_fn: object, config: object) -> None:
-    """Raise for what cannot be trained."""
-    expected = {
-        "model": (model, nn.Module, "an nn.Module"),
-        "optimizer": (optimizer, Optimizer, "a torch.optim.Optimizer"),
-        "config": (config, AutogradConfig, "what load_config returns, or None"),
-    }
-    for name, (value, kind, text) in expected.items():
-        if not isinstance(value, kind):
-            raise TypeError(
-                f"AutogradTrainingSystem: expected {name} to be {text}, got {type(value).__name__}"
-            )
-    if not callable(loss_fn):
-        raise TypeError(
-            "AutogradTrainingSystem: expected loss_fn to be a function of output and targets, got "
-            f"{type(loss_fn).__name__}"
-        )
-    if (reduction := getattr(loss_fn, "reduction", "mean")) != "mean":
-        raise ValueError(
-            f"AutogradTrainingSystem: expected a loss that is a mean, got reduction={reduction!r}; "
-            "micro-batches and processes are weighted by what its mean counts"
-        )
-    assert isinstance(model, nn.Module)
-    assert isinstance(optimizer, Optimizer)
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError(
-            "AutogradTrainingSystem: LBFGS calls the step itself, several times; expected an "
-            "optimizer whose step needs no closure"
-        )
-    own = set(model.parameters())
-    if not any(p in own for p in optimized(optimizer)):
-        raise ValueError(
-            "AutogradTrainingSystem: the optimizer holds no parameter of the model; make it from "
-            "model.parameters(), after the model is on its device"
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,23 @@ from torch.utils._pytree import tree_map_only
 
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.shards import is_distributed
+from autograd_lib.training.processes import optimized
 
-_FORMAT = "autograd_lib training state, version 2"
-_PLAIN = (str, int, float, bool, bytes, type(None), torch.Size, torch.dtype)
+_FORMAT = "autograd_lib training state, version 3"
 
 
 def write(state: dict[str, Any], path: Path) -> None:
     """Write a state that `read` accepts; until that is done, what was at `path` stays."""
-    _check_plain(state, "state")
-    # Opened here: torch.save itself raises a RuntimeError for what is an OSError.
-    with replaced_atomically(path) as new, new.open("wb") as file:
-        torch.save({"format": _FORMAT, **state}, file)
+    with replaced_atomically(path) as new:
+        # Opened here: torch.save itself raises a RuntimeError for what is an OSError.
+        with new.open("wb") as file:
+            torch.save({"format": _FORMAT, **state}, file)
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(new)
+        if unsafe:
+            raise TypeError(
+                f"save: expected tensors and plain numbers and text, got {', '.join(unsafe)} in "
+                "the state, which could not be loaded safely; make it a number, as with float(...)"
+            )
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -33,45 +38,24 @@ def read(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:  # what cannot be opened is an OSError
         try:
             with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()  # torch.load does not look at the checksums
-        # A flipped bit may ask for a password, an unknown compression, a place before the start.
-        except Exception as err:
+                # torch.load looks at no checksum, and leaves memory as it is for a directory.
+                folders = [info.filename for info in archive.infolist() if info.external_attr & 16]
+                damaged = archive.testzip() or next(iter(folders), None)
+            if damaged is not None:
+                raise ValueError(f"its entry {damaged!r} is damaged")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            found = state.get("format") if isinstance(state, dict) else type(state).__name__
+            if found != _FORMAT:
+                raise ValueError(
+                    f"expected {_FORMAT!r}, got {found!r}; weights alone go into the model by "
+                    "model.load_state_dict(torch.load(path))"
+                )
+        except Exception as error:  # whatever damaged files and those of others may provoke
+            reason = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"load: {path} is no checkpoint, or only a part of one ({err}); expected a file "
-                "that save() wrote"
-            ) from err
-    if damaged is not None:
-        raise ValueError(f"load: {path} is damaged, the checksum of {damaged!r} in it is wrong")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # whatever the files of others may provoke
-        reason = str(err).strip().partition("\n")[0]
-        raise ValueError(
-            f"load: {path} is not a file that save() wrote; PyTorch says: {reason}"
-        ) from err
-    found = state.get("format") if isinstance(state, dict) else type(state).__name__
-    if found != _FORMAT:
-        raise ValueError(
-            f"load: expected {path} to be a file that save() wrote ({_FORMAT!r}), got {found!r}; "
-            "weights alone go into the model by model.load_state_dict(torch.load(path))"
-        )
+                f"load: {path} is not a whole file that save() wrote: {reason}"
+            ) from error
     return state
-
-
-def _check_plain(value: Any, where: str) -> None:
-    """Raise for what torch.load would refuse to read back."""
-    if type(value) in (dict, OrderedDict, Counter):
-        for key, inner in value.items():
-            _check_plain(key, f"the keys of {where}")
-            _check_plain(inner, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for i, inner in enumerate(value):
-            _check_plain(inner, f"{where}[{i}]")
-    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
-        raise TypeError(
-            f"save: expected tensors and plain numbers and text, got {type(value).__name__} in "
-            f"{where}, which could not be loaded safely; make it a number, as with float(...)"
-        )
 
 
 # Sharded tensors
@@ -97,28 +81,48 @@ def full_tensors(tree: Any, keep: bool) -> Any:
     return tree_map_only(Tensor, gathered, tree)
 
 
-def _sharded_as(value: Any, reference: Tensor) -> Any:
+def _sharded_as(value: Any, reference: Any) -> Any:
     """Shard a full tensor as a reference of its shape is sharded; return anything else as it is."""
-    if (
-        not isinstance(value, Tensor)
-        or not is_distributed(reference)
-        or value.shape != reference.shape
-    ):
+    if not (is_distributed(reference) and getattr(value, "shape", None) == reference.shape):
         return value
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
 
-    device = reference.device_mesh.device_type
+    mesh = reference.device_mesh
     return distribute_tensor(
-        value.to(device), reference.device_mesh, reference.placements, src_data_rank=None
+        value.to(mesh.device_type), mesh, reference.placements, src_data_rank=None
     )
+
+
+def load_module(module: nn.Module, state: Mapping[str, Any]) -> None:
+    now = module.state_dict()
+    module.load_state_dict({name: _sharded_as(value, now[name]) for name, value in state.items()})
+
+
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    parameters = optimized(optimizer)
+    sharded = {
+        index: {key: _sharded_as(value, parameters[index]) for key, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": sharded})
 
 
 # What may be loaded
 
 
-def kinds_of(optimizer: Optimizer, scheduler: object) -> dict[str, str]:
-    """The kinds that a checkpoint must agree with."""
-    return {"optimizer": _kind(optimizer), "scheduler": _kind(scheduler)}
+def signature(
+    model: nn.Module, loss_fn: object, optimizer: Optimizer, scheduler: object
+) -> dict[str, Any]:
+    """What a checkpoint must agree with, by name: kinds, and the shapes of all tensors."""
+    found: dict[str, Any] = {"optimizer": _kind(optimizer), "scheduler": _kind(scheduler)}
+    for what, module in (("model", model), ("loss", loss_fn)):
+        for name, value in module.state_dict().items() if isinstance(module, nn.Module) else ():
+            if isinstance(value, Tensor):
+                found[f"{what} {name}"] = tuple(value.shape)
+    for i, group in enumerate(optimizer.param_groups):  # whose state goes by positions
+        for j, parameter in enumerate(group["params"]):
+            found[f"parameter {j} in group {i} of the optimizer"] = tuple(parameter.shape)
+    return found
 
 
 def _kind(thing: object) -> str:
@@ -127,54 +131,13 @@ def _kind(thing: object) -> str:
     return type(thing).__name__ + (f"({inner})" if inner else "")
 
 
-def check_module(what: str, module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise if a state is that of another module; `load_state_dict` would load a part of it."""
-    shapes = {name: tuple(t.shape) for name, t in _tensors(module.state_dict()).items()}
-    found = {name: tuple(t.shape) for name, t in _tensors(state).items()}
-    other = [name for name in (shapes | found) if shapes.get(name) != found.get(name)]
+def check_signature(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise if a checkpoint is of another system; PyTorch would load a part of it."""
+    other = [name for name in expected | found if expected.get(name) != found.get(name)]
     if other:
-        name = other[0]
-        expected, got = shapes.get(name, "no such entry"), found.get(name, "none")
+        name, more = other[0], len(other) - 1
         raise ValueError(
-            f"load: the checkpoint is of another {what}: expected {name!r} of shape {expected}, "
-            f"got {got}, and {len(other) - 1} more; nothing was changed. Make the {what} that was "
-            "saved"
+            f"load: the checkpoint is of another system: expected {name} to be "
+            f"{expected.get(name)}, got {found.get(name)}, and {more} more; nothing was changed. "
+            "Make the system as it was when it was saved"
         )
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def load_module(module: nn.Module, state: Mapping[str, Any]) -> None:
-    now = module.state_dict()  # may have entries that are no tensors, an extra state
-    module.load_state_dict({n: _sharded_as(value, now[n]) for n, value in state.items()})
-
-
-def parameter_shapes(optimizer: Optimizer) -> list[list[list[int]]]:
-    return [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
-
-
-def check_optimizer(optimizer: Optimizer, found: list[list[list[int]]]) -> None:
-    """Raise for other groups or another order: the state goes by positions of parameters."""
-    expected = parameter_shapes(optimizer)
-    numbers = [[*map(len, groups)] for groups in (expected, found)]
-    if numbers[0] != numbers[1]:
-        raise ValueError(
-            f"load: expected an optimizer with groups of {numbers[0]} parameters, got {numbers[1]} "
-            "in the checkpoint; nothing was changed. Make the optimizer that was saved"
-        )
-    if expected != found:
-        raise ValueError(
-            f"load: expected an optimizer of parameters of shapes {expected}, got {found} in the "
-            "checkpoint; nothing was changed. Give it the parameters in the order used when saving"
-        )
-
-
-def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sharded = {
-        index: {key: _sharded_as(value, parameters[index]) for key, value in entry.items()}
-        for index, entry in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": sharded})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import signal
 import statistics
 import time
@@ -23,31 +23,32 @@ from autograd_lib.core.batches import Count, Piece, check_counted, pair, split, 
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.snapshot import drop_gradients, random_state, seed_all, set_random_state
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
-from autograd_lib.monitor.monitor import GradientMonitor
 from autograd_lib.nonfinite.guard import NonFinite, NonFiniteGuard
 from autograd_lib.report.progress import progress
 from autograd_lib.training.loop import Stop, begin_epoch, evaluating, resume_epoch, stop_requested
-from autograd_lib.training.processes import Peers, clip_gradients, module_of, parallelize
+from autograd_lib.training.processes import (
+    Peers,
+    clip_gradients,
+    module_of,
+    optimized,
+    parallelize,
+)
 from autograd_lib.training.setup import (
     check_arguments,
     check_fit,
     check_higher_order,
-    check_options,
     check_trains,
     monitor_of,
-    optimized,
     scaler_of,
     settings_of,
 )
 from autograd_lib.training.state import (
-    check_module,
-    check_optimizer,
+    check_signature,
     full_tensors,
-    kinds_of,
     load_module,
     load_optimizer,
-    parameter_shapes,
     read,
+    signature,
     write,
 )
 from autograd_lib.training.step import ForwardBackward, micro_batches, move
@@ -125,8 +126,10 @@ class AutogradTrainingSystem:
         metrics: Mapping[str, _Metric] | None = None,
     ) -> None:
         self.config = AutogradConfig() if config is None else config
-        check_arguments(model, optimizer, loss_fn, self.config)
-        check_options(optimizer, scheduler, count, metrics)
+        self.metrics = dict(metrics or {})
+        check_arguments(
+            *(model, optimizer, loss_fn, self.config), scheduler=scheduler, metrics=self.metrics
+        )
         self.settings = settings_of(self.config, module_of(model))
         self.peers = Peers()
         loss_parameters = list(loss_fn.parameters()) if isinstance(loss_fn, nn.Module) else []
@@ -134,12 +137,7 @@ class AutogradTrainingSystem:
         self.device = next(model.parameters()).device
         if replace(self.settings, precision="fp32", micro_batch=None) != Settings():
             self.settings.apply(module_of(model))
-        several = self.config.distributed
-        self.model = parallelize(
-            *(model, optimizer, self.peers),
-            strategy=several.strategy,
-            unused=several.find_unused_parameters,
-        )
+        self.model = parallelize(model, optimizer, self.peers, self.config.distributed)
         if isinstance(loss_fn, nn.Module):
             self.peers.broadcast([*loss_fn.parameters(), *loss_fn.buffers()])
         # Also those that nobody optimizes: their gradients would add up until they overflow.
@@ -147,10 +145,9 @@ class AutogradTrainingSystem:
         self._parameters = list(dict.fromkeys(everything))
         self.optimizer, self.loss_fn, self.scheduler = optimizer, loss_fn, scheduler
         self.count = terms_of(loss_fn) if count is None else count
-        self.metrics = dict(metrics or {})
         # What metrics average over: the weights of classes are the business of the loss.
-        weights = count is None and getattr(loss_fn, "weight", None) is not None
-        self._terms = terms_of(loss_fn, weighted=False) if weights else self.count
+        weighted = count is None and getattr(loss_fn, "weight", None) is not None
+        self._terms = terms_of(loss_fn, weighted=False) if weighted else self.count
         self.scaler = scaler_of(self.settings, self.device, optimizer)
         self.guard: NonFiniteGuard | None = None
         if self.config.training.max_nonfinite:
@@ -161,8 +158,7 @@ class AutogradTrainingSystem:
         self.reports: list[NonFinite] = []
         self.gradient_norm: Tensor | None = None
         self._loss = torch.zeros(())
-        self._position = self._waited = self._failed = self._steps_before = 0
-        self._best = float("inf")
+        self._position = self._failed = 0
         self._owns_files = False  # what is in the directory is of this run
         self._losses: list[Tensor] = []  # of the epoch
         self._epoch_start: dict[str, Any] | None = None  # random states when the epoch began
@@ -207,7 +203,11 @@ class AutogradTrainingSystem:
         size, count = self.settings.micro_batch, self.count
         pieces = micro_batches("train_step", batch, size, count, peers=self.peers, counts=counts)
         drop_gradients(self._parameters)
-        report = self._guarded(lambda: self._forward_backward(pieces))
+        report = None
+        if self.guard is None:
+            self._forward_backward(pieces)
+        else:
+            report = self.guard(lambda: self._forward_backward(pieces))
         self.step += 1
         if report is None:
             self._failed = 0
@@ -237,7 +237,8 @@ class AutogradTrainingSystem:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         skipped = self.scaler.get_scale() < scale
-        if self.scheduler is not None and not skipped and not _is_plateau(self.scheduler):
+        plateau = isinstance(self.scheduler, ReduceLROnPlateau)  # steps by epochs
+        if self.scheduler is not None and not skipped and not plateau:
             self.scheduler.step()
 
     def _skip(self, report: NonFinite) -> None:
@@ -251,12 +252,6 @@ class AutogradTrainingSystem:
             )
         title = repr(report).partition("\n")[0]
         warnings.warn(f"train_step: step {self.step} is skipped: {title}", stacklevel=4)
-
-    def _guarded(self, step: Callable[[], object]) -> NonFinite | None:
-        if self.guard is None:
-            step()
-            return None
-        return self.guard(step)
 
     # Many steps
 
@@ -299,26 +294,34 @@ class AutogradTrainingSystem:
             KeyboardInterrupt: Ctrl-C; SIGTERM is a SystemExit.
         """
         with self.peers.raise_on_all():
-            check_fit(self.config, epochs, validation, owns_files=self._owns_files)
+            check_fit(self.config, validation, owns_files=self._owns_files)
+            if self.directory is not None and self.peers.rank == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
         with stop_requested() as stop, progress("fit") as show:
             if self.step == 0:
                 self._write("last.pt")  # so that there is one, whenever a process is killed
-            while self.epoch < epochs and not self._is_exhausted():
-                row = self._run_epoch(loader, validation, stop, show, epochs)
+            patience = self.config.training.patience or math.inf
+            while self.epoch < epochs and self._epochs_since_best() < patience:
+                row = self._run_epoch(loader, validation, stop, show)
                 if on_epoch is not None:
                     on_epoch(row)
                 self._check_stop(stop)
         return self.history
 
     def _run_epoch(
-        self, loader: Any, validation: Any, stop: Stop, show: Callable[..., None], epochs: int
+        self, loader: Any, validation: Any, stop: Stop, show: Callable[..., None]
     ) -> _Row:
         began = time.perf_counter()
         for batch, counts in self._batches(loader):
             self._losses.append(self._train(pair(batch), counts))
             self._position += 1
             if self.peers.rank == 0:
-                show(lambda: self._describe(loader, epochs))
+                show(
+                    lambda: (
+                        f"epoch {self.epoch + 1}, batch {self._position}, "
+                        f"loss {self._losses[-1].item():.4g}"
+                    )
+                )
             self._check_stop(stop)
             if (every := self.config.training.save_every) and self.step % every == 0:
                 self._write("last.pt")
@@ -335,7 +338,10 @@ class AutogradTrainingSystem:
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
         }
         if self.monitor is not None:
-            row["gradient_norm"] = self._median_norm(self.monitor)
+            seen = self.monitor.history  # of which the last ones are remembered
+            own = (seen["step"] > (self._epoch_start or {}).get("monitored", 0)) & ~seen["skipped"]
+            norms = seen["total_norm"][own].tolist()
+            row["gradient_norm"] = statistics.median(norms) if norms else math.nan
         if validation is not None:
             found = self.evaluate(validation)
             row |= {f"validation_{name}": value for name, value in found.items()}
@@ -349,27 +355,24 @@ class AutogradTrainingSystem:
     def _conclude(self, row: _Row) -> None:
         """Record an epoch; tell the scheduler, and write files."""
         self.history.append(row)
-        loss = row.get("validation_loss", row["loss"])
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(loss)
-        better = loss < self._best
-        self._waited = 0 if better else self._waited + 1
-        self._best = loss if better else self._best  # not min(), which lets a NaN in
+            self.scheduler.step(_judged(row))
         # The best one first: who is killed in between resumes before it, and writes it again.
-        if better and "validation_loss" in row:
+        if "validation_loss" in row and self._epochs_since_best() == 0:
             self._write("best.pt")
         self._write("last.pt")
 
-    def _is_exhausted(self) -> bool:
-        patience = self.config.training.patience
-        return patience is not None and self._waited >= patience
+    def _epochs_since_best(self) -> int:
+        losses = [_judged(row) for row in self.history]
+        best = min((loss for loss in losses if loss < math.inf), default=math.nan)
+        return len(losses) - 1 - losses.index(best) if best in losses else len(losses)
 
     def _batches(self, loader: Any) -> Iterable[tuple[Any, bool]]:
         """What is left of the epoch, and whether it counts."""
         if self._epoch_start is None:
             self._epoch_start = begin_epoch(loader, self.epoch)
             if self.monitor is not None:
-                self._steps_before = self.monitor.get_gradient_summary()["step"]
+                self._epoch_start["monitored"] = self.monitor.get_gradient_summary()["step"]
             return self.peers.even_batches(loader)
         batches, last, skipped = resume_epoch(loader, self.epoch, self._position, self._epoch_start)
         skipped = int(max(n for (n,) in self.peers.gather(skipped)))
@@ -393,23 +396,6 @@ class AutogradTrainingSystem:
             raise KeyboardInterrupt(f"fit: interrupted after step {self.step}; {where}")
         raise SystemExit(128 + number)
 
-    def _describe(self, loader: Any, epochs: int) -> str:
-        of = ""
-        with contextlib.suppress(TypeError):  # the DataLoader of an IterableDataset has no length
-            of = f"/{len(loader)}"
-        norm = self.gradient_norm
-        if norm is None and self.monitor is not None:
-            norm = self.monitor.get_gradient_summary()["total_norm"]
-        gradient = "" if norm is None else f", gradient norm {float(norm):.3g}"
-        loss = f"loss {self._losses[-1].item():.4g}"
-        return f"epoch {self.epoch + 1}/{epochs}, batch {self._position}{of}, {loss}{gradient}"
-
-    def _median_norm(self, monitor: GradientMonitor) -> float:
-        """Of the steps of this epoch that are remembered."""
-        history = monitor.history
-        norms = history["total_norm"][(history["step"] > self._steps_before) & ~history["skipped"]]
-        return statistics.median(norms.tolist()) if len(norms) else float("nan")
-
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Average the loss and the metrics over all batches of a loader, without gradients.
 
@@ -425,37 +411,31 @@ class AutogradTrainingSystem:
         Raises:
             ValueError: There is no batch, or nothing in them counts.
         """
-        sums: list[Tensor] = []
         run = self._run("evaluate", self.module)
-        batches = 0
+        batches, sums = 0, [torch.zeros(len(self.metrics) + 3, device=self.device)]
         self.peers.broadcast(self.module.buffers())
         with evaluating(self.module):
             for batch, counts in self.peers.even_batches(loader):
+                batches += 1
                 (piece,) = split("evaluate", pair(batch), None, self.count)
-                share = piece.share if counts else 0.0
+                share = piece.share * counts
                 terms = share
-                if counts and self._terms is not None and self._terms is not self.count:
-                    terms = float(self._terms(piece.targets))
+                if self._terms is not None and self._terms is not self.count:
+                    terms = float(self._terms(piece.targets)) * counts
                 output, loss = run.forward(piece._replace(share=share))
                 if terms:
                     targets = move(piece.targets, self.device)
-                    values = [loss, *(metric(output, targets) for metric in self.metrics.values())]
-                    found = [torch.as_tensor(v, device=self.device).float() for v in values]
-                    weights = [share, *[terms] * len(self.metrics)]
-                    one = torch.ones_like(found[0])
-                    pairs = zip([*found, one, one], [*weights, share, terms], strict=True)
-                    sums.append(torch.stack([value * weight for value, weight in pairs]))
-                batches += 1
+                    judged = [metric(output, targets) * terms for metric in self.metrics.values()]
+                    values = [loss * share, *judged, share, terms]
+                    on_device = [torch.as_tensor(v, device=self.device).float() for v in values]
+                    sums.append(torch.stack(on_device))
         if not batches:
             raise ValueError(
                 "evaluate: the loader gives no batch; expected one that can be gone through again "
                 "and again, as a list or a DataLoader"
             )
-        if sums:
-            total = torch.stack(sums).cpu().double().sum(0)
-        else:
-            total = torch.zeros(len(self.metrics) + 3, dtype=torch.float64)
-        loss_sum, *metric_sums, share, terms = self.peers.sum(total).tolist()
+        total = self.peers.sum(torch.stack(sums).cpu().double().sum(0))
+        loss_sum, *metric_sums, share, terms = total.tolist()
         check_counted("evaluate", share)
         averages = [value / terms for value in metric_sums]
         return {"loss": loss_sum / share, **dict(zip(self.metrics, averages, strict=True))}
@@ -477,10 +457,9 @@ class AutogradTrainingSystem:
         self.peers.broadcast(self.module.buffers())  # one set is kept, that of the first process
         random = {"now": random_state(), "epoch_start": self._epoch_start}
         return {
-            "kinds": kinds_of(self.optimizer, self.scheduler),
+            "signature": self._signature(),
             "model": full_tensors(self.module.state_dict(), first),
             "optimizer": full_tensors(self.optimizer.state_dict(), first),
-            "shapes": parameter_shapes(self.optimizer),
             "loss": loss.state_dict() if isinstance(loss, nn.Module) else {},
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -488,9 +467,12 @@ class AutogradTrainingSystem:
             "random": self.peers.gather_objects(random),
             "losses": torch.stack(self._losses) if self._losses else torch.empty(0),
             "history": list(self.history),
-            "progress": {"step": self.step, "epoch": self.epoch},
-            "within_epoch": {"position": self._position, "steps_before": self._steps_before},
-            "patience": (self._best, self._waited, self._failed),
+            "progress": {
+                "step": self.step,
+                "epoch": self.epoch,
+                "position": self._position,
+                "failed": self._failed,
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -499,20 +481,12 @@ class AutogradTrainingSystem:
         Raises:
             ValueError: It is of another model, loss, optimizer or scheduler. Nothing is changed.
         """
-        if state["kinds"] != (kinds := kinds_of(self.optimizer, self.scheduler)):
-            raise ValueError(
-                f"load: expected a checkpoint of {kinds}, got {state['kinds']}; nothing was "
-                "changed. Make the system as it was when it was saved"
-            )
-        loss = self.loss_fn if isinstance(self.loss_fn, nn.Module) else nn.Module()
-        modules = {"model": self.module, "loss": loss}
-        for what, module in modules.items():
-            check_module(what, module, state[what])
-        check_optimizer(self.optimizer, state["shapes"])
+        check_signature(self._signature(), state["signature"])
         if self.monitor is not None and state["monitor"] is not None:
             self.monitor.load_state_dict(state["monitor"])  # of other parameters: changes nothing
-        for what, module in modules.items():
-            load_module(module, state[what])
+        load_module(self.module, state["model"])
+        if isinstance(self.loss_fn, nn.Module):
+            load_module(self.loss_fn, state["loss"])
         load_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -521,9 +495,7 @@ class AutogradTrainingSystem:
         self.history = list(state["history"])
         progress = state["progress"]
         self.step, self.epoch = progress["step"], progress["epoch"]
-        self._position = state["within_epoch"]["position"]
-        self._steps_before = state["within_epoch"]["steps_before"]
-        self._best, self._waited, self._failed = state["patience"]
+        self._position, self._failed = progress["position"], progress["failed"]
         self._losses = list(state["losses"].to(self.device))
         saved, rank = state["random"], self.peers.rank
         self._epoch_start = saved[rank % len(saved)]["epoch_start"]
@@ -531,6 +503,9 @@ class AutogradTrainingSystem:
         if rank >= len(saved):  # else two processes would draw the same numbers
             seed_all(int(torch.randint(2**62, ())) + rank)
         drop_gradients(self._parameters)
+
+    def _signature(self) -> dict[str, Any]:
+        return signature(self.module, self.loss_fn, self.optimizer, self.scheduler)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all that training goes on from, in one file.
@@ -574,15 +549,11 @@ class AutogradTrainingSystem:
     def _write(self, name: str) -> None:
         if self.directory is None:
             return
-        first = self.peers.rank == 0
-        with self.peers.raise_on_all():
-            if first:
-                self.directory.mkdir(parents=True, exist_ok=True)
         self._owns_files = True
         self.save(self.directory / name)
         kept = self.config.autograd_system.gradient_monitoring.save_gradient_history
         with self.peers.raise_on_all():
-            if self.monitor is not None and kept and first:
+            if self.monitor is not None and kept and self.peers.rank == 0:
                 with replaced_atomically(self.directory / "gradients.csv") as new:
                     self.monitor.to_csv(new)
 
@@ -617,5 +588,6 @@ class AutogradTrainingSystem:
         return derivative_tower(self.module, self.loss_fn, input, target, order, direction)
 
 
-def _is_plateau(scheduler: LRScheduler) -> bool:
-    return isinstance(scheduler, ReduceLROnPlateau)
+def _judged(row: _Row) -> float:
+    """The loss of an epoch by which training stops and keeps the best."""
+    return row.get("validation_loss", row["loss"])

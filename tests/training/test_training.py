@@ -21,6 +21,7 @@ import threading
 import weakref
 import zipfile
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def bytes_of(tensor: Tensor) -> bytes:
     if tensor.is_sparse:
         tensor = tensor.coalesce()
         return bytes_of(tensor.indices()) + bytes_of(tensor.values())
+    if not tensor.numel():  # whose strides may be anything
+        return b""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -620,8 +623,6 @@ def test_what_does_not_fit_is_refused():
         make(model, model.parameters(), nn.MSELoss())
     with pytest.raises(TypeError, match="config to be what load_config returns, or None, got dict"):
         make(model, optimizer, nn.MSELoss(), {})
-    with pytest.raises(TypeError, match="loss_fn to be a function of output and targets, got str"):
-        make(model, optimizer, "mse")
     with pytest.raises(
         ValueError, match=r"a loss that is a mean, got reduction='sum'; micro-batch"
     ):
@@ -925,9 +926,6 @@ def test_loaders_without_batches_and_with_wrong_ones():
         system.fit([torch.ones(2, 8)], 1)
     with pytest.raises(ValueError, match=r"\(inputs, targets\), got tuple of 3; set collate_fn"):
         system.evaluate([(*good[0], 1)])
-    for epochs in (-1, 1.0, True):
-        with pytest.raises(ValueError, match="expected epochs to be an integer from 0 on, got"):
-            system.fit(good, epochs)
     assert (system.step, system.epoch, system.history) == (0, 0, [])
     spent = iter(good)
     assert len(system.fit(spent, 1)) == 1
@@ -1348,7 +1346,9 @@ _saving.write(state, Path({str(path)!r}))
     again, _, _ = run_of({}, None)
     again.load(path)
     assert_same(everything(again), everything(system) | {"gradients": [None] * 6})
-    with pytest.raises(ValueError, match="is no checkpoint, or only a part of one"):
+    with pytest.raises(
+        ValueError, match=r"is not a whole file that save\(\) wrote: File is not a zip"
+    ):
         again.load(half)
     again.save(path)  # what the killed one left is no obstacle
     assert list(tmp_path.iterdir()) == [path]
@@ -1405,12 +1405,13 @@ def test_what_is_no_checkpoint_is_refused_and_changes_nothing(tmp_path: Path):
     with zipfile.ZipFile(foreign, "w") as archive:
         archive.writestr("a/data.pkl", pickle.dumps({"format": state["format"]}))
         archive.writestr("letter.txt", "Dear reader")
-    only_part = "is no checkpoint, or only a part of one"
-    not_ours = "is not a file that save\\(\\) wrote; PyTorch says: "
+    whole = "is not a whole file that save\\(\\) wrote: "
+    only_part = f"{whole}File is not a zip file"
+    not_ours = f"{whole}(Weights only load failed|Expected hasRecord)"
     cases = {
         "truncated": (data[: len(data) // 2], only_part),
         "without its end": (data[:-1], only_part),
-        "flipped bit": (bytes(flipped), "is damaged, the checksum of '.*' in it is wrong"),
+        "flipped bit": (bytes(flipped), f"{whole}its entry '.*' is damaged"),
         "empty": (b"", only_part),
         "text": (b"Dear reader\n", only_part),
         "plain pickle": (pickle.dumps({"model": 1}), only_part),
@@ -1418,16 +1419,19 @@ def test_what_is_no_checkpoint_is_refused_and_changes_nothing(tmp_path: Path):
         "code": (saved({**state, "more": Marker(marker)}), not_ours),
         "a state_dict": (
             saved(system.model.state_dict()),
-            "to be a file that save\\(\\) wrote .*, got None; weights alone go into the model by",
+            f"{whole}expected .*, got None; weights alone go into the model by",
         ),
-        "a tensor": (saved(torch.ones(3)), "wrote .*, got 'Tensor'; weights alone"),
-        "another version": (saved({**state, "format": "autograd_lib 7"}), "got 'autograd_lib 7'"),
+        "a tensor": (saved(torch.ones(3)), f"{whole}.*got 'Tensor'; weights alone"),
+        "another version": (
+            saved({**state, "format": "autograd_lib 7"}),
+            f"{whole}.*got 'autograd_lib 7'",
+        ),
     }
     before = everything(system)
     for name, (content, message) in cases.items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"^load: (expected )?{path} {message}|{message}"):
+        with pytest.raises(ValueError, match=f"^load: {path} {message}"):
             system.load(path)
         assert_same(everything(system), before, name)
     with pytest.raises(IsADirectoryError):
@@ -1454,6 +1458,11 @@ def test_flipped_bits_anywhere_are_refused_or_harmless(tmp_path: Path):
     with zipfile.ZipFile(path) as archive:
         headers = [info.header_offset + i for info in archive.infolist()[:3] for i in range(30)]
     ends = range(len(data) - 400, len(data))
+    attribute = data.rfind(b"PK\x01\x02") + 38
+    assert data[attribute] == 0
+    path.write_bytes(data[:attribute] + b"\x10" + data[attribute + 1 :])  # a directory
+    with pytest.raises(ValueError, match=r"its entry 'archive/.*' is damaged"):
+        system.load(path)
     places = [*headers, *chance.sample(ends, 80), *chance.sample(range(len(data)), 80)]
     refused = 0
     for place in places:
@@ -1512,17 +1521,23 @@ def two_groups(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     [
         (
             {"model": nn.Sequential(nn.Linear(8, 9))},
-            r"of another model: expected '0.weight' of shape \(9, 8\), got \(8, 8\), and 5 more",
+            r"model 0.weight to be \(9, 8\), got \(8, 8\), and 11 more",
         ),
-        ({"model": mlp(4)}, r"of another model: expected '6.weight' of shape \(8, 8\), got none"),
-        ({"optimizer": torch.optim.Adam}, "expected a checkpoint of .*'Adam'.*'AdamW'"),
-        ({"optimizer": two_groups}, r"groups of \[1, 5\] parameters, got \[6\] in the checkpoint"),
-        ({"optimizer": reversed_groups}, "expected an optimizer of parameters of shapes .* order"),
-        ({"scheduler": None}, r"NoneType.*SequentialLR\(LinearLR, CosineAnnealingLR\)"),
-        ({"scheduler": linear}, r"'LinearLR'.*SequentialLR\(LinearLR, CosineAnnealingLR\)"),
+        ({"model": mlp(4)}, r"model 6.weight to be \(8, 8\), got None, and 3 more"),
+        ({"optimizer": torch.optim.Adam}, "expected optimizer to be Adam, got AdamW, and 0 more"),
+        (
+            {"optimizer": two_groups},
+            r"parameter 0 in group 1 of the optimizer to be \(8,\), got None, and 9 more",
+        ),
+        (
+            {"optimizer": reversed_groups},
+            r"parameter 0 in group 0 of the optimizer to be \(8,\), got \(8, 8\)",
+        ),
+        ({"scheduler": None}, r"to be NoneType, got SequentialLR\(LinearLR, CosineAnnealingLR\)"),
+        ({"scheduler": linear}, r"to be LinearLR, got SequentialLR\(LinearLR, CosineAnnealingLR\)"),
         ({"scheduler": chained(linear, linear)}, r"SequentialLR\(LinearLR, LinearLR\)"),
         ({"scheduler": chained(linear)}, r"SequentialLR\(LinearLR\)"),
-        ({"loss_fn": CustomLossFunction()}, "of another loss: expected '(start|log_ratio)'"),
+        ({"loss_fn": CustomLossFunction()}, r"loss (start|log_ratio) to be \(.*\), got None"),
     ],
 )
 def test_a_checkpoint_of_something_else(tmp_path: Path, options: dict[str, Any], message: str):
@@ -1535,7 +1550,9 @@ def test_a_checkpoint_of_something_else(tmp_path: Path, options: dict[str, Any],
     if "loss_fn" not in options and other.model[0].out_features == 8:
         other.train_step(*batches_of((8,), 8)[0])
     before = everything(other)
-    with pytest.raises(ValueError, match=f"^load: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"^load: the checkpoint is of another system: .*{message}"
+    ):
         other.load(path)
     assert_same(everything(other), before)
 
@@ -1543,7 +1560,7 @@ def test_a_checkpoint_of_something_else(tmp_path: Path, options: dict[str, Any],
 def test_a_state_of_a_loss_is_not_dropped(tmp_path: Path):
     system = other_system(mlp(), loss_fn=CustomLossFunction())
     system.save(tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"of another loss: expected '.*' of shape no such entry"):
+    with pytest.raises(ValueError, match=r"loss \w+ to be None, got \("):
         other_system(mlp()).load(tmp_path / "a.pt")
 
 
@@ -1552,12 +1569,12 @@ def test_a_state_of_a_loss_is_not_dropped(tmp_path: Path):
     [
         (
             lambda o: o.param_groups[0].update(lr=np.float64(0.1)),
-            r"float64 in state\['optimizer'\]",
+            r"got numpy.*scalar",
         ),
-        (lambda o: o.param_groups[0].update(note={1, 2}), r"got set in .*\['note'\]"),
+        (lambda o: o.param_groups[0].update(note=Fraction(1, 2)), r"got fractions.Fraction in"),
         (
             lambda o: o.state[o.param_groups[0]["params"][0]].update({np.int64(1): 2}),
-            r"got int64 in the keys of state",
+            r"got numpy.*scalar",
         ),
     ],
 )
@@ -1662,33 +1679,24 @@ class Stream(IterableDataset):
         return iter(TensorDataset(torch.ones(6, 8), torch.zeros(6, dtype=torch.int64)))
 
 
-@pytest.mark.parametrize("clip", [None, 1e-3])
-def test_the_line_of_progress(monkeypatch: pytest.MonkeyPatch, clip: float | None):
+def test_the_line_of_progress(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_progress, "_QUIET_SECONDS", -1.0)
     monkeypatch.setattr(_progress, "_PAUSE_SECONDS", -1.0)
     model, optimizer, twin, other = twins(mlp)
-    config = configured(training={"clip_norm": clip})
-    system = AutogradTrainingSystem(model, optimizer, nn.CrossEntropyLoss(), config)
+    system = AutogradTrainingSystem(model, optimizer, nn.CrossEntropyLoss())
     batches = batches_of((8,), 8, number=2)
     with mock.patch("sys.stderr", Terminal()) as stream:
         system.fit(batches, 1)
     texts = [text.strip() for text in stream.getvalue().split("\r")]
-    norms = []
-    for batch in batches:
-        (loss,) = plain_loop(twin, other, nn.CrossEntropyLoss(), [batch], clip=clip)
-        grads = torch.cat([p.grad.flatten() for p in twin.parameters()])
-        norms.append((loss.item(), grads.norm().item()))
-    lines = [text for text in texts if text]
-    assert len(lines) == 2
-    for number, (line, (loss, norm)) in enumerate(zip(lines, norms, strict=True), 1):
-        start = f"fit: epoch 1/1, batch {number}/2, loss {loss:.4g}, gradient norm "
-        assert line.startswith(start)
-        shown = float(line.removeprefix(start))
-        assert shown > 100 * norm if clip else shown == pytest.approx(norm, rel=1e-2)
+    losses = plain_loop(twin, other, nn.CrossEntropyLoss(), batches)
+    assert [text for text in texts if text] == [
+        f"fit: epoch 1, batch {number}, loss {loss.item():.4g}"
+        for number, loss in enumerate(losses, 1)
+    ]
     assert stream.getvalue().endswith("\r")  # it is wiped
     with mock.patch("sys.stderr", Terminal()) as stream:
         system.fit(DataLoader(Stream(), batch_size=3), 2)
-    assert "fit: epoch 2/2, batch 2, loss " in stream.getvalue()
+    assert "fit: epoch 2, batch 2, loss " in stream.getvalue()
     with mock.patch("sys.stderr", io.StringIO()) as stream:
         system.fit(batches, 3)
     assert stream.getvalue() == ""
@@ -1750,12 +1758,11 @@ def test_the_mean_of_the_functional_cross_entropy() -> None:
 
 def test_options_that_would_do_nothing() -> None:
     other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    with pytest.raises(ValueError, match="the scheduler is that of another optimizer"):
+    message = "expected a scheduler of the optimizer that is given here, got "
+    with pytest.raises(ValueError, match=f"{message}<.*StepLR"):
         classifier(scheduler=torch.optim.lr_scheduler.StepLR(other, 1))
-    with pytest.raises(TypeError, match=r"expected scheduler to be one of .*, got str"):
+    with pytest.raises(ValueError, match=f"{message}'cosine'"):
         classifier(scheduler="cosine")
-    with pytest.raises(TypeError, match="expected count to be a function, got int"):
-        classifier(count=5)
     with pytest.raises(ValueError, match="a metric named 'loss' would take the place"):
         classifier(metrics={"loss": torch.dist})
 
