@@ -14,12 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function
 
-from autograd_lib.functions.forward_mode import (
-    applier,
-    check_floating,
-    primals,
-    transforming,
-)
+from autograd_lib.functions.forward_mode import applier, check_floating, primals
 
 __all__ = ["low_memory_gelu", "low_memory_relu", "low_memory_silu"]
 
@@ -70,27 +65,7 @@ class _LowMemoryReLU(Function):
         return _LowMemoryReLU.apply(x), in_dims[0]  # elementwise: a batch is a larger tensor
 
 
-@torch.library.custom_op("autograd_lib::low_memory_relu", mutates_args=())
-def _relu_op(x: Tensor) -> tuple[Tensor, Tensor]:
-    output = F.relu(x)
-    return output, _pack(_passes(output))
-
-
-@_relu_op.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
-
-
-def _relu_op_setup(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _relu_op_backward(ctx: Any, grad: Tensor | None, _: None) -> Tensor | None:
-    return None if grad is None else torch.where(_unpack(ctx.saved_tensors[0], grad.shape), grad, 0)
-
-
-_relu_op.register_autograd(_relu_op_backward, setup_context=_relu_op_setup)
+_low_memory_relu = applier(_LowMemoryReLU)
 
 
 def low_memory_relu(x: Tensor) -> Tensor:
@@ -100,10 +75,6 @@ def low_memory_relu(x: Tensor) -> Tensor:
     saves its output: nothing more where the next operation saves it too (a linear layer), its
     whole size where not (dropout, a sum, a pooling, a frozen layer). There this saves a 32nd of
     it in float32, and the bits alone in either case.
-
-    Inside `torch.compile` this is the operator `autograd_lib::low_memory_relu`, without a graph
-    break, or `F.relu` where `torch.func` or forward mode is compiled: for an operator registered
-    from Python, PyTorch 2.13 refuses `torch.func.grad` and computes a jvp of 0.
 
     Args:
         x: a floating-point tensor of any shape.
@@ -121,9 +92,7 @@ def low_memory_relu(x: Tensor) -> Tensor:
         tensor([0., 0., 1.])
     """
     check_floating("low_memory_relu", x)
-    if torch.compiler.is_compiling():
-        return F.relu(x) if transforming() else _relu_op(x)[0]
-    return _LowMemoryReLU.apply(x)
+    return _low_memory_relu(x)
 
 
 @dataclass(frozen=True)
@@ -135,7 +104,8 @@ class _Activation:
     steepness: float
 
 
-# Codes -127 ... 127 stand for steps of tanh(steepness * x), and this one for NaN.
+# Codes -127 ... 127 stand for steps of tanh(steepness * x), and this one for NaN, which atanh makes
+# of it.
 _NAN_CODE = -128.0
 
 
@@ -144,30 +114,10 @@ def _encode(x: Tensor, steepness: float) -> Tensor:
     return level.round().clamp(-127, 127).nan_to_num(nan=_NAN_CODE).to(torch.int8)
 
 
-class _Decode(Function):
-    """The value of a code, with the derivative of what was encoded: that of `edge`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(code: Tensor, edge: Tensor, steepness: float) -> Tensor:
-        level = code.to(torch.promote_types(edge.dtype, torch.float32)) / 127.5
-        return (level.atanh() / steepness).to(edge.dtype)  # atanh of NaN_CODE's level is NaN
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        return None, grad, None
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
-        return tangent
-
-
-_decode = applier(_Decode)
+def _decode(code: Tensor, edge: Tensor, steepness: float) -> Tensor:
+    """The value of a code, with the derivative of what was encoded: that of `edge`, a zero."""
+    level = code.to(torch.promote_types(edge.dtype, torch.float32)) / 127.5
+    return torch.add(edge, level.atanh(), alpha=1 / steepness).to(edge.dtype)
 
 
 class _CodedActivation(Function):

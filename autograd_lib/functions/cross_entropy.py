@@ -20,9 +20,8 @@ from torch.func import vjp
 
 __all__ = ["linear_cross_entropy"]
 
-# Rows of logits that exist at once. On CPU fewer make slower matrix products (a chunk of 16, the
-# default of F.linear_cross_entropy, takes three times as long), more take memory and no less time.
-_CHUNK = 256
+_REDUCTIONS = ("mean", "sum", "none")
+_Requirement = tuple[bool, type[Exception], str, object]  # holds, error if not, expected, got
 
 
 def linear_cross_entropy(  # noqa: PLR0913 - those of F.cross_entropy
@@ -35,7 +34,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of F.cross_entropy
     ignore_index: int = -100,
     reduction: Literal["mean", "sum", "none"] = "mean",
     label_smoothing: float = 0.0,
-    chunk_size: int | None = None,
+    chunk_size: int = 256,
 ) -> Tensor:
     """Compute `F.cross_entropy(F.linear(input, weight, bias), target, ...)` without the logits.
 
@@ -67,7 +66,9 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of F.cross_entropy
         reduction: "mean" over the targets that are not ignored, weighted by `class_weight`; NaN
             if there is none. "sum", or "none" for the loss of each row.
         label_smoothing: Share of a target spread evenly over all classes, in [0, 1].
-        chunk_size: Rows of logits that exist at once; 256 if None.
+        chunk_size: Rows of logits that exist at once. On a CPU fewer make slower matrix products
+            (16, the default of `F.linear_cross_entropy`, takes three times as long); more take
+            memory and no less time.
 
     Returns:
         The loss, of shape (...) with `reduction="none"` and else without dimensions.
@@ -85,20 +86,18 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of F.cross_entropy
     """
     operands = (input, weight) if bias is None else (input, weight, bias)
     for holds, error, expected, got in (
-        *_requirements(operands, target, class_weight, bias),
-        *_option_requirements(reduction, label_smoothing, chunk_size),
+        *_requirements(operands, target, class_weight),
+        (reduction in _REDUCTIONS, ValueError, f"reduction in {_REDUCTIONS}", repr(reduction)),
+        (0 <= label_smoothing <= 1, ValueError, "label_smoothing in [0, 1]", label_smoothing),
+        (chunk_size >= 1, ValueError, "chunk_size >= 1", chunk_size),
     ):
         if not holds:
             raise error(f"linear_cross_entropy: expected {expected}, got {got}")
-    tracked = [torch.is_grad_enabled() and p.requires_grad for p in operands]
-    options = _Options(
-        ignore_index,
-        reduction,
-        label_smoothing,
-        _CHUNK if chunk_size is None else chunk_size,
-        _product_dtype(operands),
-        (*tracked, False)[:3],
-    )
+    wanted = [
+        p is not None and torch.is_grad_enabled() and p.requires_grad for p in (input, weight, bias)
+    ]
+    dtype = torch.get_autocast_dtype(input.device.type) if _is_autocast(operands) else input.dtype
+    options = _Options(ignore_index, reduction, label_smoothing, chunk_size, dtype, tuple(wanted))
     x, t = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     if any(unpack_dual(p).tangent is not None for p in operands):
         task = _Task(t, class_weight, options)
@@ -109,57 +108,35 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of F.cross_entropy
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
-_Requirement = tuple[bool, type[Exception], str, object]  # holds, error if not, expected, got
-
-
 def _requirements(
-    operands: tuple[Tensor, ...],
-    target: Tensor,
-    class_weight: Tensor | None,
-    bias: Tensor | None,
+    operands: tuple[Tensor, ...], target: Tensor, class_weight: Tensor | None
 ) -> Iterator[_Requirement]:
-    input, weight = operands[:2]
-    floats = operands if class_weight is None else (*operands, class_weight)
-    real = all(p.is_floating_point() for p in floats)
-    yield real, TypeError, "real floating-point tensors", [p.dtype for p in floats]
-    shapes = f"input {(*input.shape,)} and weight {(*weight.shape,)}"
-    fit = input.dim() > 0 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
-    yield fit, ValueError, "input (..., in) and weight (classes, in), as nn.Linear has it", shapes
+    """What tensors must be, the shapes of matrices before those of vectors."""
+    input, weight, *vectors = operands if class_weight is None else (*operands, class_weight)
+    floats = [p.dtype for p in (input, weight, *vectors)]
+    real = all(dtype.is_floating_point for dtype in floats)
+    yield real, TypeError, "real floating-point tensors", floats
+    kinds = {p.dtype for p in operands}
+    yield (
+        len(kinds) == 1 or _is_autocast(operands),
+        TypeError,
+        "one dtype, or torch.autocast",
+        kinds,
+    )
     indices = "class indices of torch.int64 (F.cross_entropy takes probabilities)"
     yield target.dtype == torch.int64, TypeError, indices, f"target of {target.dtype}"
-    fit = target.shape == input.shape[:-1]
-    shape = f"target of shape {(*input.shape[:-1],)}, as {shapes} have it"
-    yield fit, ValueError, shape, (*target.shape,)
-    for name, vector in (("bias", bias), ("class_weight", class_weight)):
-        if vector is not None:
-            shape = f"{name} of shape {(*weight.shape[:1],)}, as {shapes} have it"
-            yield vector.shape == weight.shape[:1], ValueError, shape, (*vector.shape,)
+    shapes = [(*p.shape,) for p in (input, weight, target, *vectors)]
+    fit = weight.dim() == 2 and input.shape == (*target.shape, weight.shape[1])
+    fit = fit and all(v.shape == weight.shape[:1] for v in vectors)
+    layout = "input (..., in), weight (classes, in), target (...), bias and class_weight (classes,)"
+    yield fit, ValueError, layout, shapes
     constant = class_weight is None or not class_weight.requires_grad
     yield constant, ValueError, "a class_weight without gradient", "one with; pass .detach()"
-    devices = [str(p.device) for p in (*floats, target)]
-    yield len({*devices}) == 1, ValueError, "all tensors on one device", devices
 
 
-def _option_requirements(
-    reduction: str, label_smoothing: float, chunk_size: int | None
-) -> Iterator[_Requirement]:
-    known = reduction in ("mean", "sum", "none")
-    yield known, ValueError, "reduction 'mean', 'sum' or 'none'", repr(reduction)
-    yield 0 <= label_smoothing <= 1, ValueError, "label_smoothing in [0, 1]", label_smoothing
-    size = f"chunk_size >= 1 (None takes {_CHUNK} rows)"
-    yield chunk_size is None or chunk_size >= 1, ValueError, size, chunk_size
-
-
-def _product_dtype(operands: tuple[Tensor, ...]) -> torch.dtype:
-    device, dtypes = operands[0].device.type, [p.dtype for p in operands]
-    if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
-        return torch.get_autocast_dtype(device)
-    if len({*dtypes}) > 1:
-        raise TypeError(
-            "linear_cross_entropy: expected input, weight and bias of one dtype, got "
-            f"{dtypes}; cast them, or use torch.autocast"
-        )
-    return dtypes[0]
+def _is_autocast(operands: tuple[Tensor, ...]) -> bool:
+    enabled = torch.is_autocast_enabled(operands[0].device.type)
+    return enabled and all(p.dtype != torch.float64 for p in operands)
 
 
 @dataclass(frozen=True)
@@ -241,6 +218,7 @@ def _work_through(
     With a share s of smoothing and class weights w, a row with target t loses
     $-(1 - s) w_t \log p_t - \frac{s}{C} \sum_c w_c \log p_c$, and its derivative by the logits is
     $m p - (1 - s) w_t e_t - \frac{s}{C} w$, where m is the sum of the factors of the logarithms.
+    The sums over chunks are in float32 or wider.
     """
     options, wide, classes = task.options, task.wide, len(weight)
     x, weight = x.to(options.dtype), weight.to(options.dtype)
@@ -249,9 +227,20 @@ def _work_through(
     index = task.target.masked_fill(ignored, 0)[:, None]
     hard = (1 - options.label_smoothing) * shares.to(wide)[index]
     soft = options.label_smoothing / classes * shares.to(wide)
-    unit = _unit(upstream, options.dtype)
-    scale = upstream if unit is None else upstream / unit
-    losses, sums = x.new_empty(len(x), dtype=wide), _Sums(options.wanted)
+    # The factors 1 / rows of a mean would push fp16 products below its smallest number: half
+    # precision is multiplied by factors of order 1, and scaled in float32 at the end.
+    unit = None
+    if options.dtype != wide and len(x):
+        largest = upstream.abs().amax()
+        unit = largest.where(largest > 0, 1.0)
+        upstream = upstream / unit
+    losses = x.new_empty(len(x), dtype=wide)
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    grads = [
+        upstream.new_zeros(shape) if want else None  # under vmap, upstream is what has a batch
+        for shape, want in zip(shapes, options.wanted, strict=True)
+    ]
+    by_input, by_weight, by_bias = grads
     buffer = x.new_empty(min(len(x), options.chunk_size), classes, dtype=wide)
     product = buffer if options.dtype == wide else torch.empty_like(buffer, dtype=options.dtype)
     for rows in task.chunks():
@@ -265,57 +254,33 @@ def _work_through(
         losses[rows] = -(p.gather(1, index[rows]) * hard[rows])[:, 0]
         if options.label_smoothing:
             losses[rows] -= p @ soft
-        if any(options.wanted):
-            p.exp_()
-            if options.label_smoothing or task.class_weight is not None:
-                p *= hard[rows] + soft.sum()
-            if options.label_smoothing:
-                p -= soft
-            p.scatter_add_(1, index[rows], -hard[rows])
-            sums.add(p, logits.copy_(p), x[rows], weight, scale[rows])
-    return losses.masked_fill_(ignored, 0), sums.finish(unit)
-
-
-class _Sums:
-    """Gradients by input, weight and bias that grow chunk by chunk, in float32 or wider."""
-
-    def __init__(self, wanted: tuple[bool, ...]) -> None:
-        self.wanted = wanted
-        self.by_input: list[Tensor] = []
-        self.by_weight: Tensor | None = None
-        self.by_bias: Tensor | None = None
-
-    def add(
-        self, by_logits: Tensor, factor: Tensor, x: Tensor, weight: Tensor, upstream: Tensor
-    ) -> None:
-        """Take in some rows; `factor` is `by_logits` in the dtype of the products."""
-        if self.wanted[0]:
-            self.by_input.append(torch.mm(factor, weight) * upstream[:, None])
-        if self.wanted[1]:
-            scaled = (x * upstream[:, None]).to(x.dtype)
-            if self.by_weight is None:
-                self.by_weight = torch.mm(factor.T, scaled).to(by_logits.dtype)
-            elif factor.dtype == by_logits.dtype:
-                self.by_weight.addmm_(factor.T, scaled)
+        if not any(options.wanted):
+            continue
+        _derive(p, hard[rows], soft, index[rows], task)
+        factor, scale = logits.copy_(p), upstream[rows, None]
+        if by_input is not None:
+            by_input[rows] = torch.mm(factor, weight) * scale
+        if by_weight is not None:
+            scaled = (x[rows] * scale).to(x.dtype)
+            if x.dtype == wide:
+                by_weight.addmm_(factor.T, scaled)
             else:
-                self.by_weight += torch.mm(factor.T, scaled)
-        if self.wanted[2]:
-            new = torch.mv(by_logits.T, upstream)
-            self.by_bias = new if self.by_bias is None else self.by_bias + new
-
-    def finish(self, unit: Tensor | None) -> list[Tensor | None]:
-        by_input = torch.cat(self.by_input) if self.by_input else None
-        grads = [by_input, self.by_weight, self.by_bias]
-        return grads if unit is None else [None if g is None else g.mul_(unit) for g in grads]
+                by_weight += torch.mm(factor.T, scaled)
+        if by_bias is not None:
+            by_bias.addmv_(p.T, upstream[rows])
+    if unit is not None:
+        grads = [None if g is None else g.mul_(unit) for g in grads]
+    return losses.masked_fill_(ignored, 0), grads
 
 
-def _unit(upstream: Tensor, dtype: torch.dtype) -> Tensor | None:
-    # The factors 1 / rows of a mean would push fp16 products below its smallest number: half
-    # precision is multiplied by factors of order 1, and scaled in float32 at the end.
-    if dtype == upstream.dtype or not len(upstream):
-        return None
-    unit = upstream.abs().amax()
-    return unit.where(unit > 0, 1.0)
+def _derive(p: Tensor, hard: Tensor, soft: Tensor, index: Tensor, task: _Task) -> None:
+    """Replace logarithms of probabilities by the derivatives of the losses by the logits."""
+    p.exp_()
+    if task.options.label_smoothing or task.class_weight is not None:
+        p *= hard + soft.sum()
+    if task.options.label_smoothing:
+        p -= soft
+    p.scatter_add_(1, index, -hard)
 
 
 def _loop(function: type[Function], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -329,15 +294,17 @@ def _loop(function: type[Function], info: Any, in_dims: tuple[Any, ...], *args: 
     return stacked, tuple(None if r is None else 0 for r in stacked)
 
 
-def _refuse_forward_mode(ctx: Any, *tangents: Any) -> None:
-    raise NotImplementedError(
-        "linear_cross_entropy: forward mode through a gradient has no rule; use reverse over "
-        "reverse (torch.func.jacrev of torch.func.grad, or torch.autograd.grad twice with "
-        "create_graph=True), or F.cross_entropy(F.linear(input, weight), target)"
-    )
+class _WithoutForwardMode(Function):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError(
+            "linear_cross_entropy: forward mode through a gradient has no rule; use reverse over "
+            "reverse (torch.func.jacrev of torch.func.grad, or torch.autograd.grad twice with "
+            "create_graph=True), or F.cross_entropy(F.linear(input, weight), target)"
+        )
 
 
-class _LinearCrossEntropy(Function):
+class _LinearCrossEntropy(_WithoutForwardMode):
     """The loss and, as further outputs, its gradients: only outputs can be saved under vmap."""
 
     @staticmethod
@@ -370,8 +337,6 @@ class _LinearCrossEntropy(Function):
         rest = (target, class_weight, options)
         return *_Gradients.apply(grad, x, weight, bias, *rest, *grads), None, None, None
 
-    jvp = staticmethod(_refuse_forward_mode)
-
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return _loop(_LinearCrossEntropy, info, in_dims, *args)
@@ -384,7 +349,7 @@ def _chunked(*args: Any) -> Tensor:
     return _LinearCrossEntropy.apply(*args)[0]
 
 
-class _Gradients(Function):
+class _Gradients(_WithoutForwardMode):
     """The backward as a function of all that it depends on, so that it has a derivative itself.
 
     Scaling the saved gradients in a plain backward would make them constants: a second derivative
@@ -432,8 +397,6 @@ class _Gradients(Function):
         by_grad = by_upstream * task.upstream(torch.ones_like(grad))
         by_grad = by_grad if grad.dim() else by_grad.sum()
         return by_grad, by_input, *sums, *(None,) * (8 - len(sums))
-
-    jvp = staticmethod(_refuse_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

@@ -1,6 +1,6 @@
 """What every Function of the library needs besides its formulas.
 
-It works around four limits of PyTorch 2.13. For each there is a test that fails once PyTorch lifts
+It works around three limits of PyTorch 2.13. For each there is a test that fails once PyTorch lifts
 the limit:
 
 - Forward mode is switched off inside a Function's `jvp`, so that the jvp of a jvp is silently 0.
@@ -9,8 +9,6 @@ the limit:
   returns uses a variant without one.
 - A compiled `torch.func.grad` or `torch.func.jvp` differentiates the forward and ignores the rules
   of a Function: `applier` raises, so that this part runs uncompiled and is right.
-- An operator of `torch.library.custom_op` has a jvp of 0, and no `torch.func.grad`: it is used
-  while compiling only.
 """
 
 from __future__ import annotations

@@ -162,25 +162,27 @@ def straight_through(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     return _straight_through(x, f)
 
 
-class _ScaleGradient(Function):
+class _BentGradient(Function):
+    """The identity, with a function of its gradient in place of the gradient."""
+
     # Without a jvp: a tangent is not a gradient. Also, the output is a view, so a jvp would have to
     # return a view of the tangent, and a multiple of it is none.
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, scale: float) -> Tensor:
+    def forward(x: Tensor, bend: Callable[[Tensor], Tensor]) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.scale = inputs[1]  # a number may be kept on ctx, a tensor may not
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.bend = inputs[1]  # a function may be kept on ctx, a tensor may not
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
+        return ctx.bend(grad), None
 
 
-_scale_gradient = applier(_ScaleGradient)
+_bent_gradient = applier(_BentGradient)
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
@@ -207,7 +209,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
         tensor([1., 2.])
     """
     check_floating("scale_gradient", x)
-    return _scale_gradient(x, scale)
+    return _bent_gradient(x, lambda grad: grad * scale)
 
 
 def reverse_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -235,33 +237,7 @@ def reverse_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
         tensor([-1., -1.])
     """
     check_floating("reverse_gradient", x)
-    return _scale_gradient(x, -scale)
-
-
-class _ClipGradient(Function):
-    # Without a jvp: a tangent is not a gradient, and has no size to clip.
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, max_norm: float | None, max_value: float | None) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.max_norm, ctx.max_value = inputs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # In half precision neither the norm nor a bound need be finite.
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        if ctx.max_value is not None:
-            wide = wide.clamp(-ctx.max_value, ctx.max_value)
-        if ctx.max_norm is not None:
-            wide = wide * (ctx.max_norm / safe_norm(wide).clamp(min=ctx.max_norm))
-        return wide.to(grad.dtype), None, None
-
-
-_clip_gradient = applier(_ClipGradient)
+    return _bent_gradient(x, lambda grad: grad * -scale)
 
 
 def clip_gradient(
@@ -300,7 +276,17 @@ def clip_gradient(
             "clip_gradient: expected a positive max_norm, max_value or both, got "
             f"max_norm={max_norm}, max_value={max_value}; scale_gradient(x, 0) stops a gradient"
         )
-    return _clip_gradient(x, max_norm, max_value)
+
+    def clip(grad: Tensor) -> Tensor:
+        # In half precision neither the norm nor a bound need be finite.
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        if max_value is not None:
+            wide = wide.clamp(-max_value, max_value)
+        if max_norm is not None:
+            wide = wide * (max_norm / safe_norm(wide).clamp(min=max_norm))
+        return wide.to(grad.dtype)
+
+    return _bent_gradient(x, clip)
 
 
 # ------------------------------------------------------------------ derivatives that stay finite
