@@ -1,8 +1,8 @@
 """Three small models to train, measure and take apart: a Transformer, a CNN and an RNN.
 
 In each, what repeats is a chain named `blocks`, each block taking what the one before returns, so
-that `plan_checkpoints` and `Settings` find it. Samples of a batch do not depend on one another
-(unless the CNN is given BatchNorm), so that a batch may be cut into micro-batches.
+that `plan_checkpoints` and `Settings` find it. Samples of a batch do not depend on one another, so
+that a batch may be cut into micro-batches.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from numbers import Integral
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,6 @@ from autograd_lib.functions.activations import low_memory_gelu, low_memory_silu
 __all__ = ["CustomCNNModel", "CustomRNNModel", "CustomTransformerModel"]
 
 _STD = 0.02  # of the weights of the Transformer, as in GPT-2
-_CELLS: dict[str, type[nn.LSTM | nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
 class CustomTransformerModel(nn.Module):
@@ -52,7 +49,7 @@ class CustomTransformerModel(nn.Module):
             GELU saves four; in float64 the gradient is the same.
 
     Raises:
-        ValueError: An option is out of its range.
+        ValueError: `num_heads` does not divide `d_model`.
 
     Example:
         >>> model = CustomTransformerModel(vocab_size=100, d_model=64)
@@ -72,11 +69,8 @@ class CustomTransformerModel(nn.Module):
         custom_gradients: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(self, vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
         if num_heads is None:
             num_heads = next(heads for heads in (8, 4, 2, 1) if d_model % heads == 0)
-        _check_sizes(self, num_heads=num_heads, max_length=max_length)
-        _check_dropout(self, dropout)
         if d_model % num_heads:
             raise ValueError(
                 f"CustomTransformerModel: expected num_heads to divide d_model={d_model}, got "
@@ -196,21 +190,20 @@ class CustomCNNModel(nn.Module):
     The second convolution of each of the n blocks starts at $1 / \sqrt n$ of He's scale, so that
     the sum does not grow with depth.
 
-    GroupNorm is the default because it treats each sample by itself: gradients of micro-batches
-    add up, each sample has its own gradient under `torch.func.vmap`, and derivatives of higher
-    order exist. BatchNorm couples the samples. Both work in channels-last on the CPU.
+    GroupNorm, unlike BatchNorm, treats each sample by itself: gradients of micro-batches add up,
+    each sample has its own gradient under `torch.func.vmap`, and derivatives of higher order exist.
+    It has groups of 16 channels, or one group where 16 does not divide them.
 
     Args:
         input_channels: Channels of an image.
         num_classes: Number of logits.
         channels: Channels after the first convolution, then after each block.
-        norm: "group" (groups of 16 channels, one group where 16 does not divide them) or "batch".
         dropout: Probability of dropout before the linear layer, in [0, 1).
         custom_gradients: Whether SiLU is `low_memory_silu`, which saves a byte per element where
             SiLU saves four; in float64 the gradient is the same.
 
     Raises:
-        ValueError: An option is out of its range.
+        ValueError: There is no block.
 
     Example:
         >>> cnn = CustomCNNModel(input_channels=3, num_classes=10)
@@ -224,27 +217,20 @@ class CustomCNNModel(nn.Module):
         num_classes: int,
         *,
         channels: Sequence[int] = (32, 32, 64, 64, 128, 128),
-        norm: Literal["group", "batch"] = "group",
         dropout: float = 0.0,
         custom_gradients: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(self, input_channels=input_channels, num_classes=num_classes)
         if not isinstance(channels, Sequence) or len(channels) < 2:
             raise ValueError(
                 "CustomCNNModel: expected channels to be a sequence, of the first convolution and "
                 f"of at least one block, got {channels!r}"
             )
-        for i, width in enumerate(channels):
-            _check_sizes(self, **{f"channels[{i}]": width})
-        if norm not in ("group", "batch"):
-            raise ValueError(f"CustomCNNModel: expected norm='group' or 'batch', got {norm!r}")
-        _check_dropout(self, dropout)
         self.stem = _conv(input_channels, channels[0], 3)
         gain = 1 / math.sqrt(len(channels) - 1)
-        block = partial(_ResidualBlock, norm=norm, custom=custom_gradients, gain=gain)
+        block = partial(_ResidualBlock, custom=custom_gradients, gain=gain)
         self.blocks = nn.Sequential(*(block(*pair) for pair in pairwise(channels)))
-        self.norm = _norm(norm, channels[-1])
+        self.norm = _norm(channels[-1])
         self.activation = _silu(custom_gradients)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels[-1], num_classes)
@@ -282,15 +268,15 @@ class CustomCNNModel(nn.Module):
 class _ResidualBlock(nn.Module):
     """Two convolutions, each of them normalized and activated first, added to the input."""
 
-    def __init__(self, inputs: int, outputs: int, *, norm: str, custom: bool, gain: float) -> None:
+    def __init__(self, inputs: int, outputs: int, *, custom: bool, gain: float) -> None:
         super().__init__()
-        stride = 1 if inputs == outputs else 2
-        self.norm1 = _norm(norm, inputs)
+        same = inputs == outputs
+        stride = 1 if same else 2
+        self.norm1 = _norm(inputs)
         self.conv1 = _conv(inputs, outputs, 3, stride)
-        self.norm2 = _norm(norm, outputs)
+        self.norm2 = _norm(outputs)
         self.conv2 = _conv(outputs, outputs, 3, gain=gain)
         self.activation = _silu(custom)
-        same = inputs == outputs
         self.shortcut = nn.Identity() if same else _conv(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -305,34 +291,27 @@ def _conv(inputs: int, outputs: int, size: int, stride: int = 1, gain: float = 1
     return conv
 
 
-def _norm(kind: str, channels: int) -> nn.Module:
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
+def _norm(channels: int) -> nn.Module:
     return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels)
 
 
 class CustomRNNModel(nn.Module):
-    r"""Layers of LSTM or GRU over a sequence: an output at each of its steps.
+    r"""Layers of LSTM over a sequence: an output at each of its steps.
 
     Recurrent weights start orthogonal (Saxe et al., 2014), those of the inputs by Glorot's rule,
-    and an LSTM remembers from the start: the bias of its forget gates is 1 (Jozefowicz et al.,
+    and the model remembers from the start: the bias of the forget gates is 1 (Jozefowicz et al.,
     2015).
 
     There is no `custom_gradients`: a fused kernel decides what a layer saves. In
-    PyTorch 2.13 `nn.LSTM` and `nn.GRU` stay uncompiled within `torch.compile`, with a graph break,
-    and `jet` has no rule for them.
+    PyTorch 2.13 `nn.LSTM` stays uncompiled within `torch.compile`, with a graph break, and `jet`
+    has no rule for it.
 
     Args:
         input_size: Features of a step.
-        hidden_size: Features of the state, both directions together.
+        hidden_size: Features of the state.
         output_size: Features of the output, by a linear layer; None for the states themselves.
         num_layers: Number of layers.
-        cell: "lstm" or "gru".
-        bidirectional: Whether half of the state runs from the end to the beginning.
         dropout: Probability of dropout between layers and before the linear layer, in [0, 1).
-
-    Raises:
-        ValueError: An option is out of its range.
 
     Example:
         >>> rnn = CustomRNNModel(input_size=100, hidden_size=128)
@@ -347,28 +326,13 @@ class CustomRNNModel(nn.Module):
         output_size: int | None = None,
         *,
         num_layers: int = 1,
-        cell: Literal["lstm", "gru"] = "lstm",
-        bidirectional: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_sizes(self, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        if output_size is not None:
-            _check_sizes(self, output_size=output_size)
-        if cell not in _CELLS:
-            raise ValueError(f"CustomRNNModel: expected cell='lstm' or 'gru', got {cell!r}")
-        if bidirectional and hidden_size % 2:
-            raise ValueError(
-                "CustomRNNModel: expected an even hidden_size for two directions, got "
-                f"{hidden_size}"
-            )
-        _check_dropout(self, dropout)
         self.input_size = input_size
-        first = _RecurrentBlock(cell, input_size, hidden_size, bidirectional, dropout=0.0)
-        self.blocks = nn.Sequential(first)
+        self.blocks = nn.Sequential(_RecurrentBlock(input_size, hidden_size, dropout=0.0))
         for _ in range(num_layers - 1):
-            block = _RecurrentBlock(cell, hidden_size, hidden_size, bidirectional, dropout)
-            self.blocks.append(block)
+            self.blocks.append(_RecurrentBlock(hidden_size, hidden_size, dropout))
         self.head: nn.Module = nn.Identity()
         if output_size is not None:
             self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden_size, output_size))
@@ -404,23 +368,17 @@ class CustomRNNModel(nn.Module):
 class _RecurrentBlock(nn.Module):
     """Dropout and one layer."""
 
-    def __init__(
-        self, cell: str, inputs: int, hidden: int, bidirectional: bool, dropout: float
-    ) -> None:
+    def __init__(self, inputs: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        size = hidden // 2 if bidirectional else hidden
-        self.rnn = _CELLS[cell](inputs, size, batch_first=True, bidirectional=bidirectional)
-        for name, parameter in self.rnn.named_parameters():
-            if name.startswith("weight_ih"):
-                nn.init.xavier_uniform_(parameter)
-            elif name.startswith("weight_hh"):
-                for gate in parameter.data.split(size):
-                    nn.init.orthogonal_(gate)
-            else:
-                nn.init.zeros_(parameter)
-            if cell == "lstm" and name.startswith("bias_ih"):
-                nn.init.ones_(parameter.data[size : 2 * size])  # input, forget, cell, output
+        self.rnn = nn.LSTM(inputs, hidden, batch_first=True)
+        nn.init.xavier_uniform_(self.rnn.weight_ih_l0)
+        for gate in self.rnn.weight_hh_l0.data.split(hidden):
+            nn.init.orthogonal_(gate)
+        nn.init.zeros_(self.rnn.bias_hh_l0)
+        nn.init.zeros_(self.rnn.bias_ih_l0)
+        # Of the gates of input, forgetting, cell and output.
+        nn.init.ones_(self.rnn.bias_ih_l0.data[hidden : 2 * hidden])
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.rnn(self.dropout(x))[0]
@@ -439,19 +397,3 @@ class _LowMemorySiLU(nn.SiLU):
 
 def _silu(custom: bool) -> nn.Module:
     return _LowMemorySiLU() if custom else nn.SiLU()
-
-
-def _check_sizes(model: nn.Module, **sizes: Any) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, Integral) or size < 1:
-            raise ValueError(
-                f"{type(model).__name__}: expected {name} to be an integer from 1 on, got {size!r}"
-            )
-
-
-def _check_dropout(model: nn.Module, dropout: Any) -> None:
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(
-            f"{type(model).__name__}: expected dropout to be a probability in [0, 1), got "
-            f"{dropout!r}"
-        )

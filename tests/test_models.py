@@ -46,15 +46,12 @@ Case = tuple[Callable[..., nn.Module], Callable[[], Tensor]]
 # name -> (make the model, make an input for it)
 CASES: dict[str, Case] = {
     "transformer": (transformer, lambda: tokens(3, 7)),
-    "group cnn": (cnn, lambda: torch.randn(3, 2, 9, 6)),
-    "batch cnn": (partial(cnn, norm="batch"), lambda: torch.randn(3, 2, 9, 6)),
+    "cnn": (cnn, lambda: torch.randn(3, 2, 9, 6)),
     "lstm": (rnn, lambda: torch.randn(3, 7, 3)),
-    "gru": (partial(rnn, cell="gru"), lambda: torch.randn(3, 7, 3)),
-    "bidirectional lstm": (partial(rnn, bidirectional=True), lambda: torch.randn(3, 7, 3)),
 }
 CUSTOM: dict[str, Case] = {
     f"low-memory {name}": (partial(CASES[name][0], custom_gradients=True), CASES[name][1])
-    for name in ("transformer", "group cnn", "batch cnn")
+    for name in ("transformer", "cnn")
 }
 every_case = pytest.mark.parametrize(
     ("make", "draw"), (CASES | CUSTOM).values(), ids=(CASES | CUSTOM).keys()
@@ -136,6 +133,11 @@ def test_every_parameter_gets_a_gradient_that_is_not_zero(make, draw, device):
     assert least > 1e-5 * max(sizes[1:]), names[sizes.index(least)]
 
 
+def test_tokens_may_be_int32():
+    model, x = transformer(), tokens(2, 5)
+    assert torch.equal(model(x.int()), model(x))
+
+
 @pytest.mark.parametrize(("width", "heads"), [(64, 8), (24, 8), (12, 4), (6, 2), (7, 1)])
 def test_heads_are_the_largest_power_of_two_up_to_8_that_divides_the_width(width, heads):
     model = CustomTransformerModel(5, width, num_layers=1)
@@ -193,23 +195,19 @@ def test_the_transformer_is_that_of_pytorch(custom, device):
     torch.testing.assert_close(found["embedding"], model.embedding.weight.grad)
 
 
-def normalized(x: Tensor, state: dict[str, Tensor], name: str, kind: str) -> Tensor:
+def normalized(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
     groups = max(1, x.shape[1] // 16) if x.shape[1] % 16 == 0 else 1
-    if kind == "batch":
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
-        x = (x - mean) / (variance + 1e-5).sqrt()
-    else:
-        grouped = x.reshape(len(x), groups, -1)
-        variance, mean = torch.var_mean(grouped, 2, correction=0, keepdim=True)
-        x = ((grouped - mean) / (variance + 1e-5).sqrt()).reshape(x.shape)
+    grouped = x.reshape(len(x), groups, -1)
+    variance, mean = torch.var_mean(grouped, 2, correction=0, keepdim=True)
+    x = ((grouped - mean) / (variance + 1e-5).sqrt()).reshape(x.shape)
     return x * state[f"{name}.weight"][:, None, None] + state[f"{name}.bias"][:, None, None]
 
 
-def plain_cnn(state: dict[str, Tensor], images: Tensor, kind: str) -> Tensor:
+def plain_cnn(state: dict[str, Tensor], images: Tensor) -> Tensor:
     """The formulas of the docstring, each in its most elementary form."""
 
     def activated(x: Tensor, name: str) -> Tensor:
-        x = normalized(x, state, name, kind)
+        x = normalized(x, state, name)
         return x / (1 + (-x).exp())
 
     x = F.conv2d(images, state["stem.weight"], padding=1)
@@ -228,28 +226,24 @@ def plain_cnn(state: dict[str, Tensor], images: Tensor, kind: str) -> Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("custom", [True, False], ids=["low-memory", "plain"])
-@pytest.mark.parametrize("kind", ["group", "batch"])
-def test_the_cnn_is_its_formulas(kind, custom, device):
-    model = CustomCNNModel(2, 3, channels=(4, 4, 32), norm=kind, custom_gradients=custom)
+def test_the_cnn_is_its_formulas(custom, device):
+    model = CustomCNNModel(2, 3, channels=(4, 4, 32), custom_gradients=custom)
     model = model.double().to(device)
     shaken(model, 0.1)
     images = torch.randn(3, 2, 7, 5, dtype=torch.float64, device=device)
     state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    output = plain_cnn(state, images, kind)
+    output = plain_cnn(state, images)
     ours = gradients(model, images)
     weight = torch.linspace(-1, 1, output.numel()).to(output)
     theirs = torch.autograd.grad((output.flatten() * weight).square().sum(), [*state.values()])
     assert_all_close(ours, [output.detach(), *theirs])
 
 
-def rnn_like(model: CustomRNNModel) -> nn.LSTM | nn.GRU:
+def rnn_like(model: CustomRNNModel) -> nn.LSTM:
     """PyTorch's layers of several levels with the weights of these blocks."""
     first = model.blocks[0].rnn
-    whole = type(first)(
-        *(first.input_size, first.hidden_size, len(model.blocks)),
-        batch_first=True,
-        bidirectional=first.bidirectional,
-    ).to(first.weight_hh_l0)
+    sizes = first.input_size, first.hidden_size, len(model.blocks)
+    whole = nn.LSTM(*sizes, batch_first=True).to(first.weight_hh_l0)
     state = {
         name.replace("_l0", f"_l{level}"): value
         for level, block in enumerate(model.blocks)
@@ -261,12 +255,8 @@ def rnn_like(model: CustomRNNModel) -> nn.LSTM | nn.GRU:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_the_rnn_is_that_of_pytorch(cell, bidirectional, dtype, device):
-    model = CustomRNNModel(
-        3, 4, 5, num_layers=3, cell=cell, bidirectional=bidirectional, dropout=0.3
-    )
+def test_the_rnn_is_that_of_pytorch(dtype, device):
+    model = CustomRNNModel(3, 4, 5, num_layers=3, dropout=0.3)
     model = model.eval().to(device, dtype)
     whole, head = rnn_like(model).eval(), copy.deepcopy(model.head)
     x = torch.randn(4, 8, 3, dtype=dtype, device=device, requires_grad=True)
@@ -284,7 +274,7 @@ def test_the_rnn_is_that_of_pytorch(cell, bidirectional, dtype, device):
 
 
 def test_without_output_size_the_rnn_returns_its_states():
-    model = CustomRNNModel(3, 6, bidirectional=True, num_layers=2)
+    model = CustomRNNModel(3, 6, num_layers=2)
     x = torch.randn(2, 5, 3)
     torch.testing.assert_close(model(x), rnn_like(model)(x)[0])
     assert isinstance(model.head, nn.Identity)
@@ -314,7 +304,7 @@ def test_gradcheck(make, draw, custom):
 
 
 @pytest.mark.parametrize("custom", [True, False], ids=["low-memory", "plain"])
-@pytest.mark.parametrize("name", ["transformer", "group cnn"])
+@pytest.mark.parametrize("name", ["transformer", "cnn"])
 def test_derivatives_of_order_three_are_those_of_a_polynomial_fit(name, custom):
     make, draw = CASES[name]
     model, x = make(custom_gradients=custom).double(), floating(draw(), torch.float64)
@@ -368,12 +358,10 @@ def test_an_output_depends_on_no_later_token():
         assert reached.tolist() == [s <= t for s in range(seq)]
 
 
-def test_no_layer_of_the_rnn_looks_ahead_unless_it_is_bidirectional():
-    for bidirectional in (False, True):
-        x = torch.randn(1, 6, 3, requires_grad=True)
-        (g,) = torch.autograd.grad(rnn(bidirectional=bidirectional)(x)[0, 2].sum(), x)
-        reached = (g[0].abs().sum(1) > 0).tolist()
-        assert reached == ([True] * 6 if bidirectional else [True] * 3 + [False] * 3)
+def test_no_layer_of_the_rnn_looks_ahead():
+    x = torch.randn(1, 6, 3, requires_grad=True)
+    (g,) = torch.autograd.grad(rnn()(x)[0, 2].sum(), x)
+    assert (g[0].abs().sum(1) > 0).tolist() == [True] * 3 + [False] * 3
 
 
 # --- layouts and sizes of images
@@ -381,11 +369,10 @@ def test_no_layer_of_the_rnn_looks_ahead_unless_it_is_bidirectional():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("custom", [True, False], ids=["low-memory", "plain"])
-@pytest.mark.parametrize("kind", ["group", "batch"])
-def test_channels_last_gives_the_same_and_stays(kind, custom, device):
-    if (kind, device) == ("group", "cuda"):
+def test_channels_last_gives_the_same_and_stays(custom, device):
+    if device == "cuda":
         pytest.skip("GroupNorm of CUDA returns contiguous tensors")
-    model = cnn(norm=kind, custom_gradients=custom).double().to(device)
+    model = cnn(custom_gradients=custom).double().to(device)
     images = torch.randn(3, 2, 9, 6, dtype=torch.float64, device=device)
     expected = gradients(copy.deepcopy(model), images)
     images.requires_grad_()
@@ -399,7 +386,7 @@ def test_channels_last_gives_the_same_and_stays(kind, custom, device):
         look(outer[0])
 
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.SiLU, nn.GroupNorm, nn.BatchNorm2d)):
+        if isinstance(module, (nn.Conv2d, nn.SiLU, nn.GroupNorm)):
             module.register_forward_hook(look)
             # The gradient of the mean is a number per channel, expanded to a contiguous tensor.
             if module not in (model.norm, model.activation):
@@ -409,11 +396,11 @@ def test_channels_last_gives_the_same_and_stays(kind, custom, device):
     assert all(kept)
 
 
-@given(height=st.integers(1, 9), width=st.integers(1, 9), kind=st.sampled_from(["group", "batch"]))
+@given(height=st.integers(1, 9), width=st.integers(1, 9))
 @settings(max_examples=25, deadline=None)
-def test_images_of_any_size_will_do(height, width, kind):
+def test_images_of_any_size_will_do(height, width):
     sizes: list[tuple[int, ...]] = []
-    model = cnn(norm=kind)
+    model = cnn()
     for block in model.blocks:
         block.register_forward_hook(lambda *args: sizes.append(tuple(args[-1].shape[1:])))
     images = torch.randn(2, 2, height, width)
@@ -426,7 +413,7 @@ def test_images_of_any_size_will_do(height, width, kind):
 # --- memory
 
 
-@pytest.mark.parametrize("name", ["transformer", "group cnn", "batch cnn"])
+@pytest.mark.parametrize("name", ["transformer", "cnn"])
 def test_custom_gradients_save_a_byte_for_each_four(name):
     make, draw = CASES[name]
     plain = make()
@@ -448,7 +435,7 @@ def test_custom_gradients_save_a_byte_for_each_four(name):
     assert 1e-6 < distance(gradients(custom, x), gradients(plain, x)) < 1e-2
 
 
-@pytest.mark.parametrize("name", ["transformer", "group cnn", "batch cnn"])
+@pytest.mark.parametrize("name", ["transformer", "cnn"])
 def test_custom_gradients_are_exact_in_float64(name):
     make, draw = CASES[name]
     plain, custom = make().double(), make(custom_gradients=True).double()
@@ -459,7 +446,7 @@ def test_custom_gradients_are_exact_in_float64(name):
 
 @every_case
 def test_blocks_under_checkpoints_give_the_same_bits(make, draw):
-    """Dropout and running statistics included."""
+    """Dropout included."""
     model, x = make(dropout=0.5), draw()
     other = copy.deepcopy(model)
     steps = ["recompute"] * (len(model.blocks) - 1)
@@ -469,7 +456,6 @@ def test_blocks_under_checkpoints_give_the_same_bits(make, draw):
         torch.manual_seed(5)
         found.append(gradients(each, x))
     assert_all_close(*found, rtol=0, atol=0)
-    assert_all_close([*model.buffers()], [*other.buffers()], rtol=0, atol=0)
     with saved_tensors(model) as plain:
         model(x)
     with saved_tensors(other) as recomputed:
@@ -515,9 +501,8 @@ def test_a_compiled_transformer_is_one_graph(custom):
 
 
 @compiles
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_a_compiled_rnn_is_right_with_its_graph_breaks(cell):
-    model, x = rnn(cell=cell), torch.randn(2, 6, 3)
+def test_a_compiled_rnn_is_right_with_its_graph_breaks():
+    model, x = rnn(), torch.randn(2, 6, 3)
     torch.compiler.reset()  # it remembers where the graph broke, and asks no more
     with pytest.raises(torch._dynamo.exc.Unsupported, match="does not support RNN"):
         torch.compile(model, backend="aot_eager", fullgraph=True)(x)
@@ -535,7 +520,7 @@ def test_bf16_autocast_stays_near_float32(make, draw, device):
     with torch.autocast(device, torch.bfloat16):
         found = gradients(model, x)
     assert found[0].dtype == torch.bfloat16
-    # Seven bits of mantissa; through the statistics of a batch of three, several times as much.
+    # Seven bits of mantissa.
     assert distance(found, expected) < 0.15
 
 
@@ -552,7 +537,7 @@ def test_models_run_in_every_dtype(make, draw, dtype):
 
 @pytest.mark.filterwarnings(FALLBACK)
 @pytest.mark.parametrize(
-    "name", ["transformer", "low-memory transformer", "group cnn", "low-memory group cnn", "lstm"]
+    "name", ["transformer", "low-memory transformer", "cnn", "low-memory cnn", "lstm"]
 )
 def test_gradients_of_each_sample(name):
     make, draw = (CASES | CUSTOM)[name]
@@ -572,12 +557,10 @@ def test_gradients_of_each_sample(name):
 
 
 @every_case
-def test_a_batch_is_its_micro_batches_unless_batchnorm_couples_them(make, draw):
+def test_a_batch_is_its_micro_batches(make, draw):
     model, x = make(), draw()
-    whole = model(x)
     parts = torch.cat([model(x[:1]), model(x[1:])])
-    coupled = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    assert torch.allclose(whole, parts, atol=1e-5) is not coupled
+    torch.testing.assert_close(parts, model(x), rtol=0, atol=1e-5)
 
 
 @every_case
@@ -664,7 +647,7 @@ def test_the_sum_of_the_cnn_does_not_grow_with_its_depth():
 
 
 def test_the_rnn_starts_orthogonal_and_remembers():
-    model = CustomRNNModel(3, 8, num_layers=2, bidirectional=True)
+    model = CustomRNNModel(3, 4, num_layers=2)
     for name, parameter in model.named_parameters():
         gates = parameter.detach().split(4)
         if "weight_hh" in name:
@@ -719,27 +702,10 @@ def test_each_learns():
 # --- errors
 
 OPTIONS = [
-    (lambda: CustomTransformerModel(0, 8), "expected vocab_size to be an integer from 1 on, got 0"),
-    (lambda: CustomTransformerModel(5, 8.0), "CustomTransformerModel: expected d_model .* got 8.0"),
-    (lambda: transformer(num_layers=0), "expected num_layers .* got 0"),
-    (lambda: transformer(num_heads=0), "expected num_heads .* got 0"),
     (lambda: transformer(num_heads=3), "num_heads to divide d_model=8, got 3; None takes the lar"),
-    (lambda: transformer(max_length=0), "expected max_length .* got 0"),
-    (lambda: transformer(dropout=1.0), r"dropout to be a probability in \[0, 1\), got 1.0"),
-    (lambda: CustomCNNModel(0, 2), "CustomCNNModel: expected input_channels .* got 0"),
-    (lambda: CustomCNNModel(1, "2"), "expected num_classes .* got '2'"),
     (lambda: cnn(channels=(4,)), r"channels to be a sequence, .* at least one block, got \(4,\)"),
     (lambda: cnn(channels=4), "channels to be a sequence, .* got 4"),
-    (lambda: cnn(channels=(4, 0)), r"expected channels\[1\] to be an integer from 1 on, got 0"),
-    (lambda: cnn(norm="layer"), "CustomCNNModel: expected norm='group' or 'batch', got 'layer'"),
-    (lambda: cnn(dropout=-0.1), "CustomCNNModel: expected dropout .* got -0.1"),
-    (lambda: CustomRNNModel(0, 4), "CustomRNNModel: expected input_size .* got 0"),
-    (lambda: CustomRNNModel(3, 0), "expected hidden_size .* got 0"),
-    (lambda: CustomRNNModel(3, 4, 0), "expected output_size .* got 0"),
-    (lambda: rnn(num_layers=0), "expected num_layers .* got 0"),
-    (lambda: rnn(cell="rnn"), "CustomRNNModel: expected cell='lstm' or 'gru', got 'rnn'"),
-    (lambda: CustomRNNModel(3, 5, bidirectional=True), "an even hidden_size for two .* got 5"),
-    (lambda: rnn(dropout="0.5"), "CustomRNNModel: expected dropout .* got '0.5'"),
+    (lambda: rnn(dropout=1.5), "between 0 and 1, but got 1.5"),  # as PyTorch says it
 ]
 INPUTS = [
     (lambda: transformer()(torch.randn(2, 5)), TypeError, "tokens of torch.int64, got torch.float"),
@@ -790,9 +756,3 @@ def test_a_wrong_option_is_named(make, message):
 def test_a_wrong_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_sizes_may_be_numpy_s():
-    model = CustomTransformerModel(np.int64(5), np.int32(8), num_layers=1)
-    assert model(torch.tensor([[4]])).shape == (1, 1, 5)
-    assert model(torch.tensor([[4]], dtype=torch.int32)).shape == (1, 1, 5)
