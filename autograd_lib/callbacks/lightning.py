@@ -39,7 +39,7 @@ class _LightningHooks(FrameworkCallback):
         owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not pl_module.automatic_optimization:
             place = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
-            self._end(None, None, trainer.global_step + 1, owned, place)
+            self._end(None, None, trainer.global_step + 1, place, owned)
         elif self._spoiled and self._scaler is None:
             drop_gradients(owned)  # what the micro-batches after the one in question have left
 

@@ -11,14 +11,14 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 from unittest import mock
 
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from autograd_lib.core.snapshot import drop_gradients
 from autograd_lib.monitor.monitor import GradientMonitor
 from autograd_lib.monitor.options import check_integer
-from autograd_lib.nonfinite.guard import GuardedStep, NonFinite, NonFiniteGuard
+from autograd_lib.nonfinite.guard import GuardedStep, NonFinite, NonFiniteGuard, Step
 
 _TOTAL_NORM = "gradients/total_norm"
 
@@ -41,10 +41,8 @@ class FrameworkCallback:
         self._guarded, self._max_nonfinite, self._options = guard, max_nonfinite, options
         self._loaded: dict[str, Any] = {}
         self._in_a_row = 0
-        self._spoiled = False  # the step that is being made is not finite
-        self._paused: list[GradientMonitor] = []  # because of that
+        self._spoiled: list[GradientMonitor] = []  # those whose step, not over yet, is not finite
         self._scaler: GradScaler | None = None
-        self._model: nn.Module | None = None  # the guarded one, with its wrapper
         self._guard: NonFiniteGuard | None = None
         self._step: GuardedStep | None = None  # that has begun
         self._replaced = contextlib.ExitStack()
@@ -84,8 +82,8 @@ class FrameworkCallback:
         for monitor in self.monitors:
             monitor.remove_hooks()
         self._replaced.close()
-        self._model = self._guard = self._step = None
-        self._spoiled, self._paused = False, []
+        self._guard = self._step = None
+        self._spoiled = []
 
     def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         """Set a method of an instance until training ends."""
@@ -96,18 +94,13 @@ class FrameworkCallback:
         self._step = None
         if not self._guarded or (self._spoiled and self._scaler is not None):
             return False
-        if self._guard is None or self._model is not model:
-            self._model, self._guard = model, NonFiniteGuard(model, scaler=self._scaler)
+        if self._guard is None:
+            self._guard = NonFiniteGuard(model, scaler=self._scaler)
         self._step = self._guard.begin(keep_gradients=False)
         return True
 
     def _end(
-        self,
-        loss: Tensor | None,
-        replay: Callable[[], object] | None,
-        number: int,
-        owned: Sequence[Tensor] | None = None,
-        place: int = 0,
+        self, loss: object, replay: Step | None, number: int, place: int = 0, owned: Any = None
     ) -> None:
         """Judge the step; take the gradients away if it is not finite, so that nothing is done.
 
@@ -115,21 +108,19 @@ class FrameworkCallback:
             loss: What the step returned.
             replay: Runs the micro-batch again; None if it cannot.
             number: Of the step, for messages.
-            owned: The parameters of the optimizer; by default all of the model.
             place: Of the optimizer among all.
+            owned: Its parameters; by default all of the model.
         """
-        found = None if self._step is None else self._step.end(loss, replay, owned)
-        if found is None or self._model is None:
+        if self._step is None or (found := self._step.end(loss, replay, owned)) is None:
             return
         self.reports.append(found)
-        again, self._spoiled = self._spoiled, True
-        monitor = self.monitors[place]
+        again, monitor = bool(self._spoiled), self.monitors[place]
         if self._scaler is None:  # else the scaler is left to find them, and skips the step
-            if monitor not in self._paused:
+            if monitor not in self._spoiled:
                 monitor._look(skipped=True)
                 monitor.remove_hooks()  # until the step is over: it is recorded already
-                self._paused.append(monitor)
-            drop_gradients(self._model.parameters() if owned is None else owned)
+            drop_gradients(self._step.parameters if owned is None else owned)
+        self._spoiled.append(monitor)
         title = repr(found).partition("\n")[0]
         title += f", module {found.module!r}" if found.module else ""
         warnings.warn(f"{self._operation}: step {number} is skipped: {title}", stacklevel=2)
@@ -137,17 +128,16 @@ class FrameworkCallback:
         if self._in_a_row >= self._max_nonfinite and not again:
             self._detach()
             raise FloatingPointError(
-                f"{self._operation}: expected finite gradients, got NaN or Inf in "
-                f"{self._in_a_row} steps in a row, at last: {title}; the callback's `reports` say "
-                "more, max_nonfinite allows for more"
+                f"{self._operation}: expected finite gradients, got NaN or Inf in {self._in_a_row} "
+                f"steps in a row, at last: {title}; the callback's `reports` say more"
             )
 
     def _end_of_step(self) -> None:
         if not self._spoiled:
             self._in_a_row = 0
-        for monitor in self._paused:
+        for monitor in self._spoiled if self._scaler is None else ():
             monitor.register_hooks()
-        self._spoiled, self._paused = False, []
+        self._spoiled = []
 
     def _total_norms(self) -> dict[str, float]:
         """What to log; this waits for the device."""

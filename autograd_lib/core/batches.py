@@ -36,9 +36,8 @@ def pair(batch: Any) -> tuple[Any, Any]:
 
 def batch_size(operation: str, batch: tuple[Any, Any]) -> int:
     """Samples in a batch, which are the first dimension of all its tensors."""
-    tensors = [t for part in batch for t in _tensors(part)]
-    shapes = [tuple(t.shape) for t in tensors]
-    if not tensors or any(not shape for shape in shapes) or len({s[0] for s in shapes}) > 1:
+    shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if not shapes or any(not shape for shape in shapes) or len({s[0] for s in shapes}) > 1:
         raise ValueError(
             f"{operation}: expected tensors of inputs and targets whose first dimension is the "
             f"batch, got shapes {shapes}; put what has no batch dimension into model or loss_fn"
@@ -46,12 +45,6 @@ def batch_size(operation: str, batch: tuple[Any, Any]) -> int:
     if not shapes[0][0]:
         raise ValueError(f"{operation}: the batch is empty, its tensors have shapes {shapes}")
     return shapes[0][0]
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):  # walking trees takes its time, in each step
-        return [tree]
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def split(

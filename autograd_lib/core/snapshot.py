@@ -56,10 +56,8 @@ def own_generators(module: nn.Module) -> list[Generator]:
         elif isinstance(value, random.Random):
             found.append(Generator(label, value.getstate, value.setstate))
         elif isinstance(value, np.random.Generator):
-            bits, state = value.bit_generator, "state"
-            found.append(
-                Generator(label, partial(getattr, bits, state), partial(setattr, bits, state))
-            )
+            of_bits = value.bit_generator, "state"
+            found.append(Generator(label, partial(getattr, *of_bits), partial(setattr, *of_bits)))
     return found
 
 

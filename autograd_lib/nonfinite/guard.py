@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import linecache
 import math
 import operator
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,82 +25,18 @@ from autograd_lib.core.rows import CPU_SIZES, divide
 from autograd_lib.core.shards import find_meshes
 from autograd_lib.core.snapshot import ModuleState, torch_generators, without_gradients
 from autograd_lib.gradients import check_module
-from autograd_lib.nonfinite.observer import OUTSIDE, UNLINKED, Culprit, observe, outcome
-from autograd_lib.nonfinite.values import Operand, real_values
-from autograd_lib.report.tables import text_table
+from autograd_lib.nonfinite.observer import observe, outcome
+from autograd_lib.nonfinite.report import UNLINKED, NonFinite
+from autograd_lib.nonfinite.values import real_values
 
 __all__ = ["NonFinite", "NonFiniteGuard", "find_nonfinite"]
+
+Step = Callable[[], object]  # runs forward and backward
 
 _RENEWED_EVERY = 50  # steps after which a guard notices a parameter that was added
 
 
-@dataclass(frozen=True, repr=False)
-class NonFinite:
-    """Where the first NaN of a step came from, or the Inf that became one.
-
-    Prints as a short report. What does not apply is empty.
-
-    Attributes:
-        phase: "parameter" (buffers too), "input", "forward" or "backward".
-        kind: "nan" or "inf": what the culprit made or held.
-        module: Qualified name of the module in whose code it happened, "" outside any.
-        op: ATen name of the forward operation, such as "aten.log.default"; the class's name if
-            the backward of a custom Function failed; for a parameter or an input the operation
-            in which it surfaced.
-        backward_op: ATen name of the backward operation, in phase "backward" only.
-        location: "file:line" of the innermost frame outside PyTorch, in a notebook
-            "Cell In[n]:line". In phase "backward" that of the forward operation, or the line
-            inside a custom Function's backward.
-        inputs: What the culprit was given, or the culprit itself if it is a parameter or an
-            input: `name`, `shape`, `dtype`, `min`, `max` of each tensor.
-        name: Of the parameter, the buffer, the argument: one of `model`'s, or of `op`'s for what
-            came from outside the model, such as a target.
-        detail: What followed, or what the report cannot know.
-        source: The lines of code around `location`.
-    """
-
-    phase: str
-    kind: str
-    module: str = ""
-    op: str = ""
-    backward_op: str = ""
-    location: str = ""
-    inputs: tuple[Operand, ...] = ()
-    name: str = ""
-    detail: str = ""
-    source: tuple[str, ...] = ()
-
-    def _title(self) -> str:
-        kind = {"nan": "NaN", "inf": "Inf"}[self.kind]
-        if self.op and OUTSIDE in self.detail:
-            return f"{kind} in argument {self.name!r} of {self.op}"
-        if self.phase in ("parameter", "input"):
-            return f"{kind} in {self.phase} {self.name!r}"
-        if not self.op:
-            return f"{kind} in {self.phase}"
-        if self.phase == "backward":
-            return f"{kind} made in backward by {self.backward_op}, for {self.op}"
-        return f"{kind} made in forward by {self.op}"
-
-    def __repr__(self) -> str:
-        given = self.phase in ("parameter", "input")
-        facts = {
-            "module": self.module,
-            "surfaced in": self.op if given else "",
-            "parameter": "" if given else self.name,
-            "location": self.location,
-            "note": self.detail,
-        }
-        lines = [self._title(), *(f"{key:<12}{value}" for key, value in facts.items() if value)]
-        rows = [
-            [name, str(shape), str(dtype).removeprefix("torch."), f"{low:.4g}", f"{high:.4g}"]
-            for name, shape, dtype, low, high in self.inputs
-        ]
-        title = "\n".join([*lines, *(f"    {line}" for line in self.source)])
-        return text_table(title, ["inputs", "shape", "dtype", "min", "max"], rows)
-
-
-def find_nonfinite(model: nn.Module, step: Callable[[], object]) -> NonFinite | None:
+def find_nonfinite(model: nn.Module, step: Step) -> NonFinite | None:
     """Run `step` once under observation and name the operation that first made a NaN.
 
     The culprit is the first operation that makes a NaN, or an Inf that later becomes one, and
@@ -155,7 +88,7 @@ def find_nonfinite(model: nn.Module, step: Callable[[], object]) -> NonFinite | 
     check_module("find_nonfinite", model)
     _check_step("find_nonfinite", step)
     parts = _Parts(model)
-    before = GuardedStep(model, parts, more=parts.parameters())
+    before = GuardedStep(model, parts, keep_gradients=True, more=parts.parameters())
     try:
         compiled = None
         if _is_compiled(model):
@@ -200,7 +133,7 @@ class NonFiniteGuard:
         scaler: The `GradScaler` that scales the loss in `step`.
 
     Raises:
-        TypeError: If `model` is not a module or `scaler` not a `GradScaler`.
+        TypeError: If `model` is not a module.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -221,15 +154,10 @@ class NonFiniteGuard:
 
     def __init__(self, model: nn.Module, *, scaler: GradScaler | None = None) -> None:
         check_module("NonFiniteGuard", model)
-        if not isinstance(scaler, GradScaler | None):
-            raise TypeError(
-                "NonFiniteGuard: expected scaler to be a torch.amp.GradScaler or None, got "
-                f"{type(scaler).__name__}; pass the one that scales the loss"
-            )
-        self._model, self._scaler = weakref.ref(model), scaler
-        self._parts, self._steps = _Parts(model), itertools.count(1)
+        self._model, self._parts = weakref.ref(model), _Parts(model, scaler)
+        self._steps = itertools.count(1)
 
-    def __call__(self, step: Callable[[], object]) -> NonFinite | None:
+    def __call__(self, step: Step) -> NonFinite | None:
         """Run `step` (forward and backward, not the optimizer); explain it if it went wrong.
 
         Raises:
@@ -255,29 +183,24 @@ class NonFiniteGuard:
                 "deleted (the guard keeps only a weak reference); make a new guard"
             )
         if next(self._steps) % _RENEWED_EVERY == 0 or any(p is None for p in parameters):
-            self._parts = _Parts(model)
-        return GuardedStep(model, self._parts, self._scaler, keep_gradients=keep_gradients)
+            self._parts = _Parts(model, self._parts.scaler)
+        return GuardedStep(model, self._parts, keep_gradients)
 
 
 class GuardedStep(ModuleState):
     """What a step changes, as it was before the step, and the judgement of the step after it."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        parts: _Parts,
-        scaler: GradScaler | None = None,
-        *,
-        keep_gradients: bool = True,
-        more: Sequence[Tensor] = (),
+        self, model: nn.Module, parts: _Parts, keep_gradients: bool, more: Sequence[Tensor] = ()
     ) -> None:
-        self._model, self._parts, self._scaler = model, parts, scaler
-        self._parameters = parts.parameters()
-        self._kept = [(p, p.grad) for p in self._parameters if keep_gradients]
+        self._model, self._parts, self.parameters = model, parts, parts.parameters()
+        self._kept = [(p, p.grad) for p in self.parameters if keep_gradients]
         gradients = [grad for _, grad in self._kept if grad is not None]
         super().__init__(parts.modules(), [*gradients, *more], parts.generators)
         # Which optimizers were unscaled; a disabled scaler has no such table.
-        self._unscaled: dict[int, dict[str, Any]] = getattr(scaler, "_per_optimizer_states", {})
+        self._unscaled: dict[int, dict[str, Any]] = getattr(
+            parts.scaler, "_per_optimizer_states", {}
+        )
         self._stages = {key: {**state} for key, state in self._unscaled.items()}
 
     def restore(self) -> None:
@@ -289,10 +212,7 @@ class GuardedStep(ModuleState):
         self._unscaled.update((key, {**state}) for key, state in self._stages.items())
 
     def end(
-        self,
-        result: object,
-        replay: Callable[[], object] | None,
-        owned: Iterable[Tensor] | None = None,
+        self, result: object, replay: Step | None, owned: Iterable[Tensor] | None = None
     ) -> NonFinite | None:
         """Read one number; if it is not finite, run `replay` as `find_nonfinite` does.
 
@@ -306,10 +226,8 @@ class GuardedStep(ModuleState):
         """
         parts, groups = self._parts, self._parts.groups
         losses = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor | float)]
-        grads = [p.grad for p in self._parameters]
-        if owned is not None:
-            own = {*map(id, owned)}
-            grads = [p.grad if id(p) in own else None for p in self._parameters]
+        own = {*map(id, self.parameters if owned is None else owned)}
+        grads = [p.grad if id(p) in own else None for p in self.parameters]
         total = parts.total(grads, losses)
         for group in groups:
             torch.distributed.all_reduce(total, group=group)
@@ -318,34 +236,34 @@ class GuardedStep(ModuleState):
         wrong = outcome(self._model, losses)
         everywhere = [w for w in _gather(groups, wrong) if w is not None]
         left_to_scaler = (
-            self._scaler is not None
+            parts.scaler is not None
             and all(w.phase == "backward" for w in everywhere)
-            and self._scaler.get_scale() > 1  # that of a disabled one is 1
+            and parts.scaler.get_scale() > 1  # that of a disabled one is 1
         )
         if not everywhere or left_to_scaler:
             return None
         if replay is None:
-            return _report(everywhere[0].also("the loop does not allow to run the step again"))
+            return everywhere[0]._also("the loop does not allow to run the step again")
         del result, losses, grads  # free the memory of the graph
-        with without_gradients([] if self._kept else self._parameters):
+        with without_gradients([] if self._kept else self.parameters):
             try:
                 self.restore()
                 versions = self._versions()
                 found = _explain(self._model, replay, wrong, groups)
-                if found is not None and versions != self._versions():
-                    more = "the step changed parameters, not put back: keep the optimizer out of it"
-                    found = replace(found, detail="; ".join(filter(None, [found.detail, more])))
-                return found
+                if found is None or versions == self._versions():
+                    return found
+                more = "the step changed parameters, not put back: keep the optimizer out of it"
+                return found._also(more)
             finally:
                 self.restore()
 
     def _versions(self) -> list[int]:
         """Numbers that grow when a parameter is changed in place."""
         lazy = nn.parameter.is_lazy
-        return [p._version for p in self._parameters if not (lazy(p) or p.is_inference())]
+        return [p._version for p in self.parameters if not (lazy(p) or p.is_inference())]
 
 
-def _check_step(operation: str, step: Callable[[], object]) -> None:
+def _check_step(operation: str, step: Step) -> None:
     try:
         inspect.signature(step).bind()
     except ValueError:
@@ -367,47 +285,33 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _explain(
-    model: nn.Module, step: Callable[[], object], before: Culprit | None, groups: Sequence[Any]
+    model: nn.Module, step: Step, before: NonFinite | None, groups: Sequence[Any]
 ) -> NonFinite | None:
     """Observe `step`; `before` is the outcome of a run without observation, if there was one."""
-    culprit = observe(model, step, _report)
+    culprit = observe(model, step)
     if culprit is None and before is not None:
-        culprit = before.also("only without observation: the step, replayed eagerly, is finite")
+        culprit = before._also("only without observation: the step, replayed eagerly, is finite")
         if not _is_compiled(model):
-            culprit = culprit.also(
+            culprit = culprit._also(
                 "it does not repeat itself: it may draw its batch, or numbers from Python or NumPy"
             )
     elif culprit is not None and _is_compiled(model):
         finite = "is finite" if before is None else "is not finite either"
-        culprit = culprit.also(f"the compiled step {finite}")
+        culprit = culprit._also(f"the compiled step {finite}")
     if culprit is not None and groups:
-        culprit = culprit.also(f"on rank {torch.distributed.get_rank()}")
-    found = None if culprit is None else _report(culprit)
+        culprit = culprit._also(f"on rank {torch.distributed.get_rank()}")
+    found = None if culprit is None else culprit._located()
     everywhere = [report for report in _gather(groups, found) if report is not None]
     # A rank on which no operation made the value received it from another rank.
     return min(everywhere, key=_doubt, default=None)
 
 
 def _doubt(report: NonFinite) -> int:
-    by = report.backward_op or report.op
-    made = report.op and not by.startswith(("aten.empty", "aten.new_empty"))
-    if not made and report.phase in ("forward", "backward"):
+    if report._is_unmade():
         return 3
     if UNLINKED not in report.detail:
         return 0
     return 1 if report.phase == "parameter" else 2  # a target may be masked out
-
-
-def _report(culprit: Culprit) -> NonFinite:
-    file, line = culprit.place
-    around = [(n, linecache.getline(file, n).rstrip()) for n in range(line - 1, line + 2)]
-    source = [f"{'>' if n == line else ' '} {n:>4}  {text}" for n, text in around if text and file]
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    cell = None if shell is None else shell.compile.format_code_name(file)
-    location = f"{' '.join(cell or [file])}:{line}" if file else ""
-    fields = culprit._asdict()
-    del fields["place"]
-    return NonFinite(**fields, location=location, source=tuple(source))
 
 
 class _Parts:
@@ -416,15 +320,13 @@ class _Parts:
     Walking a model costs as much as summing its gradients, so the guard does it rarely.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, scaler: GradScaler | None = None) -> None:
+        self.scaler = scaler
         parameters = [*model.parameters()]
-        self._parameters = [weakref.ref(parameter) for parameter in parameters]
+        self._references = [weakref.ref(parameter) for parameter in parameters]
         self._buffered = [weakref.ref(module) for module in model.modules() if module._buffers]
-        self.groups = [
-            module.process_group
-            for module in model.modules()
-            if isinstance(module, DistributedDataParallel)
-        ]
+        wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        self.groups = [wrapper.process_group for wrapper in wrappers]
         for mesh in find_meshes(parameters):
             self.groups += [mesh.get_group(dim) for dim in range(mesh.ndim)]
         devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
@@ -448,7 +350,7 @@ class _Parts:
         self._piles += [(index, None) for index in alike.values()]
 
     def parameters(self) -> list[nn.Parameter]:
-        return [*map(operator.call, self._parameters)]  # type: ignore[list-item]
+        return [*map(operator.call, self._references)]  # type: ignore[list-item]
 
     def modules(self) -> list[nn.Module]:
         """Those that have buffers."""

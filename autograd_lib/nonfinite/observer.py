@@ -28,6 +28,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
+from autograd_lib.nonfinite.report import BLANK, OUTSIDE, UNLINKED, NonFinite
 from autograd_lib.nonfinite.values import Operand, Operator, kinds, named_tensors, real_values
 
 _MODULE_CALL = nn.Module.__call__.__code__
@@ -37,44 +38,15 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _INTERNAL = os.path.dirname(torch.__file__) + os.sep, _PACKAGE + os.sep
 _NO_TASK = -1  # the number of the backward that runs, if none does
 _UNINITIALIZED = re.compile(r"aten\.(new_)?(empty|resize)")  # memory that nobody has written yet
-_BLANK = "no observed operation wrote to this memory"
-OUTSIDE = "it came from outside the model"
-UNLINKED = "no observed operation carries it there"
 _MADE, _DATA, _BEFORE = range(3)  # which to report first where several NaN meet
 _NEVER = math.inf
-
-
-class Culprit(NamedTuple):
-    """What `observe` finds; `NonFinite` says what the fields mean.
-
-    Without a kind and inputs it says where in the program an operation runs.
-    """
-
-    phase: str
-    kind: str = ""
-    module: str = ""
-    op: str = ""
-    backward_op: str = ""
-    place: tuple[str, int] = ("", 0)
-    inputs: tuple[Operand, ...] = ()
-    name: str = ""
-    detail: str = ""
-
-    @property
-    def by(self) -> str:
-        """The operation that ran."""
-        return self.backward_op or self.op
-
-    def also(self, detail: str) -> Culprit:
-        """The same with one more thing to tell."""
-        return self._replace(detail="; ".join(filter(None, [self.detail, detail])))
 
 
 class _Origin(NamedTuple):
     """An event that put a NaN or an Inf into a tensor."""
 
     order: int
-    culprit: Culprit
+    culprit: NonFinite
     # Written down as such: a mask filled with -inf, memory that nobody has filled yet. What turns
     # it into a NaN is the culprit, not this.
     meant: bool
@@ -98,15 +70,17 @@ class _Input(NamedTuple):
     before: Operand | None  # taken in advance where the operation may overwrite it
 
 
-def observe(
-    model: nn.Module, step: Callable[[], object], report: Callable[[Culprit], object]
-) -> Culprit | None:
+def observe(model: nn.Module, step: Callable[[], object]) -> NonFinite | None:
     """Run `step` once, uncompiled; name what first made a NaN, or an Inf with consequences.
 
-    If `step` raises, what was seen until then is noted, as a `report`, on the exception.
+    If `step` raises, what was seen until then is noted on the exception.
     """
     observer = _Observer(model)
-    hook = unwrap(model).register_forward_pre_hook(
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+    layers = (
+        m for m in model.modules() if not ("_orig_mod" in m._modules or isinstance(m, wrappers))
+    )
+    hook = next(layers).register_forward_pre_hook(
         observer.note_arguments, with_kwargs=True, prepend=True
     )
     # Without torch._dynamo, which takes seconds to import, nothing can have been compiled.
@@ -118,19 +92,11 @@ def observe(
             result = step()
     except Exception as error:
         if (guess := observer.guess) is not None:
-            error.add_note(str(report(guess.culprit)))
+            error.add_note(str(guess.culprit._located()))
         raise
     finally:
         hook.remove()
     return observer.conclude(result)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module that a wrapper (compiled, data parallel) was made of."""
-    inner = getattr(model, "_orig_mod", None)
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        inner = model.module
-    return model if inner is None else unwrap(inner)
 
 
 def readable(name: str) -> str:
@@ -138,11 +104,11 @@ def readable(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def outcome(model: nn.Module, result: object) -> Culprit | None:
+def outcome(model: nn.Module, result: object) -> NonFinite | None:
     """The first among the numbers in `result` and the gradients of `model` that is not finite."""
     for name, tensor in _results(model, result):
         for kind in kinds(tensor):
-            return Culprit("backward" if name else "forward", kind, name=name)
+            return NonFinite("backward" if name else "forward", kind, name=name)
     return None
 
 
@@ -171,16 +137,16 @@ class _Observer(TorchDispatchMode):
         # A weak reference keeps the address of a storage from being given to another one.
         self._references: dict[int, StorageWeakRef] = {}
         # By the sequence number of a node of the graph, then by the plain name of the operation.
-        self._sites: dict[int, dict[str, Culprit]] = {}
+        self._sites: dict[int, dict[str, NonFinite]] = {}
         self._roots: dict[int, list[Tensor]] = {}  # what each backward started from
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             source = _MADE if isinstance(tensor, nn.Parameter) else _DATA
             owner = readable(name).rpartition(".")[0]
-            self._note(tensor, Culprit("parameter", module=owner, name=readable(name)), source)
+            self._note(tensor, NonFinite("parameter", module=owner, name=readable(name)), source)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 before = "the gradient held it before the step"
-                given = Culprit("backward", name=readable(name), detail=before)
+                given = NonFinite("backward", name=readable(name), detail=before)
                 self._note(parameter.grad, given, _BEFORE)
 
     # --- what comes from outside
@@ -195,9 +161,9 @@ class _Observer(TorchDispatchMode):
             for name, argument in bound.items():
                 for path, leaf in tree_flatten_with_path(argument)[0]:
                     if isinstance(leaf, Tensor):
-                        self._note(leaf, Culprit("input", name=f"{name}{keystr(path)}"), _DATA)
+                        self._note(leaf, NonFinite("input", name=f"{name}{keystr(path)}"), _DATA)
 
-    def _note(self, tensor: Tensor, given: Culprit, source: int) -> None:
+    def _note(self, tensor: Tensor, given: NonFinite, source: int) -> None:
         """Mark what `tensor` holds as given, unless an operation of the step has made it."""
         found = self._given(tensor, given, source)
         for values in real_values(tensor):
@@ -209,27 +175,23 @@ class _Observer(TorchDispatchMode):
                         self._consider(origin)
 
     def _given(
-        self, tensor: Tensor, given: Culprit, source: int, meant: Sequence[str] = ()
+        self, tensor: Tensor, given: NonFinite, source: int, meant: Sequence[str] = ()
     ) -> _Origins:
         """The origins of what no observed operation has made; those of kinds in `meant` are."""
-        operands = (Operand.of(given.name, tensor),) if (held := kinds(tensor)) else ()
+        if held := kinds(tensor):
+            given = given._replace(inputs=(Operand.of(given.name, tensor),))
         return {
-            kind: _Origin(
-                next(self._order),
-                given._replace(kind=kind, inputs=operands),
-                kind in meant,
-                source,
-            )
+            kind: _Origin(next(self._order), given._replace(kind=kind), kind in meant, source)
             for kind in held
         }
 
-    def _first_sight(self, site: Culprit, name: str, values: Tensor) -> _Origins:
+    def _first_sight(self, site: NonFinite, name: str, values: Tensor) -> _Origins:
         """The origins of a tensor that no observed operation has made: a target, a constant."""
         if site.phase == "backward":
             return self._given(values, _unseen(site), _DATA, ["nan", "inf"])
         if site.op.startswith("aten.lift_fresh"):  # torch.tensor(...), within the step
             return self._given(values, site, _DATA, ["nan", "inf"])
-        return self._given(values, Culprit("input", name=name, detail=OUTSIDE), _DATA, ["inf"])
+        return self._given(values, NonFinite("input", name=name, detail=OUTSIDE), _DATA, ["inf"])
 
     def _consider(self, origin: _Origin) -> None:
         there = [origin] if self.guess is None else [self.guess, origin]
@@ -255,7 +217,7 @@ class _Observer(TorchDispatchMode):
         self._mark_outputs(site, inputs, tree_leaves(result), literal)
         return result
 
-    def _input(self, site: Culprit, name: str, tensor: Tensor, written: bool) -> _Input:
+    def _input(self, site: NonFinite, name: str, tensor: Tensor, written: bool) -> _Input:
         origins: _Origins = {}
         for values in real_values(tensor) if name else ():
             key = self._identify(values)
@@ -269,7 +231,7 @@ class _Observer(TorchDispatchMode):
         return _Input(name, tensor, written, origins, before)
 
     def _mark_outputs(
-        self, site: Culprit, inputs: Sequence[_Input], results: Iterable[object], literal: bool
+        self, site: NonFinite, inputs: Sequence[_Input], results: Iterable[object], literal: bool
     ) -> None:
         written = [entry.tensor for entry in inputs if entry.written]
         overwritten = {self._identify(v) for tensor in written for v in real_values(tensor)}
@@ -287,14 +249,16 @@ class _Observer(TorchDispatchMode):
                 origin = None if whole else _earliest(made[kind], mark.get(kind))
                 mark[kind] = origin or made[kind]
 
-    def _origin(self, kind: str, site: Culprit, inputs: Sequence[_Input], literal: bool) -> _Origin:
+    def _origin(
+        self, kind: str, site: NonFinite, inputs: Sequence[_Input], literal: bool
+    ) -> _Origin:
         """The event to which a NaN or an Inf in the result of an operation goes back."""
         became = ""
         origin = _earliest(*(entry.origins.get(kind) for entry in inputs))
         if origin is None and kind == "nan":
             infinite = [entry.origins.get("inf") for entry in inputs]
             origin = _earliest(*(o for o in infinite if o and not o.meant))
-            became = f"its Inf becomes a NaN in {site.by}" if origin else ""
+            became = f"its Inf becomes a NaN in {_by(site)}" if origin else ""
         origin = origin or self._made(kind, site, inputs, literal)
         if kind == "nan" and not origin.meant and origin.surfaced == _NEVER:
             names = [i.name for i in inputs if any(o is origin for o in i.origins.values())]
@@ -304,12 +268,12 @@ class _Observer(TorchDispatchMode):
             self._consider(origin)
         return origin
 
-    def _made(self, kind: str, site: Culprit, inputs: Sequence[_Input], literal: bool) -> _Origin:
+    def _made(self, kind: str, site: NonFinite, inputs: Sequence[_Input], literal: bool) -> _Origin:
         named = [entry for entry in inputs if entry.name]
         operands = tuple(entry.before or Operand.of(*entry[:2]) for entry in named)
         culprit = site._replace(kind=kind, inputs=operands)
-        if _UNINITIALIZED.match(site.by):
-            culprit, literal = culprit.also(_BLANK), True
+        if _UNINITIALIZED.match(_by(site)):
+            culprit, literal = culprit._also(BLANK), True
         elif site.op.startswith(("c10d", "_c10d")) or any(
             kind in kinds(entry.tensor) for entry in inputs if not entry.written
         ):
@@ -318,7 +282,7 @@ class _Observer(TorchDispatchMode):
 
     # --- where it runs
 
-    def _site(self, func: Operator) -> Culprit:
+    def _site(self, func: Operator) -> NonFinite:
         """Where in the program an operation runs: module, line, and forward or backward.
 
         In backward only what runs inside it counts: a checkpoint, a custom Function, a hook.
@@ -339,12 +303,12 @@ class _Observer(TorchDispatchMode):
                 place = code.co_filename, line
         place = place or (forward.place if forward else ("", 0))
         if not backward or recomputed:
-            site = Culprit("forward", "", module, str(func), "", place)
+            site = NonFinite("forward", "", module, str(func), "", place)
         elif forward:
             site = forward._replace(phase="backward", backward_op=str(func), place=place)
         else:
             name = "" if node is None else node.name().rpartition("::")[2]
-            site = Culprit("backward", "", module, name, str(func), place)
+            site = NonFinite("backward", "", module, name, str(func), place)
         if site.phase == "forward" or torch.is_grad_enabled():
             # Autograd numbers its nodes; an operation runs right after its node was numbered.
             number = torch._C._autograd._get_sequence_nr() - 1
@@ -352,7 +316,7 @@ class _Observer(TorchDispatchMode):
             self._sites.setdefault(number, {}).setdefault(kin, site)
         return site
 
-    def _forward_site(self, node: Any) -> Culprit | None:
+    def _forward_site(self, node: Any) -> NonFinite | None:
         """Where the forward operation of a node of the graph ran."""
         number = node._sequence_nr()
         if node.name().endswith("CopySlices"):
@@ -373,31 +337,28 @@ class _Observer(TorchDispatchMode):
 
     # --- after the step
 
-    def conclude(self, result: object) -> Culprit | None:
+    def conclude(self, result: object) -> NonFinite | None:
         """The first event whose NaN, or else whose Inf, is in the loss or in a gradient."""
         losses = [*tree_leaves(result), *itertools.chain(*self._roots.values())]
-        final = outcome(self._model, losses)
-        guess = self.guess and self.guess.culprit
+        final, guess = outcome(self._model, losses), self.guess and self.guess.culprit
         if final is None:
-            return guess and guess.also("it reaches neither the loss nor a gradient")
+            return guess and guess._also("it reaches neither the loss nor a gradient")
         carried = min(self._carried(losses), default=None, key=operator.itemgetter(0))
         if carried is not None and (guess is None or not carried[0][0]):
-            _, culprit, reaches = carried
-            return culprit.also(reaches)
+            return carried[1]._also(carried[2])
         where = _where(final.name)
         if guess is not None:
-            return guess.also(f"{where} is not finite, but {UNLINKED}")
+            return guess._also(f"{where} is not finite, but {UNLINKED}")
         return final._replace(detail=f"{where} holds it, but no observed operation made it")
 
-    def _carried(self, losses: Iterable[object]) -> Iterator[tuple[Any, Culprit, str]]:
+    def _carried(self, losses: Iterable[object]) -> Iterator[tuple[Any, NonFinite, str]]:
         """The events whose NaN or Inf the loss and the gradients hold: rank, culprit and note."""
         for name, tensor in _results(self._model, losses):
             for kind, values in itertools.product(kinds(tensor), real_values(tensor)):
                 o = self._marks.get(self._identify(values), {}).get(kind)
                 if o is not None:
                     # Tensors with no observed writer rank last.
-                    unseen = o.culprit.phase != "input" and not o.culprit.op
-                    dark = o.meant and (unseen or _BLANK in o.culprit.detail)
+                    dark = o.meant and o.culprit._is_unmade()
                     is_inf = kind == "inf"
                     key = (dark, o.source == _BEFORE, o.meant, is_inf, o.order, o.surfaced)
                     note = f"it reaches {_where(name)}" if is_inf or o.meant else ""
@@ -421,16 +382,21 @@ def _earliest(*origins: _Origin | None) -> _Origin | None:
     return min(there, key=lambda o: (o.meant, o.source, o.order, o.surfaced), default=None)
 
 
+def _by(site: NonFinite) -> str:
+    """The operation that ran."""
+    return site.backward_op or site.op
+
+
 def _plain(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def _unseen(culprit: Culprit) -> Culprit:
-    detail = f"it came with {culprit.by} from another process, or by no operation of PyTorch"
+def _unseen(culprit: NonFinite) -> NonFinite:
+    detail = f"it came with {_by(culprit)} from another process, or by no operation of PyTorch"
     return culprit._replace(op="", detail=detail)
 
 
-def _surfaced(culprit: Culprit, site: Culprit, name: str = "") -> Culprit:
+def _surfaced(culprit: NonFinite, site: NonFinite, name: str = "") -> NonFinite:
     """Name the operation in which a given value surfaced, and the value's name there."""
     if culprit.phase not in ("parameter", "input"):
         return culprit

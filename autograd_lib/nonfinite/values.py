@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -37,16 +38,14 @@ class Operand(NamedTuple):
         """Describe a tensor as it is now; its bounds are read from the device."""
         if tensor.is_complex():
             parts = [part.norm(dim=-1) for part in real_values(tensor)]
-        elif tensor.is_floating_point():
-            parts = [part.float() if part.itemsize == 1 else part for part in real_values(tensor)]
-        elif tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested):
-            parts = [tensor]
         else:
-            parts = []
-        bounds = [part.aminmax() for part in parts if part.numel() and not part.is_meta]
-        low = torch.stack([low for low, _ in bounds]).amin().item() if bounds else math.nan
-        high = torch.stack([high for _, high in bounds]).amax().item() if bounds else math.nan
-        return cls(name, tuple(tensor.shape), tensor.dtype, float(low), float(high))
+            parts = real_values(tensor) if tensor.is_floating_point() else [tensor]
+        low = high = math.nan
+        with contextlib.suppress(RuntimeError):  # no elements, or a layout without bounds
+            bounds = [(p.float() if p.itemsize == 1 else p).aminmax() for p in parts]
+            low = float(torch.stack([low for low, _ in bounds]).amin())
+            high = float(torch.stack([high for _, high in bounds]).amax())
+        return cls(name, tuple(tensor.shape), tensor.dtype, low, high)
 
 
 def real_values(tensor: Tensor) -> list[Tensor]:
@@ -58,7 +57,11 @@ def real_values(tensor: Tensor) -> list[Tensor]:
         return []
     if nn.parameter.is_lazy(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return []
-    if _has_no_memory(tensor):
+    # Zeros that autograd does not write out have no memory, nor has what FSDP has freed: to read
+    # it would be a segmentation fault.
+    if tensor._is_zerotensor():
+        return []
+    if tensor.layout is torch.strided and not tensor.untyped_storage().nbytes():
         return []
     values = tensor.detach()
     if values.is_mkldnn:
@@ -68,16 +71,6 @@ def real_values(tensor: Tensor) -> list[Tensor]:
     elif values.is_nested or values.layout is not torch.strided:
         values = values.values()
     return [torch.view_as_real(values.resolve_conj()) if values.is_complex() else values]
-
-
-def _has_no_memory(tensor: Tensor) -> bool:
-    """Tell whether reading `tensor` would be a segmentation fault.
-
-    Zeros that autograd does not write out have no memory; nor has what FSDP has freed.
-    """
-    if tensor._is_zerotensor():
-        return True
-    return tensor.layout is torch.strided and not tensor.untyped_storage().nbytes()
 
 
 def kinds(tensor: Tensor) -> list[str]:
@@ -106,9 +99,6 @@ def named_tensors(
         value = args[i] if i < len(args) else kwargs.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
         name = "" if written and argument.kwarg_only else argument.name
-        if isinstance(value, Tensor):
-            yield name, value, written
-        elif isinstance(value, (list, tuple)):
-            for j, item in enumerate(value):
-                if isinstance(item, Tensor):
-                    yield name and f"{name}[{j}]", item, written
+        for path, leaf in tree_flatten_with_path(value)[0]:
+            if isinstance(leaf, Tensor):
+                yield name and name + keystr(path), leaf, written
