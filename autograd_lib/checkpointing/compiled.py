@@ -7,10 +7,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._ops import OpOverload
 from torch.nn.modules.dropout import _DropoutNd
+
+from autograd_lib.core.snapshot import torch_generators
 
 _KEPT = 0.7  # share of the bytes saved for backward without a budget; the rest is recomputed
 _SEEDED = {torch.Tag.nondeterministic_seeded}
@@ -41,13 +43,9 @@ def is_random(block: nn.Module) -> bool:
     return any(
         isinstance(module, _RANDOM_MODULES)
         or (isinstance(module, _DropoutNd) and module.p > 0)
-        or any("drop" in name and _is_number(v) and v > 0 for name, v in vars(module).items())
+        or any("drop" in key and isinstance(v, float) and v > 0 for key, v in vars(module).items())
         for module in block.modules()
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Budgeted:
@@ -83,18 +81,11 @@ class Budgeted:
         mode = tuple(module.training for module in self.module.modules())
         if self.random or mode in self._watched:
             return self._compiled(*args, **kwargs)
-        before = _random_states()
+        before = [(generator, generator.get_state()) for generator in torch_generators()]
         result = self._compiled(*args, **kwargs)
         self._watched.add(mode)
-        self.random = not all(map(torch.equal, before, _random_states()))
+        self.random = not all(torch.equal(g.get_state(), state) for g, state in before)
         return result
-
-
-def _random_states() -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if torch.accelerator.is_available():
-        states.append(torch.get_device_module().get_rng_state())
-    return states
 
 
 @cache

@@ -7,9 +7,8 @@ tail are measured in the step itself, where one Function stands for the blocks.
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,20 +17,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autograd_lib.checkpointing.probe import (
-    ROUNDS,
     Probe,
+    StandIn,
     Visit,
     checkpoint_bytes,
+    median_seconds,
+    mode,
     nbytes,
-    no_collection,
 )
-from autograd_lib.checkpointing.recompute import kept_forwards, runs_its_children, slot, undone
-from autograd_lib.checkpointing.solver import Block, Chain, Mode
-from autograd_lib.checkpointing.trace import Layout, Marks, StandIn, Trace
-from autograd_lib.core.snapshot import ModuleState, preserved_random_state, without_gradients
+from autograd_lib.checkpointing.recompute import kept_forwards, runs_its_children, slot, undo
+from autograd_lib.checkpointing.solver import Chain
+from autograd_lib.core.snapshot import (
+    ModuleState,
+    drop_gradients,
+    preserved_random_state,
+    without_gradients,
+)
+from autograd_lib.memory.trace import Marks, Trace
 
 Blocks = nn.Sequential | nn.ModuleList | list[nn.Module] | tuple[nn.Module, ...]
 Call = Callable[[Tensor], Tensor]
+# Of one run of the step: calls of the blocks, output of the last, leaves of the graph.
+_Seen = tuple[list[Visit], Tensor, list[Tensor]]
 
 
 @contextlib.contextmanager
@@ -42,19 +49,18 @@ def intercept(blocks: Blocks, handler: Callable[..., Tensor]) -> Iterator[None]:
     def forward(block: nn.Module, plain: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         nonlocal position
         if position == len(blocks) or blocks[position] is not block:
+            index = next(i for i, candidate in enumerate(blocks) if candidate is block)
             raise ValueError(
-                f"plan_checkpoints: expected the blocks to run once each, in their order, but "
-                f"{_name(blocks, block)} ran as number {position}; pass them in the order in "
-                "which the model calls them"
+                "plan_checkpoints: expected the blocks to run once each, in their order, but "
+                f"block {index} ({type(block).__name__}) ran as number {position}; pass them in "
+                "the order in which the model calls them"
             )
         position += 1
         return handler(position - 1, plain, *args, **kwargs)
 
     def sequence(x: Any) -> Any:
-        nonlocal position
         for child in blocks:
-            position += 1
-            x = handler(position - 1, child, x)
+            x = forward(child, child, x)
         return x
 
     overridden: dict[nn.Module, Callable[..., Any]] = {}
@@ -74,26 +80,25 @@ def intercept(blocks: Blocks, handler: Callable[..., Tensor]) -> Iterator[None]:
         )
 
 
-def _name(blocks: Blocks, block: nn.Module) -> str:
-    index = next(i for i, candidate in enumerate(blocks) if candidate is block)
-    return f"block {index} ({type(block).__name__})"
-
-
 @contextlib.contextmanager
 def untouched(blocks: Blocks) -> Iterator[None]:
-    """Restore random states, and buffers and generators of every module that runs in the block."""
-    states: dict[nn.Module, ModuleState] = {}
+    """Restore, after the block, random states and what modules change as they run.
 
-    def note(module: nn.Module, _: Any = None) -> None:
+    Run without the steps of `apply_checkpoints`. Restored are buffers and generators of every
+    module that runs.
+    """
+    states = {m: ModuleState([m]) for block in blocks for m in block.modules()}
+
+    def note(module: nn.Module, _: Any) -> None:
         if module not in states:
             states[module] = ModuleState([module])
 
-    for block in blocks:
-        for module in block.modules():
-            note(module)
+    planned = [blocks, *blocks] if isinstance(blocks, nn.Sequential) else blocks
     handle = nn.modules.module.register_module_forward_pre_hook(note)
     try:
-        with preserved_random_state():
+        with kept_forwards(planned), preserved_random_state():
+            for module in planned:
+                undo(module)
             yield
     finally:
         handle.remove()
@@ -101,50 +106,36 @@ def untouched(blocks: Blocks) -> Iterator[None]:
             state.restore()
 
 
-@dataclass
-class _Seen:
-    """What one run of the step recorded: calls of the blocks, last output, leaves of the graph."""
-
-    visits: list[Visit]
-    output: Tensor
-    leaves: list[Tensor]
-
-
-@dataclass
-class Measured:
-    """The costs of a chain, and why some blocks cannot be recomputed."""
-
-    chain: Chain
-    refused: dict[int, str]
-
-
 def measure(
     blocks: Blocks, step: Callable[[], Tensor], accumulate: bool, show: Callable[[str], None]
-) -> Measured:
-    """Measure every block, head and tail of `step`, which runs forward and returns the loss."""
-    planned = [blocks, *blocks] if isinstance(blocks, nn.Sequential) else list(blocks)
-    with undone(planned), untouched(blocks), torch.enable_grad():
+) -> tuple[Chain, dict[int, str]]:
+    """Measure every block, head and tail of `step`, which runs forward and returns the loss.
+
+    Returns:
+        The costs, and why some blocks cannot be recomputed, by index.
+    """
+    with untouched(blocks), torch.enable_grad():
         show("running the step")
-        seen = _visit(blocks, step)
+        visits, _, leaves = seen = _visit(blocks, step)
         parameters = [p for block in blocks for p in block.parameters()]
-        with without_gradients(list(dict.fromkeys([*seen.leaves, *parameters]))):
-            ends = _Ends(blocks, step, seen, accumulate)
-            gradient, found, refused = ends.gradient, [], {}
-            made = set(ends.made)  # parameters with gradients from the tail or later blocks
+        with without_gradients(list(dict.fromkeys([*leaves, *parameters]))):
+            gradient: Tensor | None
+            chain, gradient, made = _ends(blocks, step, seen, accumulate)
+            found, refused = [], {}
             for index in reversed(range(len(blocks))):
                 show(f"measuring block {len(blocks) - index} of {len(blocks)}")
-                probe = Probe(blocks[index], seen.visits[index], gradient, made)
-                block, why = probe.measure(f"{index} {type(blocks[index]).__name__}")
+                probe = Probe(blocks[index], visits[index], gradient, made)
+                block, why, gradient = probe.measure()
                 found.append(block)
                 if why:
                     refused[index] = why
                 made.update(probe.parameters)
-                gradient = probe.input_gradient
-            return Measured(ends.chain(tuple(reversed(found)), gradient), refused)
+    costs = tuple(reversed(found))
+    return replace(chain, blocks=costs, input_gradient=nbytes([gradient])), refused
 
 
 def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> _Seen:
-    """Run the step once, with all blocks under checkpoints, and record the arguments of each."""
+    """Run the step once, with all blocks under checkpoints."""
     visits: list[Visit] = []
     outputs: list[Tensor] = []
 
@@ -154,7 +145,9 @@ def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> _Seen:
                 f"plan_checkpoints: expected block {index} to take the output of the block before "
                 "it as its first argument; what happens between two blocks must be in one of them"
             )
-        autocast = _autocast(x.device.type)
+        kind = x.device.type
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        autocast = {"device_type": kind, "dtype": dtype, "enabled": enabled}
         visits.append(Visit(x.detach(), x.requires_grad, args, kwargs, autocast))
         y = checkpoint(call, x, *args, use_reentrant=False, **kwargs)
         if not isinstance(y, Tensor):
@@ -168,28 +161,19 @@ def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> _Seen:
     with intercept(blocks, handler):
         loss = step()
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        got: str = type(loss).__name__
+        if isinstance(loss, Tensor):
+            got = f"a tensor of shape {list(loss.shape)}, requires_grad={loss.requires_grad}"
         raise ValueError(
             "plan_checkpoints: expected a step that returns a scalar loss which requires a "
-            f"gradient, got {_describe(loss)}; there is nothing to plan without a backward"
+            f"gradient, got {got}; there is nothing to plan without a backward"
         )
-    return _Seen(visits, outputs[-1].detach(), leaves_of(loss))
+    return visits, outputs[-1].detach(), leaves_of(loss)
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are the same memory; hooks on modules may have wrapped one of them."""
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
-
-
-def _describe(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"a tensor of shape {list(value.shape)}, requires_grad={value.requires_grad}"
-
-
-def _autocast(device: str) -> dict[str, Any]:
-    if not torch.is_autocast_enabled(device):
-        return {}
-    return {"device_type": device, "dtype": torch.get_autocast_dtype(device)}
 
 
 def leaves_of(loss: Tensor) -> list[Tensor]:
@@ -205,100 +189,75 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
     return found
 
 
-class _Ends:
-    """Head and tail, measured in the step with a stand-in for the blocks."""
+def _ends(
+    blocks: Blocks, step: Callable[[], Tensor], seen: _Seen, accumulate: bool
+) -> tuple[Chain, Tensor, set[Tensor]]:
+    """Measure head and tail in the step, with a stand-in for the blocks.
 
-    def __init__(
-        self, blocks: Blocks, step: Callable[[], Tensor], seen: _Seen, accumulate: bool
-    ) -> None:
-        self.blocks, self.step, self.accumulate = blocks, step, accumulate
-        self.leaves, self.value = seen.leaves, seen.output
-        self.first = seen.visits[0]
-        self.gradient: Layout | None = None
-        self.made: list[Tensor] = []
-        self.addresses = [0, 0, 0]  # of the blocks' input and output, and of its gradient
-        run = self._run
-        self._forget()
-        run(Marks())  # warm
-        self._forget()
-        self.trace = Trace(run, seen.output.device)
-        self.source, self.target, self.arrived = self.addresses
-        self._forget()
-        times = []
-        for _ in range(ROUNDS):
-            marks = Marks()
-            with no_collection():
-                run(marks)
-            times.append(marks.seconds("start", "blocks") + marks.seconds("tail", "end"))
-            self._forget()
-        self.seconds = statistics.median(times)
+    Returns:
+        A chain that lacks its blocks, the gradient of their output, and the leaves that have
+        gradients by then.
+    """
+    (first, *_), output, leaves = seen
+    arrived: list[Tensor] = []
+    made: set[Tensor] = set()
 
-    def _forget(self) -> None:
-        for leaf in self.leaves:
-            leaf.grad = torch.zeros_like(leaf) if self.accumulate else None
+    def run(marks: Marks) -> None:
+        arrived.clear()
 
-    def _run(self, marks: Marks) -> None:
         def back(gradient: Tensor) -> Tensor | None:
-            marks("arrived")
-            self.gradient = Layout.of(gradient)
-            self.addresses[2] = gradient.untyped_storage().data_ptr()
-            self.made = [leaf for leaf in self.leaves if leaf.grad is not None]
-            given = torch.ones_like(self.first.input) if self.first.needs_gradient else None
+            marks("arrived", gradient)
+            arrived.append(gradient)
+            made.update(leaf for leaf in leaves if leaf.grad is not None)
+            given = torch.ones_like(first.input) if first.needs_gradient else None
             marks("back")
             return given
 
         def handler(index: int, _: Call, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
             if index == 0:
-                marks("blocks")
-                self.addresses[0] = x.untyped_storage().data_ptr()
+                marks("begin", x)
                 anchor = torch.ones((), device=x.device, requires_grad=True)
-                x = StandIn.apply(anchor, x, self.value, back)
-                self.addresses[1] = x.untyped_storage().data_ptr()
-                marks("tail")
+                x = StandIn.apply(anchor, x, output, back)
+                marks("forward", x)
             return x
 
+        for leaf in leaves:
+            leaf.grad = torch.zeros_like(leaf) if accumulate else None
         torch.clear_autocast_cache()
         marks("start")
-        with intercept(self.blocks, handler):
-            loss = self.step()
-        marks("loss")
+        with intercept(blocks, handler):
+            loss = step()
+        for name in ("forwarded", "dropped", "gradient"):  # of the tail, as of a block
+            marks(name)
         loss.backward()
         marks("end")
 
-    def chain(self, blocks: tuple[Block, ...], input_gradient: Layout | None) -> Chain:
-        trace = self.trace
-        source, target = trace.number(self.source, "blocks"), trace.number(self.target, "tail")
-        head = trace.standing("start", "blocks", "blocks")
-        kept = trace.standing("start", "blocks", "loss")
-        tail = trace.standing("blocks", "loss", "loss")
-        held = source in kept or source not in head
-        size = head.get(source, 0)
-        frames = sum(head.values()) - sum(kept.values()) - (0 if held else size)
-        keeps_input = tail.pop(target, 0) > 0
-        made = trace.standing("loss", "arrived", "arrived")
-        made.pop(trace.number(self.arrived, "arrived"), None)
-        return Chain(
-            blocks,
-            input=size,
-            input_held=held,
-            input_gradient=0 if input_gradient is None else input_gradient.nbytes,
-            head_kept=sum(kept.values()),
-            head_frames=frames,
-            head_forward_peak=trace.peak("start", "blocks"),
-            head_backward_peak=trace.peak("back", "end"),
-            tail=Mode(
-                seconds=0.0,
-                forward_peak=trace.peak("tail", "loss"),
-                kept=sum(tail.values()),
-                keeps_output=False,
-                keeps_input=keeps_input,
-                backward_peak=trace.peak("loss", "arrived", stays=target),
-                backward_peak_freed=trace.peak("loss", "arrived"),
-            ),
-            # Not only what is in `.grad` by then: where head and tail share a weight, the tail's
-            # part of its gradient waits for that of the head.
-            tail_parameters=sum(made.values()),
-            checkpoint_bytes=checkpoint_bytes(self.value.device),
-            seconds=self.seconds,
-            gradients_before=nbytes(self.leaves) if self.accumulate else 0,
-        )
+    run(Marks())  # warm
+    trace = Trace(run, output.device.type)
+    seconds = median_seconds({"ends": run}, ("start", "begin"), ("forward", "end"))["ends"]
+    drop_gradients(leaves)
+    source = trace.number["begin"]
+    head = trace.standing("start", "begin", "begin")
+    kept = trace.standing("start", "begin", "dropped")
+    held = source in kept or source not in head
+    size = head.get(source, 0)
+    gradients = trace.standing("gradient", "arrived", "arrived")
+    gradients.pop(trace.number["arrived"], None)
+    chain = Chain(
+        blocks=(),
+        input=size,
+        input_held=held,
+        input_gradient=0,
+        head_kept=sum(kept.values()),
+        head_frames=sum(head.values()) - sum(kept.values()) - (0 if held else size),
+        head_forward_peak=trace.peak("start", "begin"),
+        head_backward_peak=trace.peak("back", "end"),
+        tail=mode(trace, seconds=0.0),
+        # Not only what is in `.grad` by then: where head and tail share a weight, the tail's part
+        # of its gradient waits for that of the head.
+        tail_parameters=sum(gradients.values()),
+        checkpoint_bytes=checkpoint_bytes(output.device),
+        seconds=sum(seconds),
+        gradients_before=nbytes(leaves) if accumulate else 0,
+    )
+    return chain, arrived[0], made

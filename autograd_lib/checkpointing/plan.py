@@ -7,40 +7,25 @@ then applied with PyTorch's own checkpoints.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import reduce
 
 from torch import Tensor, nn
 
-from autograd_lib.checkpointing.measure import measure
+from autograd_lib.checkpointing.measure import Blocks, measure
 from autograd_lib.checkpointing.recompute import apply_checkpoints, runs_its_children
-from autograd_lib.checkpointing.solver import (
-    Chain,
-    Step,
-    Steps,
-    evaluate,
-    frontier,
-    length,
-    recomputable,
-)
-from autograd_lib.report.plots import sized_axes
+from autograd_lib.checkpointing.solver import Step, Steps, frontier, length, plain
 from autograd_lib.report.progress import progress
 from autograd_lib.report.tables import Row, Table, readable_bytes
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 __all__ = ["CheckpointPlan", "plan_checkpoints"]
-
-Blocks = nn.Sequential | nn.ModuleList | list[nn.Module] | tuple[nn.Module, ...]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class CheckpointPlan(Table):
-    """The fastest schedule of a chain of blocks under a budget; prints as a table, draws itself.
+    """The fastest schedule of a chain of blocks under a budget; prints as a table.
 
     Bytes are the peak of forward and backward of one step that starts with every `.grad` None,
     parameter gradients included, above what stood before it. Seconds are those of that step.
@@ -54,8 +39,6 @@ class CheckpointPlan(Table):
         predicted_time: Seconds by this plan.
         plain_bytes: Peak without checkpoints.
         plain_time: Seconds without checkpoints.
-        rules: The same two figures for rules of thumb: "everything" (each block recomputed) and
-            "square root" (about sqrt(n) equal runs, the last saved: `checkpoint_sequential`).
         curve: Both figures of every optimal plan, from the least bytes to the least time.
         refused: Why a block cannot be recomputed, by the index of the block.
     """
@@ -66,10 +49,8 @@ class CheckpointPlan(Table):
     predicted_time: float
     plain_bytes: int
     plain_time: float
-    rules: dict[str, tuple[int, float]]
     curve: list[tuple[int, float]]
     refused: dict[int, str]
-    _chain: Chain
     _frontier: list[tuple[int, float, Steps]]
     _blocks: tuple[nn.Module, ...]
 
@@ -124,83 +105,54 @@ class CheckpointPlan(Table):
         Raises:
             ValueError: As for `apply`.
         """
-        names = {module: name for name, module in model.named_modules()}
         kinds = [type(block) for block in self._blocks]
-        containers = [
-            (name, module)
-            for name, module in model.named_modules()
+        names = {module: name for name, module in model.named_modules()}
+        containers = {
+            name: tuple(module)
+            for module, name in names.items()
             if isinstance(module, nn.Sequential | nn.ModuleList)
             and [type(child) for child in module] == kinds
-        ]
-        for name, module in containers:
-            if all(a is b for a, b in zip(module, self._blocks, strict=True)):
-                return {name: self.steps}
+        }
+        exact = [name for name, children in containers.items() if children == self._blocks]
         single = all(isinstance(step, str) for step in self.steps)
-        if single and all(block in names for block in self._blocks):
+        if not exact and single and names.keys() >= set(self._blocks):
             return {names[b]: step for b, step in zip(self._blocks, self.steps, strict=True)}
-        if len(containers) != 1:
+        found = exact or list(containers)
+        if len(found) != 1:
             raise ValueError(
                 "CheckpointPlan.apply: expected a model that holds the blocks of the plan, or one "
-                f"container of {len(kinds)} blocks like them, found {len(containers)}; apply the "
+                f"container of {len(kinds)} blocks like them, found {len(found)}; apply the "
                 "plan to the model it was made for, or make one for this model"
             )
-        return {containers[0][0]: self.steps}
+        return {found[0]: self.steps}
 
     def _table(self) -> tuple[str, Row, list[Row]]:
-        rows: list[Row] = []
-
-        def add(name: str, nbytes: int, seconds: float) -> None:
-            rows.append((name, readable_bytes(nbytes), f"{seconds / self.plain_time:.2f}"))
-
-        add("save everything", self.plain_bytes, self.plain_time)
-        for rule, figures in self.rules.items():
-            add(f"rule: {rule}", *figures)
-        add("this plan", self.predicted_bytes, self.predicted_time)
-        rows += [(f"  {line}", "", "") for line in _lines(self.steps, self._chain)]
+        rows: list[Row] = [
+            (name, readable_bytes(nbytes), f"{seconds / self.plain_time:.2f}")
+            for name, nbytes, seconds in (
+                ("save everything", self.plain_bytes, self.plain_time),
+                ("this plan", self.predicted_bytes, self.predicted_time),
+            )
+        ]
+        rows += [(f"  {line}", "", "") for line in self._lines(self.steps)]
         title = f"Checkpoint plan within {readable_bytes(self.budget)}"
         return title, ("schedule", "peak", "time / plain"), rows
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw peak and time of all optimal plans, of this one, and of the rules.
-
-        Args:
-            ax: Where to draw; a new figure if None.
-
-        Returns:
-            The axes.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-        """
-        ax = sized_axes("CheckpointPlan.plot", ax, (6, 3.5))
-        unit = 2**20
-        x, y = zip(*[(b / unit, t / self.plain_time) for b, t in self.curve], strict=True)
-        ax.step(x, y, "-C0", where="post", label="optimal plans")
-        ax.axvline(self.budget / unit, color="0.5", linestyle=":", label="budget")
-        points = [
-            ("this plan", (self.predicted_bytes, self.predicted_time), "oC0"),
-            ("save everything", (self.plain_bytes, self.plain_time), "sC7"),
-            *((r, p, m) for (r, p), m in zip(self.rules.items(), ("^C1", "vC2"), strict=True)),
-        ]
-        for label, (nbytes, seconds), style in points:
-            ax.plot([nbytes / unit], [seconds / self.plain_time], style, label=label)
-        ax.set_xlabel("peak of the step (MiB)")
-        ax.set_ylabel("time / time without checkpoints")
-        ax.legend()
-        return ax
+    def _lines(self, steps: Steps, start: int = 0, indent: str = "") -> list[str]:
+        lines = []
+        for step in steps:
+            end = start + length(step)
+            if isinstance(step, str):
+                lines.append(f"{indent}{_name(self._blocks, start)}: {step}")
+            else:
+                lines.append(f"{indent}{start} to {end - 1}: recompute together, then by")
+                lines += self._lines(step, start, indent + "  ")
+            start = end
+        return lines
 
 
-def _lines(steps: Steps, chain: Chain, start: int = 0, indent: str = "") -> list[str]:
-    lines = []
-    for step in steps:
-        end = start + length(step)
-        if isinstance(step, str):
-            lines.append(f"{indent}{chain.blocks[start].name}: {step}")
-        else:
-            lines.append(f"{indent}{start} to {end - 1}: recompute together, then by")
-            lines += _lines(step, chain, start, indent + "  ")
-        start = end
-    return lines
+def _name(blocks: Sequence[nn.Module], index: int) -> str:
+    return f"{index} {type(blocks[index]).__name__}"
 
 
 def plan_checkpoints(
@@ -277,29 +229,20 @@ def plan_checkpoints(
     """
     step = _step(blocks, sample, budget)
     with progress("plan_checkpoints") as show:
-        measured = measure(blocks, step, accumulate, show)
+        chain, refused = measure(blocks, step, accumulate, show)
         show("solving")
-        chain = measured.chain
         found = frontier(chain, runs_its_children(blocks))
-    for index, why in measured.refused.items():
+    modules = tuple(blocks)
+    for index, why in refused.items():
         warnings.warn(
-            f"plan_checkpoints: block {chain.blocks[index].name} {why}; every plan saves it",
+            f"plan_checkpoints: block {_name(modules, index)} {why}; every plan saves it",
             UserWarning,
             stacklevel=2,
         )
     nbytes, seconds, steps = _fastest(found, budget)
+    curve = [(peak, time) for peak, time, _ in found]
     return CheckpointPlan(
-        steps,
-        budget,
-        nbytes,
-        seconds,
-        *evaluate(chain, ("save",) * len(blocks)),
-        {rule: evaluate(chain, by) for rule, by in _rules(chain).items()},
-        [point[:2] for point in found],
-        measured.refused,
-        chain,
-        found,
-        tuple(blocks),
+        steps, budget, nbytes, seconds, *plain(chain), curve, refused, found, modules
     )
 
 
@@ -339,38 +282,12 @@ def _step(
             "plain peak is int(share * peak_bytes(step))"
         )
     if isinstance(sample, Tensor):
-
-        def chain() -> Tensor:
-            if isinstance(blocks, nn.Sequential):
-                return blocks(sample).sum()
-            x = sample
-            for block in blocks:
-                x = block(x)
-            return x.sum()
-
-        return chain
+        if isinstance(blocks, nn.Sequential):
+            return lambda: blocks(sample).sum()
+        return lambda: reduce(lambda x, block: block(x), blocks, sample).sum()
     if not callable(sample):
         raise TypeError(
             "plan_checkpoints: expected sample to be the input of the first block, a tensor, or a "
             f"function that runs the model and returns the loss, got {type(sample).__name__}"
         )
     return sample
-
-
-def _rules(chain: Chain) -> dict[str, Steps]:
-    """Schedules made without measuring; blocks that cannot be recomputed are saved."""
-    blocks = chain.blocks
-    single = tuple("recompute" if recomputable([block]) else "save" for block in blocks)
-    count = len(blocks)
-    size = count // max(1, round(math.sqrt(count)))
-    roots: list[Step] = []
-    for start in range(0, count, size):
-        end = min(start + size, count)
-        last = end + size > count  # `checkpoint_sequential` adds the remainder to it and saves it
-        if last or not recomputable(blocks[start:end]):
-            roots += ["save"] * ((count if last else end) - start)
-        else:
-            roots.append("recompute" if size == 1 else ("save",) * size)
-        if last:
-            break
-    return {"everything": single, "square root": tuple(roots)}

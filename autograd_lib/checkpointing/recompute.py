@@ -22,13 +22,15 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
+    noop_context_fn,
 )
 from torch.utils.flop_counter import flop_registry
 
 from autograd_lib.checkpointing.compiled import Budgeted, compile_module
 from autograd_lib.checkpointing.solver import NAMES, Step, length
 
-_Tensors = dict[tuple[nn.Module, str], Tensor]  # by module and name
+_Tensors = list[tuple[nn.Module, str, Tensor]]  # module, name, buffer or parameter
+_SLOTS = ("forward", "_compiled_call_impl")  # what a call of a module runs
 # Operations with FLOPs by PyTorch's count, and attention on the CPU, which that count leaves out.
 _COSTLY = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
 
@@ -64,13 +66,16 @@ def apply_checkpoints(
             for child in module.children() if module in found else ():
                 undo(child)
     for module, step in found.items():
-        if isinstance(step, str):
-            _set_forward(module, step, compile)
-        elif runs_its_children(module):
-            _set_chain(module, tuple(step), compile)
-        else:
-            for child, inner in zip(module, step, strict=True):  # type: ignore[call-overload]
-                _set_forward(child, inner, compile)
+        blocks: list[Any] = [module] if isinstance(step, str) else list(module.children())
+        for block in blocks if compile else ():
+            compile_module(block)
+        if not isinstance(step, str) and runs_its_children(module):
+            if any(inner != "save" for inner in step):
+                setattr(module, slot(module), _ChainForward(module, tuple(step)))
+            continue
+        for block, inner in zip(blocks, [step] if isinstance(step, str) else step, strict=True):
+            if inner != "save":
+                setattr(block, slot(block), _BlockForward(block, inner))
 
 
 def runs_its_children(module: object) -> bool:
@@ -87,41 +92,25 @@ def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
             )
     if isinstance(step, str):
         return
+    kind = type(module).__name__
     if not isinstance(module, (nn.Sequential, nn.ModuleList)):
         raise ValueError(
-            f"checkpoint: {name!r} is a {type(module).__name__}, which takes one step; only an "
-            "nn.Sequential or an nn.ModuleList takes one for each of its children"
-        )
-    if not runs_its_children(module) and len(set(module)) < len(module):
-        raise ValueError(
-            f"checkpoint: {name!r} holds a module twice, which cannot have two steps; give each of "
-            "its places a module of its own, or use an nn.Sequential"
+            f"checkpoint: {name!r} is a {kind}, which takes one step; only an nn.Sequential or an "
+            "nn.ModuleList takes one for each of its children"
         )
     if length(step) != len(module):
         raise ValueError(
             f"checkpoint: {name!r} has {len(module)} blocks, but the steps are for "
             f"{length(step)}; make the plan with this model"
         )
-    if not runs_its_children(module) and any(not isinstance(inner, str) for inner in step):
+    if runs_its_children(module):
+        return
+    if len(set(module)) < len(module) or any(not isinstance(inner, str) for inner in step):
         raise ValueError(
-            f"checkpoint: {name!r} is a {type(module).__name__} whose blocks are called by code of "
-            "the model: each takes a step of its own; runs of blocks need an nn.Sequential with "
-            "the forward of that class"
+            f"checkpoint: {name!r} is a {kind} whose blocks are called by code of the model: each "
+            "takes one step of its own, so that none can be there twice or run together with "
+            "others; that needs an nn.Sequential with the forward of that class"
         )
-
-
-def _set_forward(block: nn.Module, step: str, compile: bool) -> None:
-    if compile:
-        compile_module(block)
-    if step != "save":
-        setattr(block, slot(block), _BlockForward(block, step))
-
-
-def _set_chain(sequence: Any, steps: tuple[Step, ...], compile: bool) -> None:
-    for child in sequence if compile else ():
-        compile_module(child)
-    if any(step != "save" for step in steps):
-        setattr(sequence, slot(sequence), _ChainForward(sequence, steps))
 
 
 def slot(module: nn.Module) -> str:
@@ -132,7 +121,7 @@ def slot(module: nn.Module) -> str:
 @contextlib.contextmanager
 def kept_forwards(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Restore, at the end of the block, the functions that calls of these modules ran before it."""
-    before = [(module, slot(module), vars(module).get(slot(module))) for module in modules]
+    before = [(module, name, vars(module).get(name)) for module in modules for name in _SLOTS]
     try:
         yield
     finally:
@@ -150,153 +139,146 @@ def _restore(module: nn.Module, name: str, function: Callable[..., Any] | None) 
 
 def undo(module: nn.Module) -> None:
     """Remove the steps that `apply_checkpoints` gave to this module."""
-    for name in ("forward", "_compiled_call_impl"):
+    for name in _SLOTS:
         function = vars(module).get(name)
         if isinstance(function, _BlockForward | _ChainForward):
             _restore(module, name, function.replaced)
 
 
-@contextlib.contextmanager
-def undone(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Run these modules without the steps of `apply_checkpoints` during the block."""
-    with kept_forwards(modules):
-        for module in modules:
-            undo(module)
-        yield
-
-
 class _BlockForward:
-    """The forward of one block by its step; not a closure, so that models can be copied.
-
-    Selective checkpoints refuse compiled code: a compiled block runs as `Budgeted` instead. That
-    saves no memory where the block draws random numbers; such a block is recomputed.
-    """
+    """The forward of one block by its step; not a closure, so that models can be copied."""
 
     def __init__(self, block: nn.Module, step: str) -> None:
         self.replaced = vars(block).get(slot(block))  # compiled, or replaced by other code
         self.block, self.selective = block, step == "selective"
-        compiled = block._compiled_call_impl is not None
-        self.budgeted = Budgeted(block) if self.selective and compiled else None
         self.contexts = Contexts([block])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.budgeted is not None and not self.budgeted.random:
-            return self.budgeted(*args, **kwargs)
         forward = self.replaced or type(self.block).forward.__get__(self.block)
-        selective = self.selective and self.budgeted is None
-        return self.contexts.checkpoint(selective, forward, *args, **kwargs)
+        return self.contexts.checkpoint(self.selective, forward, *args, **kwargs)
 
 
 class _ChainForward:
     """The forward of an `nn.Sequential` by steps."""
 
-    def __init__(self, sequence: nn.Sequential, steps: tuple[Step, ...]) -> None:
+    def __init__(self, sequence: Any, steps: tuple[Step, ...]) -> None:
         self.replaced = vars(sequence).get(slot(sequence))
         self.sequence, self.steps = sequence, steps
         self.contexts: dict[tuple[int, int], Contexts] = {}
-        self.budgeted = {i: Budgeted(block) for i, block in enumerate(sequence)}
+        self._prepare(steps, 0)
+
+    def _prepare(self, steps: tuple[Step, ...], start: int) -> None:
+        for step in steps:
+            end = start + length(step)
+            self.contexts[start, end] = Contexts(list(self.sequence)[start:end])
+            if not isinstance(step, str):
+                self._prepare(step, start)
+            start = end
 
     def __call__(self, x: Any) -> Any:
         return self._run(self.steps, 0, x)
 
     def _run(self, steps: tuple[Step, ...], start: int, x: Any) -> Any:
-        blocks = list(self.sequence)
         for step in steps:
             end = start + length(step)
-            compiled = blocks[start]._compiled_call_impl is not None
             if step == "save":
-                x = blocks[start](x)
-            elif step == "selective" and compiled and not self.budgeted[start].random:
-                x = self.budgeted[start](x)
+                x = self.sequence[start](x)
             else:
-                contexts = self.contexts.get((start, end))
-                if contexts is None:
-                    contexts = self.contexts[start, end] = Contexts(blocks[start:end])
                 inner = ("save",) if isinstance(step, str) else step
-                selective = step == "selective" and not compiled
-                x = contexts.checkpoint(selective, self._run, inner, start, x)
+                run = partial(self._run, inner, start)
+                x = self.contexts[start, end].checkpoint(step == "selective", run, x)
             start = end
         return x
 
 
 class Contexts:
-    """The checkpoint of some blocks, and which of their buffers a forward changes."""
+    """The checkpoint of some blocks, and which of their buffers a forward changes.
+
+    Selective checkpoints refuse compiled code: a compiled block runs as `Budgeted` instead. That
+    saves no memory where the block draws random numbers; such a block is recomputed.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.first, self.budgeted = blocks[0], Budgeted(blocks[0])
         self.modules = list(dict.fromkeys(m for block in blocks for m in block.modules()))
         # Which buffers a forward changes, by the training mode of each module. The first forward
         # in a mode copies all buffers to find out.
         self.changing: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
 
+    @property
+    def compiled(self) -> bool:
+        return self.first._compiled_call_impl is not None
+
+    def may_be_selective(self) -> bool:
+        """Whether a selective step saves memory; that a block draws random numbers shows late."""
+        return not (self.compiled and self.budgeted.random)
+
     def checkpoint(
         self, selective: bool, run: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        def context_fn() -> tuple[Any, Any]:
-            first, used = _Tensors(), _Tensors()
-            modes = create_selective_checkpoint_contexts(_policy) if selective else ()
-            forward, again = partial(self._forward, first, used), partial(self._again, first, used)
-            return _Stacked(forward, *modes[:1]), _Stacked(again, *modes[1:])
-
+        selective = selective and self.may_be_selective()
+        if selective and self.compiled:
+            return self.budgeted(*args, **kwargs)
         if torch.compiler.is_compiling():  # Dynamo traces checkpoints with dispatch modes only
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
-        return checkpoint(run, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+        if not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        seen: list[_Tensors] = []  # by the first of the two runs: buffers and parameters
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _no_cast_cache(self.modules), self._again(*seen) if seen else self._first(seen):
+                return run(*args, **kwargs)
+
+        selected = partial(create_selective_checkpoint_contexts, _policy)
+        context_fn = selected if selective else noop_context_fn
+        return checkpoint(call, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
 
     @contextlib.contextmanager
-    def _forward(self, first: _Tensors, used: _Tensors) -> Iterator[None]:
-        """Record, around the first forward, its parameters and the buffers that it changes."""
+    def _first(self, seen: list[_Tensors]) -> Iterator[None]:
+        """Record, around the first forward, the buffers that it changes and all parameters."""
         mode = tuple(module.training for module in self.modules)
         known = self.changing.get(mode)
-        keys = known
-        if keys is None:
-            keys = [(m, n) for m in self.modules for n, b in m._buffers.items() if b is not None]
-        before = {key: _buffer(*key) for key in keys}
-        first.update({key: buffer.detach().clone() for key, buffer in before.items()})
-        used.update(
-            {(m, n): p for m in self.modules for n, p in m._parameters.items() if p is not None}
+        names = known if known is not None else [(m, n) for m in self.modules for n in m._buffers]
+        before = [(m, n, b) for m, n in names if (b := m._buffers[n]) is not None]
+        buffers = [(m, n, b.detach().clone()) for m, n, b in before]
+        seen += (
+            buffers,
+            [(m, n, p) for m in self.modules for n, p in m._parameters.items() if p is not None],
         )
-        with _no_cast_cache(self.modules):
-            yield
+        yield
         if known is None:
             # Compare values: batch_norm of PyTorch 2.13 does not raise the version of its
             # statistics. Those are kept in any case, as a batch of zeros may leave them unchanged.
-            for (module, name), buffer in before.items():
-                same = _buffer(module, name) is buffer and torch.equal(buffer, first[module, name])
-                if same and not isinstance(module, _NormBase):
-                    del first[module, name]
-            self.changing[mode] = list(first)
+            buffers[:] = [
+                (m, n, value)
+                for (m, n, buffer), (*_, value) in zip(before, buffers, strict=True)
+                if isinstance(m, _NormBase)
+                or m._buffers[n] is not buffer
+                or not torch.equal(buffer, value)
+            ]
+            self.changing[mode] = [(m, n) for m, n, _ in buffers]
 
     @contextlib.contextmanager
-    def _again(self, first: _Tensors, used: _Tensors) -> Iterator[None]:
+    def _again(self, buffers: _Tensors, parameters: _Tensors) -> Iterator[None]:
         """Recompute on copies of the recorded buffers, with the recorded parameters."""
-        now = {key: _buffer(*key) for key in first}
-        for (module, name), buffer in first.items():
-            module._buffers[name] = buffer.clone()
         # After a `torch.func.functional_call` the module holds other parameters. Leave those of
         # FSDP alone: it sets views of a flat parameter, or unshards what it had sharded.
-        own = {key: key[0]._parameters[key[1]] for key in used}
-        swapped = {
-            key: parameter
-            for key, parameter in own.items()
-            if isinstance(parameter, nn.Parameter)
-            and parameter is not used[key]
-            and not any(map(is_traceable_wrapper_subclass, (parameter, used[key])))
-        }
-        for module, name in swapped:
-            module._parameters[name] = used[module, name]  # type: ignore[assignment]
+        tables: list[tuple[dict[str, Any], str, Tensor]] = [
+            (module._parameters, name, used)
+            for module, name, used in parameters
+            if (now := module._parameters[name]) is not used
+            and isinstance(now, nn.Parameter)
+            and not any(map(is_traceable_wrapper_subclass, (now, used)))
+        ]
+        tables += [(module._buffers, name, buffer.clone()) for module, name, buffer in buffers]
+        before = [(table, name, table[name]) for table, name, _ in tables]
+        for table, name, tensor in tables:
+            table[name] = tensor
         try:
-            with _no_cast_cache(self.modules):
-                yield
+            yield
         finally:
-            for (module, name), buffer in now.items():
-                module._buffers[name] = buffer
-            for (module, name), parameter in swapped.items():
-                module._parameters[name] = parameter
-
-
-def _buffer(module: nn.Module, name: str) -> Tensor:
-    buffer = module._buffers[name]
-    assert buffer is not None
-    return buffer
+            for table, name, tensor in before:
+                table[name] = tensor
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -316,18 +298,3 @@ def _no_cast_cache(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
-
-
-class _Stacked:
-    """Context managers entered together, once for each backward through the graph."""
-
-    def __init__(self, generator: Callable[[], Any], *modes: Any) -> None:
-        self.generator, self.modes = generator, modes
-
-    def __enter__(self) -> None:
-        self.stack = contextlib.ExitStack()
-        for context in (self.generator(), *self.modes):
-            self.stack.enter_context(context)
-
-    def __exit__(self, *error: Any) -> Any:
-        return self.stack.__exit__(*error)

@@ -18,8 +18,8 @@ a *frontier*, the list of (bytes, seconds) that no other schedule of the interva
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
@@ -80,7 +80,6 @@ class Block:
     """The measured properties of one block.
 
     Attributes:
-        name: For reports.
         output: Bytes of its output's storage.
         aliases: Whether the output is the input's storage, as of a view.
         overwrites: Whether the input is modified in place.
@@ -91,7 +90,6 @@ class Block:
         recompute: Its costs under a checkpoint; None if that fails or changes gradients.
     """
 
-    name: str
     output: int
     aliases: bool
     overwrites: bool
@@ -147,20 +145,6 @@ class Chain:
         return self.blocks[index - 1].output if index else self.input
 
 
-def recomputable(blocks: Sequence[Block]) -> bool:
-    """Whether these blocks can stand under one checkpoint.
-
-    A block that overwrites the input that the checkpoint keeps would compute on another input the
-    second time.
-    """
-    aliased = True  # the output so far is the kept input
-    for block in blocks:
-        if block.recompute is None or (aliased and block.overwrites):
-            return False
-        aliased = aliased and block.aliases
-    return True
-
-
 # Frontiers
 
 _Linked = Any  # (step, the steps after it) or None: schedules share their ends
@@ -175,36 +159,24 @@ def frontier(chain: Chain, runs: bool) -> list[tuple[int, float, Steps]]:
         chain: The costs.
         runs: Whether several blocks may stand under one checkpoint.
     """
-    found = _Solver(chain, runs).solve()
-    points = _prune([(*_with_head(chain, need, t), steps) for need, t, steps in found])
-    return [(need, t, _steps(linked)) for need, t, linked in points]
-
-
-def evaluate(chain: Chain, steps: Steps) -> tuple[int, float]:
-    """Peak bytes and seconds of one schedule: the program, with no other step to choose from.
-
-    Its runs must be `recomputable`.
-    """
-    given = dict(_choices(steps, 0, len(chain.blocks)))
-    ((need, seconds, _),) = _Solver(chain, True, given).solve()
-    return _with_head(chain, need, seconds)
-
-
-def _choices(steps: Steps, start: int, end: int) -> Iterator[tuple[tuple[int, int], Step]]:
-    """Each step by the block it starts at and the end of the run around it (or of the chain)."""
-    for step in steps:
-        yield (start, end), step
-        after = start + length(step)
-        if not isinstance(step, str):
-            yield from _choices(step, start, after - 1)
-        start = after
-
-
-def _with_head(chain: Chain, need: int, seconds: float) -> tuple[int, float]:
-    """Add the costs of the head to those of blocks and tail."""
+    # What stands and is allocated when the head goes backward.
     last = chain.head_kept + chain.input_gradient + chain.gradients[0] + chain.head_backward_peak
-    peak = max(chain.head_forward_peak, chain.head_kept + need, last)
-    return chain.gradients_before + peak, chain.seconds + seconds
+    points = [
+        (
+            chain.gradients_before + max(chain.head_forward_peak, chain.head_kept + need, last),
+            chain.seconds + seconds,
+            linked,
+        )
+        for need, seconds, linked in _Solver(chain, runs).solve()
+    ]
+    return [(need, seconds, _steps(linked)) for need, seconds, linked in _prune(points)]
+
+
+def plain(chain: Chain) -> tuple[int, float]:
+    """Peak bytes and seconds of the schedule that saves everything."""
+    blocks = tuple(replace(block, selective=None, recompute=None) for block in chain.blocks)
+    ((need, seconds, _),) = frontier(replace(chain, blocks=blocks), False)
+    return need, seconds
 
 
 def _steps(linked: _Linked) -> Steps:
@@ -226,133 +198,90 @@ def _prune(points: _Frontier) -> _Frontier:
     return best
 
 
-def _before(head: int, kept: int, seconds: float, step: str, rest: _Frontier) -> _Frontier:
-    """Put one block before `rest`: it needs `head` itself and keeps `kept` while `rest` runs."""
-    return [(max(head, kept + need), seconds + t, (step, after)) for need, t, after in rest]
-
-
 def _run_before(
     head: int, kept: int, seconds: float, inner: _Frontier, rest: _Frontier
 ) -> _Frontier:
     """Put a run before `rest`, pairing schedules of its repetition and of `rest` by need."""
     points: _Frontier = []
-    if not inner or not rest:
-        return points
-    i = j = 0
-    level = max(inner[0][0], rest[0][0])
-    while True:
-        while i + 1 < len(inner) and inner[i + 1][0] <= level:
-            i += 1
-        while j + 1 < len(rest) and rest[j + 1][0] <= level:
-            j += 1
-        steps = inner[i][2], rest[j][2]
-        points.append((max(head, kept + level), seconds + inner[i][1] + rest[j][1], steps))
-        higher = [f[at + 1][0] for f, at in ((inner, i), (rest, j)) if at + 1 < len(f)]
-        if not higher:
-            return points
-        level = min(higher)
+    i, j = len(inner) - 1, len(rest) - 1
+    while i >= 0 and j >= 0:
+        (need, again, repetition), (other, after, steps) = inner[i], rest[j]
+        level = max(need, other)
+        points.append((max(head, kept + level), seconds + again + after, (repetition, steps)))
+        i -= need == level
+        j -= other == level
+    return points
 
 
 class _Solver:
-    """The dynamic program. All bytes are counted from what stands before an interval begins.
+    """The dynamic program. All bytes are counted from what stands before an interval begins."""
 
-    `held` says whether something else holds the input of the interval until backward.
-
-    Args:
-        chain: The costs.
-        runs: Whether several blocks may stand under one checkpoint.
-        given: The steps to take, as `_choices` lists them; None to choose.
-    """
-
-    def __init__(
-        self, chain: Chain, runs: bool, given: dict[tuple[int, int], Step] | None = None
-    ) -> None:
-        self.chain, self.blocks, self.grouped, self.given = chain, chain.blocks, runs, given
-        self.first = cache(self.first)  # type: ignore[method-assign]
-        self.again = cache(self.again)  # type: ignore[method-assign]
+    def __init__(self, chain: Chain, runs: bool) -> None:
+        self.chain, self.blocks, self.grouped = chain, chain.blocks, runs
+        self.interval = cache(self.interval)  # type: ignore[method-assign]
 
     def solve(self) -> _Frontier:
         # Small intervals before large ones, so that the recursion stays shallow.
         count = len(self.blocks)
-        for k in range(count if self.grouped and self.given is None else 0):
-            for j in range(k, -1, -1):
-                self.again(j, k, True)
-        for s in range(count, -1, -1):
-            if self.given is None or s == count or (s, count) in self.given:
-                self.first(s, True)
-        return self.first(0, self.chain.input_held)
+        for end in range(0 if self.grouped else count, count + 1):
+            for start in range(end, -1, -1):
+                self.interval(start, end, True)
+        return self.interval(0, count, self.chain.input_held)
 
-    def open(self, start: int, end: int, step: Step, blocks: int = 1) -> bool:
-        """Whether this step may be chosen; of a run only the number of its blocks matters."""
-        if self.given is None:
-            return True
-        given = self.given[start, end]
-        if step in ("save", "selective") or given in ("save", "selective"):
-            return bool(step == given)
-        return length(given) == blocks
+    def interval(self, start: int, end: int, held: bool) -> _Frontier:
+        """Schedules of the blocks from `start` on: forward and backward.
 
-    def first(self, s: int, held: bool) -> _Frontier:
-        """Blocks from `s` to the tail: forward and backward."""
-        chain = self.chain
-        waiting = 0 if held else chain.size(s)
-        if s == len(self.blocks):
-            need, _, _ = self.cost(chain.tail, chain.head_frames, 0, waiting)
-            return [(need, 0.0, None)]
-        block, points = self.blocks[s], []
-        for step, mode in (("save", block.save), ("selective", block.selective)):
-            if mode is not None and self.open(s, len(self.blocks), step):
-                back = block.output_gradient + chain.gradients[s + 1]
-                need, kept, own = self.cost(mode, chain.head_frames, back, waiting)
-                stays = held or mode.keeps_input if block.aliases else own
-                points += _before(need, kept, mode.seconds, step, self.first(s + 1, stays))
-        for k, need, kept, seconds, aliased in self.runs(s, len(self.blocks) - 1, waiting):
-            if not self.open(s, len(self.blocks), "recompute", k - s + 1):
-                continue
-            rest = self.first(k + 1, aliased)
-            head = chain.head_frames + need
-            points += _run_before(head, kept, seconds, self.repeat(s, k), rest)
-        return _prune(points)
-
-    def repeat(self, s: int, k: int) -> _Frontier:
-        """The run from `s` to `k` in backward: forward again, and backward."""
-        block = self.blocks[k]
-        if s < k:
-            return self.again(s, k, True)
-        assert block.recompute is not None
-        base = block.output_gradient + self.chain.gradients[k + 1]
-        return [(base + block.recompute.alone_peak, block.recompute.seconds, ("save", None))]
-
-    def again(self, j: int, k: int, held: bool) -> _Frontier:
-        """Blocks `j` to `k`, the end of a run, while the gradient of its output waits."""
-        chain, block = self.chain, self.blocks[j]
-        base = self.blocks[k].output_gradient + chain.gradients[k + 1]
-        waiting = 0 if held else chain.size(j)
-        back = block.output_gradient + chain.gradients[j + 1]
-        if block.recompute is None:
+        They end with the tail, where `end` is its index, or with the last block of a run that is
+        repeated, while the gradient of the run's output waits. `held` says whether something else
+        holds the input of the interval until backward.
+        """
+        chain, to_tail = self.chain, end == len(self.blocks)
+        waiting = 0 if held else chain.size(start)
+        base = chain.head_frames if to_tail else self.gradients(end)
+        if to_tail and start == end:
+            return [(self.need(chain.tail, base, 0, waiting), 0.0, None)]
+        block, back = self.blocks[start], self.gradients(start)
+        if not to_tail and block.recompute is None:
             return []
-        if j == k:  # the repetition stops as soon as backward has what it needs
-            peak = max(
-                base + waiting + block.recompute.again_peak, self.back(block.save, back, waiting)
-            )
+        if start == end:  # the repetition stops as soon as backward has what it needs
+            assert block.recompute is not None
+            again = base + waiting + block.recompute.again_peak
+            peak = max(again, self.backward(block.save, back, waiting))
             return [(peak, block.recompute.seconds, ("save", None))]
         points: _Frontier = []
-        if self.open(j, k, "save"):
-            need, kept, own = self.cost(block.save, base, back, waiting)
-            stays = held or block.save.keeps_input if block.aliases else own
-            points += _before(need, kept, block.save.seconds, "save", self.again(j + 1, k, stays))
-        for m, need, kept, seconds, aliased in self.runs(j, k - 1, waiting):
-            if not self.open(j, k, "recompute", m - j + 1):
+        modes = [("save", block.save), ("selective", block.selective if to_tail else None)]
+        for step, mode in modes:
+            if mode is None:
                 continue
-            rest = self.again(m + 1, k, aliased)
-            points += _run_before(base + need, kept, seconds, self.repeat(j, m), rest)
+            need = self.need(mode, base, back, waiting)
+            kept = mode.kept + (waiting if mode.keeps_input else 0)
+            stays = held or mode.keeps_input if block.aliases else mode.keeps_output
+            points += [
+                (max(need, kept + later), mode.seconds + seconds, (step, after))
+                for later, seconds, after in self.interval(start + 1, end, stays)
+            ]
+        for last, need, kept, seconds, aliased in self.runs(start, end - 1, waiting):
+            inner, rest = self.repeated(start, last), self.interval(last + 1, end, aliased)
+            points += _run_before(base + need, kept, seconds, inner, rest)
         return _prune(points)
 
-    def cost(self, mode: Mode, base: int, back: int, waiting: int) -> tuple[int, int, bool]:
-        """Need of one block, what it keeps, and whether that includes its output."""
-        need = max(base + waiting + mode.forward_peak, self.back(mode, back, waiting))
-        return need, mode.kept + (waiting if mode.keeps_input else 0), mode.keeps_output
+    def repeated(self, start: int, last: int) -> _Frontier:
+        """A run in backward: forward again, and backward."""
+        block = self.blocks[last]
+        if start < last:
+            return self.interval(start, last, True)
+        assert block.recompute is not None
+        peak = self.gradients(last) + block.recompute.alone_peak
+        return [(peak, block.recompute.seconds, ("save", None))]
 
-    def back(self, mode: Mode, back: int, waiting: int) -> int:
+    def gradients(self, index: int) -> int:
+        """Bytes of the gradients that stand as backward reaches a block, that of its output too."""
+        return self.blocks[index].output_gradient + self.chain.gradients[index + 1]
+
+    def need(self, mode: Mode, base: int, back: int, waiting: int) -> int:
+        return max(base + waiting + mode.forward_peak, self.backward(mode, back, waiting))
+
+    def backward(self, mode: Mode, back: int, waiting: int) -> int:
         if waiting and mode.keeps_input:
             return mode.kept + waiting + back + mode.backward_peak_freed
         return mode.kept + back + mode.backward_peak
@@ -363,7 +292,7 @@ class _Solver:
         for k in range(s, last + 1 if self.grouped else min(s, last) + 1):
             block = self.blocks[k]
             if block.recompute is None or (aliased and block.overwrites):
-                return  # as `recomputable` says
+                return  # it would compute on another input the second time
             need = max(need, waiting + current + left + block.recompute.forward_peak)
             left += block.recompute.left
             seconds += block.recompute.forward_seconds

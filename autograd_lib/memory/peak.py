@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import os
-import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._C._profiler import _EventType
-from torch.autograd.profiler import profile
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autograd_lib.memory.saved import storage_parts
+from autograd_lib.memory.trace import Marks, Trace
 from autograd_lib.report.tables import readable_bytes
 
 __all__ = ["peak_bytes"]
-
-_Event = tuple[torch.device, int, int]  # device, address, bytes: negative when freed
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
@@ -66,37 +58,25 @@ def peak_bytes(step: Callable[[], object]) -> int:
             f"peak_bytes: expected a function without arguments, got {type(step).__name__}; "
             "pass `lambda: model(x).sum().backward()`, not its result"
         )
-    with _one_profiler:
-        return _peak_bytes(step)
+    before: dict[int, int] = {}
+    held: list[tuple[StorageWeakRef, int]] = []
 
-
-# PyTorch's profiler and the process's stderr exist once, so threads take turns. The lock is
-# reentrant: a call from within `step` must reach the error about nested profilers.
-_one_profiler = threading.RLock()
-
-
-def _peak_bytes(step: Callable[[], object]) -> int:
-    if torch._C._autograd._profiler_enabled():
-        raise RuntimeError(
-            "peak_bytes: a profiler is running already, and PyTorch allows only one at a time; "
-            "call peak_bytes outside of it"
-        )
-
-    def warm_up() -> None:
+    def run(marks: Marks) -> None:
         step()
         gc.collect()
+        for device in _cuda_devices():
+            if torch.cuda.memory_reserved(device):  # do not create a context on an unused device
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+                before[device] = torch.cuda.memory_allocated(device)
+        held.extend(_held_by_python())
+        marks("start")
+        step()
+        marks("end")
 
-    stood: dict[tuple[torch.device, int], int] = {}
-    _follow(allocations(warm_up), stood)
-    before: dict[int, int] = {}
-    for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-        if torch.cuda.memory_reserved(device):  # do not create a context on an unused device
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before[device] = torch.cuda.memory_allocated(device)
-    held = _held_by_python()
-    events = allocations(step)
-    peak, freed = _follow(events, stood)
+    trace = Trace(run)
+    first = sum(nbytes > 0 for _, nbytes in trace.events[: trace.at["start"]])
+    freed = -sum(n for number, n in trace.cut("start", "end") if n < 0 and number < first)
     # The CPU's allocator reports no release of memory that was allocated before any profiling.
     freed = max(freed, sum(size for reference, size in held if reference.expired()))
     if freed:
@@ -105,72 +85,15 @@ def _peak_bytes(step: Callable[[], object]) -> int:
             "is not what step needs by itself; free that memory before the call or at the end of "
             "step (zero_grad after the optimizer's step, not before the forward)",
             UserWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
-    if used := {device.index for device, _, _ in events if device.type == "cuda"}:
-        return sum(torch.cuda.max_memory_allocated(i) - before.get(i, 0) for i in used)
-    return peak
+    if any(device.type == "cuda" for device in trace.devices[first:]):
+        return sum(torch.cuda.max_memory_allocated(i) - before.get(i, 0) for i in _cuda_devices())
+    return trace.peak("start", "end")
 
 
-def allocations(step: Callable[[], object]) -> list[_Event]:
-    """List device, address and signed size of each allocation and release during step()."""
-    profiler = profile(use_cpu=True, profile_memory=True)
-    collecting, running = gc.isenabled(), False
-    with _silent_stderr():
-        unknown = torch.empty(1)
-        profiler.__enter__()
-        del unknown  # makes the allocator warn of unrecorded memory now, while stderr is silent
-    try:
-        gc.disable()
-        torch._C._autograd._enable_record_function(False)  # record allocations, not operators
-        step()
-    finally:
-        torch._C._autograd._enable_record_function(True)
-        if collecting:
-            gc.enable()
-        running = torch._C._autograd._profiler_enabled()
-        if running:
-            with _silent_stderr():
-                profiler.__exit__(None, None, None)
-    if not running:
-        raise RuntimeError(
-            "peak_bytes: step runs a profiler of its own, and PyTorch allows only one at a time; "
-            "pass a step without it"
-        )
-    return _events(profiler)
-
-
-def _events(profiler: profile) -> list[_Event]:
-    assert profiler.kineto_results is not None
-    pending = list(reversed(profiler.kineto_results.experimental_event_tree()))
-    found = []
-    while pending:
-        event = pending.pop()
-        if event.tag == _EventType.Allocation:
-            fields: Any = event.extra_fields
-            found.append((event.start_time_ns, fields.device, fields.ptr, fields.alloc_size))
-        pending.extend(reversed(event.children))
-    found.sort(key=lambda entry: entry[0])  # stable: within one clock tick the tree has the order
-    return [entry[1:] for entry in found]
-
-
-def _follow(events: list[_Event], stood: dict[tuple[torch.device, int], int]) -> tuple[int, int]:
-    """Return the peak of the running sum and the bytes freed of `stood`, which is updated."""
-    own: dict[tuple[torch.device, int], int] = {}
-    standing = peak = freed = 0
-    for device, address, nbytes in events:
-        key = device, address
-        if nbytes > 0:
-            own[key] = nbytes
-            standing += nbytes
-        elif key in own:
-            standing -= own.pop(key)
-        else:  # unknown to both records: the reported size may be that of an earlier allocation
-            freed += stood.get(key, 0)
-            standing -= stood.pop(key, 0)
-        peak = max(peak, standing)
-    stood.update(own)
-    return peak, freed
+def _cuda_devices() -> range:
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
 
 
 def _held_by_python() -> list[tuple[StorageWeakRef, int]]:
@@ -181,24 +104,3 @@ def _held_by_python() -> list[tuple[StorageWeakRef, int]]:
                 reference = StorageWeakRef(part.untyped_storage())
                 found[reference.cdata] = reference, part.untyped_storage().nbytes()
     return list(found.values())
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    # The profiler of 2.13 announces its start and stop on the process's stderr, with times that
-    # would end up in the stored output of a notebook; KINETO_LOG_LEVEL is read only once.
-    if sys.stderr is not None:
-        sys.stderr.flush()
-    try:
-        kept = os.dup(2)
-    except OSError:  # a process without stderr
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

@@ -7,10 +7,10 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
@@ -31,13 +31,8 @@ from autograd_lib.report.tables import Row, Table, readable_bytes
 
 __all__ = ["SavedTensors", "saved_tensors"]
 
+_T = TypeVar("_T")
 _MODULE_CALL = nn.Module.__call__.__code__
-_COMPRESSED = {
-    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
-    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
-}
 # What `save_for_backward` and similar methods set on `ctx`: saved-tensor hooks see these tensors.
 _HANDED_OVER = {"to_save", "saved_for_forward", "dirty_tensors", "non_differentiable"}
 
@@ -88,12 +83,12 @@ class SavedTensors(Table):
             {module: name for name, module in model.named_modules()}
         )
         self._thread = threading.get_ident()
-        self._mark(self._parameters, [*model.parameters(), *model.buffers()])
+        self._mark_parameters(model)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of the distinct activation storages saved during the block."""
-        return sum(storage.nbytes for storage in self._activations())
+        return sum(self.by_module().values())
 
     @property
     def parameter_bytes(self) -> int:
@@ -111,67 +106,57 @@ class SavedTensors(Table):
 
         The name "" stands for code in no submodule: the root's own forward, the loss.
         """
-        counts: Counter[str] = Counter()
-        for storage in self._activations():
-            counts[storage.source] += storage.nbytes
-        return dict(counts)
+        return self._count(self._saved, lambda storage: storage.source)
 
     def by_dtype(self) -> dict[torch.dtype, int]:
         """Activation bytes by the dtype of the tensor through which a storage was saved first."""
-        counts: Counter[torch.dtype] = Counter()
-        for storage in self._activations():
-            counts[storage.dtype] += storage.nbytes
-        return dict(counts)
+        return self._count(self._saved, lambda storage: storage.dtype)
 
     @property
     def blind_spots(self) -> list[str]:
         """One sentence for each kind of memory kept for backward where no hook sees it."""
-        counted = self._saved.keys() | self._parameters | self._inputs
-        hidden: Counter[str] = Counter()
-        for key, storage in self._aside.items():
-            if key not in counted:
-                hidden[storage.source] += storage.nbytes
+        unseen = {key: storage for key, storage in self._aside.items() if key not in self._saved}
+        hidden = self._count(unseen, lambda storage: storage.source)
         spots = [f"{source} keeps {readable_bytes(n)} unseen" for source, n in hidden.items() if n]
         return spots + [
             f"{name} took the place of the counting hooks, and what it keeps is not seen"
             for name in sorted(self._other_hooks)
         ]
 
-    def _activations(self) -> Iterable[_Storage]:
-        left_out = self._parameters | self._inputs
-        return [storage for key, storage in self._saved.items() if key not in left_out]
+    def _count(self, storages: dict[int, _Storage], of: Callable[[_Storage], _T]) -> dict[_T, int]:
+        """Sum bytes by a property, without those of parameters and inputs."""
+        counts: Counter[_T] = Counter()
+        for key, storage in storages.items():
+            if key not in self._parameters and key not in self._inputs:
+                counts[of(storage)] += storage.nbytes
+        return dict(counts)
 
-    def _identify(self, storage: torch.UntypedStorage) -> int:
-        reference = StorageWeakRef(storage)
-        return self._references.setdefault(reference.cdata, reference).cdata
+    def _parts(self, values: Any) -> Iterator[tuple[int, Tensor]]:
+        """Yield what holds the data of the tensors in `values`, with an identity of its storage."""
+        for tensor in tree_leaves(values):
+            for part in storage_parts(tensor) if isinstance(tensor, Tensor) else ():
+                reference = StorageWeakRef(part.untyped_storage())
+                yield self._references.setdefault(reference.cdata, reference).cdata, part
 
-    def _mark(self, keys: set[int], values: Any) -> None:
-        for tensor in _tensors(values):
-            keys.update(self._identify(part.untyped_storage()) for part in storage_parts(tensor))
+    def _mark_parameters(self, model: nn.Module) -> None:
+        own = self._parts([*model.parameters(), *model.buffers()])
+        self._parameters.update(key for key, _ in own)
 
     def _record(self, tensor: Tensor) -> None:
-        for part in storage_parts(tensor):
-            storage = part.untyped_storage()
-            key = self._identify(storage)
-            if key not in self._saved:
-                self._saved[key] = _Storage(storage.nbytes(), part.dtype, self._module())
         # Parameters may be unknown until now: FSDP gathers its own, lazy modules make theirs in
         # the first forward, and a loss may have some.
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
-            self._mark(self._parameters, tensor)
+        is_parameter = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+        for key, part in self._parts(tensor):
+            if key not in self._saved:
+                nbytes = part.untyped_storage().nbytes()
+                self._saved[key] = _Storage(nbytes, part.dtype, self._module())
+            if is_parameter:
+                self._parameters.add(key)
 
     def _record_aside(self, source: str, values: Any) -> None:
-        if threading.get_ident() != self._thread:
-            return
-        for tensor in _tensors(values):
-            for part in storage_parts(tensor):
-                storage = part.untyped_storage()
-                kept = _Storage(storage.nbytes(), part.dtype, source)
-                self._aside.setdefault(self._identify(storage), kept)
-
-    def _record_hooks(self, hooks: object) -> None:
-        if threading.get_ident() == self._thread:
-            self._other_hooks.add(type(hooks).__qualname__)
+        for key, part in self._parts(values):
+            kept = _Storage(part.untyped_storage().nbytes(), part.dtype, source)
+            self._aside.setdefault(key, kept)
 
     def _module(self) -> str:
         # Read the stack rather than hook every module: Dynamo would trace the hooks into compiled
@@ -317,36 +302,29 @@ def _unpack(packed: tuple[Tensor, int]) -> Tensor:
 def _note_arguments(model: nn.Module, saved: SavedTensors) -> Iterator[None]:
     """Mark the arguments of every call of `model` as inputs."""
 
-    def mark(args: Any, kwargs: Any) -> None:
-        # Under torch.func.functional_call the parameters are not those that the block began with.
-        saved._mark(saved._parameters, [*model.parameters(), *model.buffers()])
-        saved._mark(saved._inputs, (args, kwargs))
-
-    def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+    def mark(_: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():  # else Dynamo would keep the hook in its graph
-            mark(args, kwargs)
+            # Under torch.func.functional_call the parameters are not those of the block's start.
+            saved._mark_parameters(model)
+            saved._inputs.update(key for key, _ in saved._parts((args, kwargs)))
 
     compiled = model._compiled_call_impl
-    if compiled is None:
-        handle = model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-        return
+    with contextlib.ExitStack() as stack:
+        if compiled is None:
+            handle = model.register_forward_pre_hook(mark, with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
+        else:  # module hooks are ignored after model.compile()
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        mark(args, kwargs)
-        return compiled(*args, **kwargs)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                mark(model, args, kwargs)
+                return compiled(*args, **kwargs)
 
-    model._compiled_call_impl = call  # module hooks are ignored after model.compile()
-    try:
+            model._compiled_call_impl = call
+            stack.callback(setattr, model, "_compiled_call_impl", compiled)
         yield
-    finally:
-        model._compiled_call_impl = compiled
 
 
-_watchers: list[SavedTensors] = []
+_watching: list[SavedTensors] = []
 _unwatch = contextlib.ExitStack()
 _lock = threading.Lock()
 
@@ -355,18 +333,23 @@ _lock = threading.Lock()
 def _watch(saved: SavedTensors) -> Iterator[None]:
     """Watch for memory kept where no hook sees it; the last block to end removes the watchers."""
     with _lock:
-        if not _watchers:
+        if not _watching:
             _replace(BackwardCFunction, "__setattr__", _setattr_on_ctx)
             _replace(_CachingTorchDispatchMode, "__exit__", _exit_selective_checkpoint)
             _replace(saved_tensors_hooks, "__enter__", _enter_hooks)
-        _watchers.append(saved)
+        _watching.append(saved)
     try:
         yield
     finally:
         with _lock:
-            _watchers.remove(saved)
-            if not _watchers:
+            _watching.remove(saved)
+            if not _watching:
                 _unwatch.close()
+
+
+def _here() -> list[SavedTensors]:
+    """The records of the blocks that run on this thread."""
+    return [saved for saved in list(_watching) if saved._thread == threading.get_ident()]
 
 
 def _replace(owner: type, name: str, watcher: Callable[..., Any]) -> None:
@@ -387,33 +370,22 @@ def _replace(owner: type, name: str, watcher: Callable[..., Any]) -> None:
 def _setattr_on_ctx(ctx: Any, name: str, value: Any) -> None:
     # Reentrant checkpointing keeps the state of the random number generator, not an activation.
     if name not in _HANDED_OVER and ctx._forward_cls is not CheckpointFunction:
-        for saved in list(_watchers):
+        for saved in _here():
             saved._record_aside(f"{ctx._forward_cls.__qualname__} on its ctx", value)
 
 
 def _exit_selective_checkpoint(mode: Any, *_: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    entries = tree_leaves([list(_values(cached)) for cached in mode.storage.values()])
-    for saved in list(_watchers):
-        saved._record_aside(
-            "the cache of selective checkpointing", [getattr(e, "val", None) for e in entries]
-        )
+    if not torch.compiler.is_compiling():
+        kept = [getattr(entry, "val", None) for entry in tree_leaves(list(mode.storage.values()))]
+        for saved in _here():
+            saved._record_aside("the cache of selective checkpointing", kept)
 
 
 def _enter_hooks(hooks: saved_tensors_hooks) -> None:
     # Through its hooks checkpointing keeps only the inputs of its region, which are counted.
     if not isinstance(hooks, (_CountingHooks, _checkpoint_hook, _recomputation_hook)):
-        for saved in list(_watchers):
-            saved._record_hooks(hooks)
-
-
-def _values(cached: Any) -> Iterable[Any]:
-    return cached.values() if isinstance(cached, dict) else cached
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+        for saved in _here():
+            saved._other_hooks.add(type(hooks).__qualname__)
 
 
 def storage_parts(tensor: Tensor) -> Iterator[Tensor]:
@@ -428,7 +400,9 @@ def storage_parts(tensor: Tensor) -> Iterator[Tensor]:
                 yield from storage_parts(part)
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
-    elif tensor.layout in _COMPRESSED:
-        yield from (getattr(tensor, name)() for name in _COMPRESSED[tensor.layout])
-    else:
+    elif tensor.layout is torch.strided:
         yield tensor
+    else:
+        by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        names = ("crow_indices", "col_indices") if by_row else ("ccol_indices", "row_indices")
+        yield from (getattr(tensor, name)() for name in (*names, "values"))

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from cases import DEVICES
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint_sequential
 
 from autograd_lib import CheckpointPlan, Settings, peak_bytes, plan_checkpoints
 from autograd_lib.checkpointing.solver import length
@@ -354,6 +353,16 @@ def test_predictions_of_the_whole_curve(planned: Planned) -> None:
     assert_predicted(case, plan, plan.curve)
 
 
+def test_predicted_bytes_where_the_backward_of_the_head_is_the_peak() -> None:
+    """The gradient of a large table; by then that of the blocks' output has been freed."""
+    blocks = nn.Sequential(*[layer() for _ in range(4)])
+    model = nn.ModuleDict({"embedding": nn.Embedding(40_000, 32), "blocks": blocks})
+    tokens = torch.randint(0, 40_000, (ROWS,))
+    case = Case(model, blocks, lambda: blocks(model["embedding"](tokens)).square().mean())
+    plan = case.plan()
+    assert_predicted(case, plan, plan.curve[:1])
+
+
 @pytest.mark.xfail(
     strict=True,
     reason="random states of inner checkpoints stand from the first forward on: 5 KB each",
@@ -445,30 +454,6 @@ def test_predicted_bytes_of_accumulation_into_a_large_head() -> None:
     assert plan.plain_bytes == pytest.approx(peak_bytes(two), rel=0.01)
 
 
-def test_rules_are_predicted(planned: Planned) -> None:
-    """What the rules are said to need is what PyTorch itself needs by them."""
-    case, plan = planned("mlp")
-    rules = {
-        "everything": lambda: checkpoint_sequential(
-            case.model, 6, case.sample, use_reentrant=False
-        ),
-        "square root": lambda: checkpoint_sequential(
-            case.model, 3, case.sample, use_reentrant=False
-        ),
-    }
-    assert list(plan.rules) == list(rules)
-    for name, forward in rules.items():
-
-        def run(forward: Callable[[], Tensor] = forward) -> None:
-            forward().sum().backward()
-            case.model.zero_grad()
-
-        if name == "square root":  # the last run is saved, as `checkpoint_sequential` does it
-            assert plan.rules[name][0] == pytest.approx(peak_bytes(run), rel=0.01)
-        else:  # here it saves the last block, whose outputs are the peak of neither
-            assert plan.rules[name][0] <= peak_bytes(run) * 1.01
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_known_bytes(device: str) -> None:
     """Eight tanh layers: their outputs and one gradient, for that of the sum is a number."""
@@ -490,8 +475,8 @@ def test_curve_is_a_trade_off(planned: Planned) -> None:
         assert plan.curve == sorted(plan.curve)
         assert all(a[1] > b[1] for a, b in zip(plan.curve, plan.curve[1:], strict=False))
         assert plan.predicted_time <= plan.plain_time
-        for nbytes, seconds in [*plan.rules.values(), (plan.plain_bytes, plan.plain_time)]:
-            assert any(b <= nbytes and t <= seconds * (1 + 1e-9) for b, t in plan.curve)
+        limits = plan.plain_bytes, plan.plain_time * (1 + 1e-9)
+        assert any(b <= limits[0] and t <= limits[1] for b, t in plan.curve)
 
 
 @pytest.mark.parametrize("name", ["mlp", "language model"])
@@ -518,7 +503,6 @@ def test_deterministic_bytes() -> None:
     """Two measurements agree on bytes; seconds decide only between schedules of equal bytes."""
     first, second = make("mlp").plan(), make("mlp").plan()
     assert first.plain_bytes == second.plain_bytes
-    assert first.rules["everything"][0] == second.rules["everything"][0]
     assert first.curve[0][0] == second.curve[0][0]
 
 
@@ -1093,7 +1077,8 @@ def test_blocks_of_several_outputs() -> None:
 
 def test_a_sequence_that_runs_twice() -> None:
     blocks, x = nn.Sequential(*two_layers()[0]), torch.randn(8, 32)
-    with pytest.raises(ValueError, match="plan_checkpoints: the step ran 4 of 2 blocks"):
+    message = re.escape("once each, in their order, but block 0 (Sequential) ran as number 2")
+    with pytest.raises(ValueError, match=message):
         plan_checkpoints(blocks, lambda: blocks(blocks(x)).sum(), PLENTY)
 
 
@@ -1129,32 +1114,13 @@ def test_repr(planned: Planned) -> None:
     lines = repr(least).splitlines()
     assert re.fullmatch(r"Checkpoint plan within \d+\.\d MiB", lines[0])
     assert re.split(r"\s{2,}", lines[1]) == ["schedule", "peak", "time / plain"]
-    assert [re.split(r"\s{2,}", line)[0] for line in lines[2:6]] == [
-        *["save everything", "rule: everything", "rule: square root", "this plan"]
-    ]
+    assert [re.split(r"\s{2,}", line)[0] for line in lines[2:4]] == ["save everything", "this plan"]
     assert lines[2].endswith("1.00")
-    assert len([line for line in lines[6:] if re.match(r" +\d Sequential: ", line)]) == 6
+    assert len([line for line in lines[4:] if re.match(r" +\d Sequential: ", line)]) == 6
     assert any(re.match(r" +0 to \d: recompute together, then by", line) for line in lines)
     html = least._repr_html_()
     assert "<table" in html
-    assert "rule: square root" in html
-
-
-def test_plot(planned: Planned) -> None:
-    plt = pytest.importorskip("matplotlib.pyplot")
-    _, plan = planned("mlp")
-    axes = plan.plot()
-    curve = axes.lines[0]
-    assert list(curve.get_xdata()) == [nbytes / 2**20 for nbytes, _ in plan.curve]
-    assert list(curve.get_ydata()) == [seconds / plan.plain_time for _, seconds in plan.curve]
-    names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names == [
-        *["optimal plans", "budget", "this plan", "save everything", "everything", "square root"]
-    ]
-    assert axes.get_xlabel() == "peak of the step (MiB)"
-    given = plt.figure().add_subplot()
-    assert plan.plot(given) is given
-    plt.close("all")
+    assert "save everything" in html
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

@@ -666,19 +666,7 @@ def normed(momentum: float | None = 0.1) -> nn.Sequential:
     )
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        *["recompute", "run"],
-        pytest.param(
-            "runs",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="contexts of inner runs are noted while tracing: the graph breaks",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("steps", ["recompute", "run", "runs"])
 def test_the_whole_model_compiled(steps: str) -> None:
     """Traced only, for speed: the checkpoints are in the graph."""
     model, plain = compiled_case(normed)
