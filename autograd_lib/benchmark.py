@@ -6,14 +6,13 @@ what is added is the comparison: interleaved rounds, pairwise ratios, an A/A run
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -212,7 +211,6 @@ def compare(
     *,
     baseline: str | None = None,
     rounds: int = 24,
-    threads: int | None = None,
     memory: bool = True,
 ) -> Comparison:
     """Time the candidates against one another and measure the peak memory of each.
@@ -236,8 +234,6 @@ def compare(
         rounds: How many samples of each candidate, at least 5. A sample is one call, or as many as
             fill 10 ms. With n candidates the order is balanced exactly after every n + 1 rounds
             if n is odd, every 2 (n + 1) if it is even.
-        threads: Threads within an operation during the comparison; None keeps their number
-            (PyTorch's `Timer` takes 1).
         memory: Whether to measure `peak_bytes` too, which calls each candidate twice more.
 
     Returns:
@@ -263,7 +259,7 @@ def compare(
     names = sorted(candidates)  # whatever order the caller wrote, the schedule is the same
     entries = [*names, baseline]
     samples, numbers, peaks, name = np.empty((rounds, len(entries))), {}, {}, ""
-    with _threads(threads), progress("compare") as show:
+    with progress("compare") as show:
         try:
             for name in names:
                 show(f"warming up {name}")
@@ -374,16 +370,6 @@ def _median_ratio(ratios: Array) -> Ratio:
     draws = np.random.default_rng(0).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
     return Ratio(float(np.median(ratios)), float(low), float(high))
-
-
-@contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if threads is None else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _digits(value: float) -> str:

@@ -253,7 +253,7 @@ def report(
 ) -> None:
     steps, saved = measured
     rounds = max(5, round(share * options.rounds))
-    comparison = compare(steps, rounds=rounds, threads=options.threads)
+    comparison = compare(steps, rounds=rounds)
     print(f"\n{what} on {options.device}\n{comparison}")
     for name, count in saved.items():
         peak = comparison.peak_bytes[name] / comparison.peak_bytes[comparison.baseline]
@@ -286,6 +286,7 @@ def main() -> None:
         help="which to run",
     )
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     for number, part in enumerate(options.parts, 1):
         print(f"part {number} of {len(options.parts)}: {part}", flush=True)
         if part in SIZES:

@@ -687,7 +687,7 @@ def report(
     with warnings.catch_warnings():
         # torch-jet and compiled graphs keep their last result, a few numbers, until the next call.
         warnings.filterwarnings("ignore", "peak_bytes: step freed", UserWarning)
-        comparison = compare(candidates, rounds=max(5, options.rounds), threads=options.threads)
+        comparison = compare(candidates, rounds=max(5, options.rounds))
     print(f"\n{what}, on {options.device}\n{comparison}")
     unseen = ("jit", "compiled")  # by the counter of FLOPs, and JAX by that of memory
     base = flops(candidates[comparison.baseline])

@@ -320,7 +320,7 @@ def report(
 ) -> None:
     errors = {name: gradient_error(c, reference) for name, c in candidates.items()}
     steps = {name: c.step for name, c in candidates.items()}
-    comparison = compare(steps, rounds=options.rounds, threads=options.threads)
+    comparison = compare(steps, rounds=options.rounds)
     print(f"\n{record} on {options.device}\n{comparison}")
     base = comparison.peak_bytes[comparison.baseline]
     for name, candidate in candidates.items():

@@ -367,7 +367,7 @@ def report(options: argparse.Namespace, kind: str, part: str) -> list[Goal]:
         trainings, steps, left_out = prepare(options, kind, part, stack)
         reads = {name: host_reads(step) for name, step in steps.items()}
         print(f"timing {len(steps)} candidates in {rounds} rounds", flush=True)
-        comparison = compare(steps, rounds=rounds, threads=options.threads, memory=False)
+        comparison = compare(steps, rounds=rounds, memory=False)
         print(f"\na step of training, {kind}, on {options.device}\n{comparison}", flush=True)
         costs: dict[str, list[float]] = {}
         if options.device == "cpu":  # elsewhere a clock on the host sees the launches alone

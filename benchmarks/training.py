@@ -142,7 +142,7 @@ def report(options: argparse.Namespace, kind: str, precision: str) -> tuple[Comp
     pairs = zip(*(training.model.parameters() for training in trainings.values()), strict=True)
     if not all(torch.equal(*pair) for pair in pairs):
         raise AssertionError(f"{kind}, {precision}: {OURS} does not do what the bare loop does")
-    comparison = compare(steps, rounds=options.rounds, threads=options.threads, memory=False)
+    comparison = compare(steps, rounds=options.rounds, memory=False)
     ratio, seconds = comparison.ratios[OURS], comparison.medians
     print(f"\na step of training, {kind}, {precision}, on {options.device}\n{comparison}")
     print(f"{OURS} adds {1e6 * (ratio.median - 1) * seconds[BARE]:.0f} us", flush=True)

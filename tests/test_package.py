@@ -120,6 +120,7 @@ def test_the_wheel_holds_all_that_the_library_reads(wheel: Path) -> None:
     for name in (
         "py.typed",
         "report/dashboard.html",
+        "report/explorer.js",
         "report/book.mplstyle",
         "configs/digits_cnn.yaml",
     ):

@@ -23,17 +23,6 @@ from autograd_lib.functions.forward_mode import (
     primals,
 )
 
-__all__ = [
-    "CustomAutogradFunction",
-    "clip_gradient",
-    "log1mexp",
-    "reverse_gradient",
-    "safe_norm",
-    "safe_sqrt",
-    "scale_gradient",
-    "straight_through",
-]
-
 
 class CustomAutogradFunction(Function):
     r"""The product $y = x W^\top$ of `F.linear`, as the model of a complete Function.

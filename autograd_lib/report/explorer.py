@@ -7,16 +7,15 @@ itself: no kernel, no network, no widget manager.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.resources
 import io
 import itertools
 import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 if TYPE_CHECKING:
@@ -26,44 +25,18 @@ __all__ = ["Explorer", "explore"]
 
 _MOST_FRAMES = 400  # some 4 KiB each: more would make a page that is slow to load
 
-# Runs once for each figure, on the element before the script itself.
-_SCRIPT = """(() => {
-  const figure = document.currentScript.closest("figure");
-  const {shape, labels, lines, frames, alts} =
-    JSON.parse(figure.querySelector("script").textContent);
-  const picture = figure.querySelector("img");
-  const controls = [...figure.querySelectorAll("input, select")];
-  const show = () => {
-    const at = controls.reduce((index, control, i) => index * shape[i] + Number(control.value), 0);
-    const svg = frames[at].map(line => lines[line]).join("\\n");
-    picture.src = "data:image/svg+xml," + encodeURIComponent(svg);
-    picture.alt = alts[at];
-    controls.forEach((control, i) => {
-      const label = labels[i][control.value];
-      if (control.type !== "range") return;
-      control.setAttribute("aria-valuetext", label);
-      control.nextElementSibling.value = label;
-    });
-  };
-  controls.forEach(control => control.addEventListener("input", show));
-  show();
-})();"""
 
+class Interactive:
+    """A mixin for figures: live in a notebook, as HTML with a script where there is no kernel.
 
-class Interactive(ABC):
-    """A figure with a live form for notebooks and a form for pages without a kernel."""
+    A subclass defines both forms, as text and as an ipywidgets object.
+    """
 
-    @abstractmethod
     def to_html(self) -> str:
-        """Return the figure as HTML that stands alone."""
+        raise NotImplementedError
 
-    @abstractmethod
     def to_widget(self) -> Any:
-        """Return the figure as an ipywidgets object, for a notebook with a kernel.
-
-        Raises:
-            ImportError: if ipywidgets is not installed.
-        """
+        raise NotImplementedError
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self.to_html()}
@@ -74,44 +47,37 @@ class Interactive(ABC):
         return {**live._repr_mimebundle_(), **bundle}
 
 
+class Control(NamedTuple):
+    """A menu of strings, or a slider over numbers."""
+
+    name: str
+    labels: list[str]
+    start: int
+    is_menu: bool
+
+
 class Explorer(Interactive):
     """A figure with controls, as `explore` makes it; a notebook displays it by itself.
 
     Attributes:
-        names: the names of the controls.
-        values: for each control the values that it can take.
-        frames: the pictures as SVG text, in the order of `itertools.product(*values)`.
+        controls: name, labels, position at the start, and kind of each.
+        frames: the pictures as SVG text, in the order of `itertools.product` over the controls.
         alts: what one sees in each picture, in words, in the same order.
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        values: Sequence[Sequence[Any]],
-        frames: Sequence[str],
-        alts: Sequence[str],
-        start: Sequence[int],
+        self, controls: Sequence[Control], frames: Sequence[str], alts: Sequence[str]
     ) -> None:
-        self.names, self.values = tuple(names), tuple(tuple(v) for v in values)
-        self.frames, self.alts, self._start = tuple(frames), tuple(alts), tuple(start)
+        self.controls, self.frames, self.alts = tuple(controls), tuple(frames), tuple(alts)
 
     def __repr__(self) -> str:
-        controls = ", ".join(
-            f"{name}: {len(v)} values" for name, v in zip(self.names, self.values, strict=True)
-        )
+        controls = ", ".join(f"{c.name}: {len(c.labels)} values" for c in self.controls)
         return f"Explorer({controls})"
-
-    @property
-    def _labels(self) -> list[list[str]]:
-        return [[v if isinstance(v, str) else f"{v:.10g}" for v in vs] for vs in self.values]
-
-    def _controls(self) -> Iterable[tuple[str, Sequence[Any], list[str], int]]:
-        return zip(self.names, self.values, self._labels, self._start, strict=True)
 
     def _picture(self, positions: Iterable[int]) -> str:
         index = 0
-        for position, values in zip(positions, self.values, strict=True):
-            index = index * len(values) + position
+        for position, control in zip(positions, self.controls, strict=True):
+            index = index * len(control.labels) + position
         url = "data:image/svg+xml," + quote(self.frames[index])
         return f'<img alt="{escape(self.alts[index])}" src="{url}">'
 
@@ -124,19 +90,18 @@ class Explorer(Interactive):
             for frame in self.frames
         ]
         state = {
-            "shape": [len(v) for v in self.values],
-            "labels": self._labels,
+            "labels": [control.labels for control in self.controls],
             "lines": list(lines),
             "frames": frames,
             "alts": self.alts,
         }
-        controls = "".join(_html_control(*control) for control in self._controls())
+        script = importlib.resources.files("autograd_lib.report").joinpath("explorer.js")
         return (
             '<figure class="frames"><!-- frames -->'
-            f"{self._picture(self._start)}"
-            f'<div class="frames-controls">{controls}</div>'
+            f"{self._picture(control.start for control in self.controls)}"
+            f'<div class="frames-controls">{"".join(map(_html_control, self.controls))}</div>'
             f'<script type="application/json">{script_json(state)}</script>'
-            f"<script>{_SCRIPT}</script><!-- /frames --></figure>"
+            f"<script>{script.read_text(encoding='utf-8')}</script><!-- /frames --></figure>"
         )
 
     def to_widget(self) -> Any:
@@ -147,22 +112,23 @@ class Explorer(Interactive):
         """
         ipywidgets = import_ipywidgets("explore")
         picture = ipywidgets.HTML()
-        controls = [
-            (ipywidgets.Dropdown if isinstance(values[0], str) else ipywidgets.SelectionSlider)(
-                options=[(label, i) for i, label in enumerate(labels)],
-                value=start,
-                description=name,
+        kinds = {True: ipywidgets.Dropdown, False: ipywidgets.SelectionSlider}
+        inputs = [
+            kinds[c.is_menu](
+                options=list(zip(c.labels, itertools.count(), strict=False)),
+                value=c.start,
+                description=c.name,
             )
-            for name, values, labels, start in self._controls()
+            for c in self.controls
         ]
 
         def show(_: Any = None) -> None:
-            picture.value = self._picture(control.value for control in controls)
+            picture.value = self._picture(control.value for control in inputs)
 
-        for control in controls:
+        for control in inputs:
             control.observe(show, "value")
         show()
-        return ipywidgets.VBox([picture, *controls])
+        return ipywidgets.VBox([picture, *inputs])
 
 
 def script_json(state: dict[str, Any]) -> str:
@@ -180,17 +146,15 @@ def import_ipywidgets(operation: str) -> Any:
     return ipywidgets
 
 
-def _html_control(name: str, values: Sequence[Any], labels: Sequence[str], start: int) -> str:
-    if isinstance(values[0], str):
-        options = "".join(
-            f'<option value="{i}"{" selected" if i == start else ""}>{escape(label)}</option>'
-            for i, label in enumerate(labels)
-        )
-        return f"<label>{escape(name)} <select>{options}</select></label>"
+def _html_control(control: Control) -> str:
+    name, labels = escape(control.name), [escape(label) for label in control.labels]
+    if control.is_menu:
+        options = "".join(f'<option value="{i}">{label}</option>' for i, label in enumerate(labels))
+        return f"<label>{name} <select>{options}</select></label>"
+    label = labels[control.start]
     return (
-        f'<label>{escape(name)} <input type="range" min="0" max="{len(values) - 1}" '
-        f'value="{start}" aria-valuetext="{escape(labels[start])}">'
-        f"<output>{escape(labels[start])}</output></label>"
+        f'<label>{name} <input type="range" min="0" max="{len(labels) - 1}" '
+        f'value="{control.start}" aria-valuetext="{label}"><output>{label}</output></label>'
     )
 
 
@@ -214,11 +178,9 @@ def explore(
         An `Explorer`, which a notebook and a built page display by themselves.
 
     Raises:
-        TypeError: if `draw` returns something other than a figure, or values of one control are
-            neither all numbers nor all strings.
-        ValueError: if there is no control, one has no value, or there are more than 400
-            combinations.
-        ImportError: if Matplotlib is not installed.
+        TypeError: if `draw` returns something other than a figure, or a control has no values, or
+            they are neither all numbers nor all strings.
+        ValueError: if there is no control, or there are more than 400 combinations.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -229,57 +191,38 @@ def explore(
         >>> explore(draw, alt=lambda power: f"A curve of power {power} through 0.", power=[1, 2])
         Explorer(power: 2 values)
     """
-    values = _check_values(values)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("explore: drawing needs Matplotlib: pip install matplotlib")
+    choices = {name: list(chosen) for name, chosen in values.items()}
+    controls = [_control(name, chosen) for name, chosen in choices.items()]
+    count = math.prod(map(len, choices.values()))
+    if not controls or count > _MOST_FRAMES:
+        raise ValueError(
+            f"explore: expected at least one control, as in explore(draw, x=[0, 1]), and at most "
+            f"{_MOST_FRAMES} pictures, got {count} combinations of values for {len(controls)}"
+        )
     combinations = [
-        dict(zip(values, combination, strict=True))
-        for combination in itertools.product(*values.values())
+        dict(zip(choices, combination, strict=True))
+        for combination in itertools.product(*choices.values())
     ]
     frames = [_svg(draw(**combination)) for combination in combinations]
-    alts = [_words(alt(**combination)) for combination in combinations]
-    start = [0 if isinstance(v[0], str) else len(v) // 2 for v in values.values()]
-    return Explorer(list(values), list(values.values()), frames, alts, start)
+    return Explorer(controls, frames, [alt(**combination) for combination in combinations])
 
 
-def _words(alt: object) -> str:
-    if not isinstance(alt, str):
+def _control(name: str, values: list[Any]) -> Control:
+    is_menu = all(isinstance(value, str) for value in values)
+    if not values or not (is_menu or all(isinstance(value, Real) for value in values)):
         raise TypeError(
-            f"explore: expected alt to return a string, got {type(alt).__name__}; say in words "
-            "what one sees"
+            f"explore: expected {name!r} to be numbers or strings, at least one, got {values!r}"
         )
-    return alt
-
-
-def _check_values(values: dict[str, Any]) -> dict[str, Sequence[Any]]:
-    if not values:
-        raise ValueError("explore: expected at least one control, as in explore(draw, x=[0, 1])")
-    for name, choices in values.items():
-        if not isinstance(choices, Iterable):
-            raise TypeError(f"explore: expected {name!r} to be a list of values, got {choices!r}")
-    lists: dict[str, Sequence[Any]] = {name: list(choices) for name, choices in values.items()}
-    for name, choices in lists.items():
-        if not choices:
-            raise ValueError(f"explore: {name!r} has no values; give it at least one")
-        if not any(all(isinstance(c, kind) for c in choices) for kind in (str, Real)):
-            raise TypeError(
-                f"explore: {name!r} must be all numbers or all strings, got {choices!r}"
-            )
-    count = math.prod(map(len, lists.values()))
-    if count > _MOST_FRAMES:
-        raise ValueError(
-            f"explore: {count} combinations of values are more than the {_MOST_FRAMES} pictures "
-            "that a page can carry; give fewer values"
-        )
-    return lists
+    if is_menu:
+        return Control(name, values, 0, is_menu)
+    return Control(name, [f"{value:.10g}" for value in values], len(values) // 2, is_menu)
 
 
 def _svg(figure: Figure) -> str:
     """Draw a figure as SVG without a background, so that it suits a light page and a dark one."""
     import matplotlib as mpl  # noqa: PLC0415
-    from matplotlib.figure import Figure as FigureClass  # noqa: PLC0415
 
-    if not isinstance(figure, FigureClass):
+    if not hasattr(figure, "savefig"):
         raise TypeError(
             f"explore: draw must return a matplotlib Figure, got {type(figure).__name__}; "
             "end it with `return figure`"

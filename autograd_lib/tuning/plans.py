@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from dataclasses import replace
 
 from autograd_lib.checkpointing.plan import CheckpointPlan, plan_checkpoints
@@ -20,18 +19,13 @@ def planned(candidates: Candidates, over: list[Settings], limit: float | None) -
 
     Without a limit nothing fits as it is.
     """
-    ahead, trials = candidates.fast(over, math.inf), candidates.trials
-    least = math.inf if limit is None else limit
-    seconds = {s: trials[s].time or 0.0 for s in ahead}
-    missing = {s: 1 - candidates.budget / (trials[s].peak_bytes or 1) for s in ahead}
-    # Recomputing everything costs one more forward, a third of a step; the share of the peak that
-    # has to go is a guess at how much of it is due.
-    order = sorted(ahead, key=lambda s: seconds[s] * (1 + missing[s] / 3))
+    order, trials = candidates.fast(over, math.inf), candidates.trials
     if limit is None:  # what matters first is that some plan fits at all
-        order = list(dict.fromkeys([*sorted(ahead, key=missing.__getitem__)[:2], *order]))
-    found: list[Settings] = []
+        order.sort(key=lambda s: trials[s].peak_bytes or 0)
+    least, found = limit or math.inf, list[Settings]()
     for settings in order[:_PLANS]:
-        if seconds[settings] < least and (fitting := _within_budget(candidates, settings)):
+        ahead = (trials[settings].time or 0.0) < least
+        if ahead and (fitting := _within_budget(candidates, settings)):
             found += candidates.fast([fitting], math.inf)
             least = min(least, trials[fitting].time or math.inf)
     return found
@@ -67,17 +61,12 @@ def _plan(candidates: Candidates, settings: Settings) -> CheckpointPlan | None:
     candidates.show(f"checkpoint plan for {settings}")
     bench = candidates.bench
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            plan = plan_checkpoints(
-                bench.blocks_for(settings),
-                bench.loss(settings),
-                sys.maxsize,
-                accumulate=settings.micro_batch is not None,
-            )
+        return plan_checkpoints(
+            bench.blocks_for(settings),
+            bench.loss(settings),
+            sys.maxsize,
+            accumulate=settings.micro_batch is not None,
+        )
     except Exception as error:  # a container's children need not be a chain
         candidates.note(f"{settings}: {error}.")
         return None
-    for warning in caught:
-        candidates.note(f"{warning.message}.")
-    return plan

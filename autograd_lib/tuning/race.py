@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,15 +21,12 @@ class Race:
 
     Attributes:
         noise: Time of a candidate relative to itself, in the last race.
-        break_even: After how many steps the time spent on compiling is gained back; None where
-            nothing was compiled.
     """
 
     def __init__(self, candidates: Candidates) -> None:
         self.candidates, self.trials = candidates, candidates.trials
         self.times: dict[Settings, float] = {}
         self.noise = Ratio(1.0, 1.0, 1.0)
-        self.break_even: float | None = None
 
     def run(self, contenders: list[Settings], others: Sequence[Settings] = ()) -> Settings | None:
         """Time contenders and others; return the best contender, None if all of them fail."""
@@ -119,13 +115,9 @@ class Race:
         torch.compiler.reset()
         if first is None or best is None or candidates.has_failed(compiled):
             return eager
-        gain = self.times[eager] - self.times[compiled]
         cost = max(0.0, first - self.times[compiled])
-        when = f"after {cost / gain:.0f} steps" if gain > 0 else "never"
-        candidates.note(f"{compiled}: compiling took {cost:.1f} s, gained back {when}.")
-        if best == compiled:
-            self.break_even = cost / gain if gain > 0 else math.inf
-            for s in ties:
-                times = self.times[s] / self.times[best]
-                candidates.record(s, verdict=f"slower: {times:.2f} times the best")
+        candidates.note(f"{compiled}: compiling took {cost:.1f} s.")
+        for s in ties if best == compiled else ():
+            times = self.times[s] / self.times[best]
+            candidates.record(s, verdict=f"slower: {times:.2f} times the best")
         return best

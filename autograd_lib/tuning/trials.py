@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from autograd_lib.benchmark import Ratio
 from autograd_lib.config.records import Settings
-from autograd_lib.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, add_legend, make_axes
 from autograd_lib.report.tables import Row, Table, readable_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# Marker, color, size and label of a trial in a figure, by the first word of its verdict.
-_LOOKS = {
-    "best": ("*", GREEN, 13, "best"),
-    "tie": ("D", BLUE, 7, "tie"),
-    "slower": ("o", GREY, 6, "slower"),
-    "peak": ("s", ORANGE, 6, "over budget"),
-    "error": ("X", PURPLE, 7, "error over tolerance"),
-}
 
 
 @dataclass(frozen=True)
@@ -45,7 +31,7 @@ class Trial:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TuningReport(Table):
-    """What `autotune` tried and chose; prints as a table, in a notebook as HTML, and draws itself.
+    """What `autotune` tried and chose; prints as a table, in a notebook as HTML.
 
     Attributes:
         best: The settings chosen.
@@ -53,8 +39,6 @@ class TuningReport(Table):
         noise: Time of a candidate relative to itself in the race that decided.
         notes: What was left out of the search, and why; one sentence each.
         seconds: What the search took.
-        break_even: After how many steps the time spent on compiling is gained back, if `best` is
-            compiled; None if it is not.
         memory_budget: Bytes, as given.
         tolerance: Largest gradient error, as given.
     """
@@ -64,7 +48,6 @@ class TuningReport(Table):
     noise: Ratio
     notes: tuple[str, ...]
     seconds: float
-    break_even: float | None
     memory_budget: float | None
     tolerance: float
 
@@ -95,31 +78,3 @@ class TuningReport(Table):
                 error = f"{trial.gradient_error:.1e}"
             rows.append([str(trial.settings), time, ratio, peak, error, trial.verdict])
         return title, ("settings", "time", "ratio", "peak", "error", "verdict"), rows
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw time against peak of every trial that has both, by what became of it.
-
-        Args:
-            ax: Where to draw; a new figure if None.
-
-        Returns:
-            The axes.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-        """
-        ax = make_axes("TuningReport.plot", ax, 10)
-        for kind, (marker, color, size, label) in _LOOKS.items():
-            points = [
-                (trial.peak_bytes / 2**20, 1e3 * trial.time)
-                for trial in self.trials
-                if trial.verdict.startswith(kind) and trial.peak_bytes and trial.time
-            ]
-            if points:
-                ax.plot(*zip(*points, strict=True), marker, color=color, ms=size, label=label)
-        if self.memory_budget is not None:
-            ax.axvline(self.memory_budget / 2**20, color="0.5", linestyle=":", label="budget")
-        ax.set_xlabel("peak of one step (MiB)")
-        ax.set_ylabel("time of one step (ms)")
-        add_legend(ax)
-        return ax

@@ -114,7 +114,6 @@ def autotune(
         race.noise,
         tuple(candidates.notes),
         time.perf_counter() - start,
-        race.break_even,
         memory_budget,
         tolerance,
     )
@@ -122,18 +121,19 @@ def autotune(
 
 def _names_of(model: nn.Module, blocks: _Blocks) -> str | list[str]:
     names = {module: name for name, module in model.named_modules()}
-    wanted = [blocks] if isinstance(blocks, nn.Module) else list(blocks)
-    if strange := [module for module in wanted if module not in names]:
+    whole = isinstance(blocks, nn.Module)
+    found = [names.get(module) for module in ([blocks] if whole else blocks)]
+    known = [name for name in found if name is not None]
+    if len(known) < len(found):
         raise ValueError(
-            f"autotune: expected blocks within the model, got a {type(strange[0]).__name__} that "
-            "is none of its modules; pass model.layers or the like"
+            f"autotune: expected blocks within the model, got {blocks!r:.80} with a module that is "
+            "none of the model's; pass model.layers or the like"
         )
-    found = [names[module] for module in wanted]
-    return found[0] if isinstance(blocks, nn.Module) else found
+    return known[0] if whole else known
 
 
 def _check(
-    model: object, batch: object, loss_fn: object, memory_budget: object, tolerance: object
+    model: object, batch: object, loss_fn: object, memory_budget: float | None, tolerance: float
 ) -> None:
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         raise TypeError(
@@ -147,18 +147,18 @@ def _check(
         )
     if not callable(loss_fn):
         raise TypeError(f"autotune: expected loss_fn(output, targets), got {loss_fn!r}")
-    for name, value in {"memory_budget": memory_budget, "tolerance": tolerance}.items():
-        missing = value is None and name == "memory_budget"
-        if not missing and (not isinstance(value, (int, float)) or not value > 0):
-            raise ValueError(f"autotune: expected {name} to be a number above 0, got {value!r}")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not tolerance > 0 or (memory_budget is not None and not memory_budget > 0):
+        raise ValueError(
+            "autotune: expected memory_budget and tolerance to be numbers above 0, got "
+            f"{memory_budget!r} and {tolerance!r}"
+        )
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    if other := {name: dtype for name, dtype in trained.items() if dtype is not torch.float32}:
+        raise TypeError(
+            f"autotune: expected parameters in float32, got {other}; pass model.float(): precision "
+            "is what is searched, and the optimizer keeps its parameters in float32"
+        )
     if not trained:
         raise ValueError(
             "autotune: no parameter of the model requires a gradient; enable_gradients(model)"
-        )
-    if other := [name for name, p in trained.items() if p.dtype is not torch.float32]:
-        raise TypeError(
-            f"autotune: expected parameters in float32, got {trained[other[0]].dtype} for "
-            f"{other[0]!r}; pass model.float(): precision is what is searched, and the optimizer "
-            "keeps its parameters in float32"
         )

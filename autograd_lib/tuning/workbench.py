@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from autograd_lib.benchmark import seconds_per_call
 from autograd_lib.checkpointing.measure import leaves_of
@@ -118,8 +118,7 @@ class Workbench:
     def loss(self, settings: Settings) -> Callable[[], Tensor]:
         """The forward of the first micro-batch, to plan checkpoints by."""
         run, piece = self.copy_for(settings).run(settings.precision), self.pieces(settings)[0]
-        scaled = self.scaled(settings) or (lambda loss: loss)
-        return lambda: scaled(run.forward(piece)[1] * piece.share)
+        return lambda: run.forward(piece)[1]
 
     def pieces(self, settings: Settings) -> list[Piece]:
         return micro_batches("autotune", self.batch, settings.micro_batch, self.count)
@@ -157,7 +156,6 @@ class Workbench:
         """Set the float64 gradient; return how far that of two micro-batches is from it."""
         made = Copy(self.model, self.loss_fn, None)
         batch = tree_map_only(Tensor, _doubled, self.batch)
-        versions = _versions(batch)
         whole = micro_batches("autotune", batch, None, self.count)
         try:
             _check_loss(made.run("fp32").forward(whole[0])[1], made.parameters)
@@ -167,18 +165,14 @@ class Workbench:
             err.add_note("autotune: raised by the reference, where model and batch are float64")
             raise
         _check_gradient(self.reference)
-        if versions != _versions(batch):
-            raise ValueError(
-                "autotune: the step writes into its batch, which then differs from one run to "
-                "the next; let the model work on a copy of its input"
-            )
         seed_all(1)
         if relative_error(made.gradient("fp32", whole)[1], self.reference) > _ROUNDING:
             raise ValueError(
                 "autotune: two runs of one batch have different gradients even with the "
                 "probability of every dropout module at 0, so the error of a candidate cannot be "
                 "measured; look for F.dropout, random numbers of PyTorch, Python or NumPy, and "
-                "state that a forward leaves behind, or tune the model in eval mode"
+                "what a forward leaves behind in the model or in its input, or tune the model in "
+                "eval mode"
             )
         seed_all(0)
         halves = micro_batches("autotune", batch, -(-self.size // 2), self.count)
@@ -220,10 +214,6 @@ def _is_finite(gradient: Gradient) -> bool:
 
 def _doubled(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
-
-
-def _versions(tree: Any) -> list[int]:
-    return [leaf._version for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _check_loss(loss: Tensor, parameters: Sequence[Tensor]) -> None:
@@ -274,18 +264,19 @@ def _without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _widest_container(model: nn.Module, saved: dict[str, int]) -> str:
-    """The container whose children save the most; where one holds another, the finer one."""
-    sums = {
-        name: sum(
-            n for source, n in saved.items() if not name or f"{source}.".startswith(f"{name}.")
-        )
+    """The container whose children are many and save much: of two nested ones the finer."""
+    weights = {
+        name: len(module) * sum(n for source, n in saved.items() if _is_within(source, name))
         for name, module in model.named_modules()
         if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1
     }
-    if not sums:
+    if not weights:
         raise ValueError(
             "no checkpoint plan, as the model has no nn.Sequential or nn.ModuleList of two modules "
             "or more; pass blocks"
         )
-    wide = [name for name, n in sums.items() if n >= 0.9 * max(sums.values())]
-    return max(wide, key=lambda name: len([*model.get_submodule(name).children()]))
+    return max(weights, key=weights.__getitem__)
+
+
+def _is_within(name: str, parent: str) -> bool:
+    return not parent or f"{name}.".startswith(f"{parent}.")

@@ -81,7 +81,7 @@ def test_html_stands_alone() -> None:
         *("label", "select", "option", "option", "script", "script"),
     ]
     state = json.loads(tags.data)
-    assert state["shape"] == [3, 2]
+    assert [len(labels) for labels in state["labels"]] == [3, 2]
     assert len(state["frames"]) == len(state["alts"]) == 6
     picture = tags.elements[1][1]
     assert picture["alt"] == 'A line "tanh" that ends at 1.0, <rising>.'
@@ -115,12 +115,6 @@ def test_without_ipywidgets_the_page_form_remains(monkeypatch: pytest.MonkeyPatc
         explorer.to_widget()
 
 
-def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install matplotlib$"):
-        make()
-
-
 def test_drawing_is_the_same_at_every_run() -> None:
     """Otherwise a rebuilt page would differ from the last for no reason."""
     assert make().frames == make().frames
@@ -146,10 +140,9 @@ def test_values_may_be_numpy_integers() -> None:
     ("values", "error", "message"),
     [
         ({}, ValueError, "at least one control"),
-        ({"x": []}, ValueError, "'x' has no values"),
-        ({"x": 3}, TypeError, "'x' to be a list of values, got 3"),
-        ({"x": [1, "a"]}, TypeError, "'x' must be all numbers or all strings"),
-        ({"x": range(21), "y": range(20)}, ValueError, "420 combinations of values are more than"),
+        ({"x": []}, TypeError, r"'x' to be numbers or strings, at least one, got \[\]"),
+        ({"x": [1, "a"]}, TypeError, r"'x' to be numbers or strings.*got \[1, 'a'\]"),
+        ({"x": range(21), "y": range(20)}, ValueError, "at most 400 .* got 420 combinations"),
     ],
 )
 def test_bad_values(values: dict, error: type[Exception], message: str) -> None:
@@ -169,11 +162,6 @@ def test_random_state_is_left_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_alt_must_be_words() -> None:
-    with pytest.raises(TypeError, match="alt to return a string, got NoneType"):
-        explore(lambda x: draw(x, "line"), alt=lambda x: None, x=[1.0])
-
-
 def test_figures_are_closed_where_drawing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -185,7 +173,7 @@ def test_labels_tell_values_apart() -> None:
     explorer = explore(
         lambda n: draw(n, "line"), alt=lambda n: "", n=(n for n in [1234567, 1234568])
     )
-    assert explorer._labels == [["1234567", "1234568"]]
+    assert explorer.controls[0].labels == ["1234567", "1234568"]
 
 
 # --- dashboard: what it sends ---------------------------------------------------------------------

@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DEVICES, TiedLanguageModel, cnn, encoder, mlp
-from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from autograd_lib.benchmark import Comparison
@@ -501,7 +500,7 @@ def test_blocks_say_what_is_planned(told):
     assert list(run(blocks=model.first).best.checkpoint) == ["first"]
     chosen = run(blocks=[model.second[0], model.second[1]]).best
     assert sorted(chosen.checkpoint) == ["second.0", "second.1"]
-    with pytest.raises(ValueError, match="expected blocks within the model, got a Linear"):
+    with pytest.raises(ValueError, match=r"expected blocks within the model, got \[Linear"):
         run(blocks=[nn.Linear(2, 2)])
 
 
@@ -740,7 +739,7 @@ def test_compiling_is_tried_on_the_best(told, compiler):
     assert compiled.peak_bytes > 0
 
 
-def test_compiling_that_pays_is_chosen_with_its_break_even(told, monkeypatch, compiler):
+def test_compiling_that_pays_is_chosen_with_what_it_took(told, monkeypatch, compiler):
     compiler()
     told(lambda text: by_precision(text) / (2 if "compiled" in text else 1))
     slow_first = Workbench.seconds
@@ -753,8 +752,7 @@ def test_compiling_that_pays_is_chosen_with_its_break_even(told, monkeypatch, co
     report = autotune(model, batch, loss_fn, tolerance=0.1)
     assert report.best == Settings("bf16", compile=True)
     assert report.trials[0].time == pytest.approx(0.3)
-    assert report.break_even == pytest.approx(30.0 / 0.3)
-    assert "bf16, compiled: compiling took 30.0 s, gained back after 100 steps." in report.notes
+    assert "bf16, compiled: compiling took 30.0 s." in report.notes
     assert trial_of(report, BF16).verdict.startswith("slower: 2.00")
 
 
@@ -763,8 +761,7 @@ def test_compiling_that_does_not_pay_is_not_chosen(told, compiler):
     told(lambda text: by_precision(text) * (1.5 if "compiled" in text else 1))
     report = autotune(*problem("mlp"), tolerance=0.1)
     assert report.best == BF16
-    assert report.break_even is None
-    assert any(note.endswith("gained back never.") for note in report.notes)
+    assert trial_of(report, Settings("bf16", compile=True)).verdict.startswith("slower: 1.50")
 
 
 def test_ties_with_what_is_beaten_by_compiling_are_no_ties_with_the_best(told, compiler):
@@ -919,10 +916,8 @@ def test_arguments_are_checked():
         ),
         ({"batch": batch[0]}, TypeError, r"a pair \(inputs, targets\), got Tensor"),
         ({"loss_fn": 3}, TypeError, r"expected loss_fn\(output, targets\), got 3"),
-        ({"memory_budget": 0}, ValueError, "memory_budget to be a number above 0, got 0"),
-        ({"memory_budget": "1G"}, ValueError, "memory_budget to be a number above 0, got '1G'"),
-        ({"tolerance": None}, ValueError, "tolerance to be a number above 0, got None"),
-        ({"tolerance": math.nan}, ValueError, "tolerance to be a number above 0, got nan"),
+        ({"memory_budget": 0}, ValueError, "to be numbers above 0, got 0 and 0.01"),
+        ({"tolerance": math.nan}, ValueError, "to be numbers above 0, got None and nan"),
         ({"batch": (batch[0], batch[1][:3])}, ValueError, r"got shapes \[\(8, 8\), \(3, 8\)\]"),
         ({"batch": (batch[0][:0], batch[1][:0])}, ValueError, "the batch is empty"),
         ({"batch": (batch[0], torch.tensor(1.0))}, ValueError, "first dimension is the batch"),
@@ -931,7 +926,11 @@ def test_arguments_are_checked():
         ({"loss_fn": lambda out, y: out.mean().item()}, ValueError, "got float"),
         ({"loss_fn": lambda out, y: 0 * out.mean()}, ValueError, "gradient is zero"),
         ({"loss_fn": lambda out, y: out.mean() / 0}, ValueError, "not finite even in float64"),
-        ({"model": copy.deepcopy(model).double()}, TypeError, "in float32, got torch.float64 for"),
+        (
+            {"model": copy.deepcopy(model).double()},
+            TypeError,
+            "in float32, got .*'0.weight': torch.float64",
+        ),
         ({"model": copy.deepcopy(model).requires_grad_(False)}, ValueError, "requires a gradient"),
     ]:
         options = {"model": model, "batch": batch, "loss_fn": loss_fn} | changes
@@ -958,7 +957,7 @@ def test_step_that_writes_into_its_batch_is_refused():
 
     x, y = torch.randn(4, 8), torch.randn(4, 8)
     before = x.clone()
-    with pytest.raises(ValueError, match="writes into its batch"):
+    with pytest.raises(ValueError, match="leaves behind in the model or in its input"):
         autotune(Writes(), (x, y), nn.MSELoss())
     assert torch.equal(x, before)
 
@@ -1011,24 +1010,3 @@ def test_table(report):
     assert [row[0] for row in cells.rows[1:]][: len(report.trials)] == [
         str(trial.settings) for trial in report.trials
     ]
-
-
-def test_plot_shows_every_trial_with_time_and_peak(report):
-    ax = report.plot()
-    lines = {line.get_label(): line for line in ax.get_lines()}
-    shown = {
-        (x, y)
-        for label, line in lines.items()
-        if label != "budget"
-        for x, y in zip(*line.get_data(), strict=True)
-    }
-    known = [t for t in report.trials if t.time and t.peak_bytes]
-    assert shown == {(t.peak_bytes / 2**20, 1e3 * t.time) for t in known}
-    assert {"best", "over budget", "budget"} <= set(lines)
-    assert lines["budget"].get_xdata()[0] == report.memory_budget / 2**20
-    assert "MiB" in ax.get_xlabel()
-    assert "ms" in ax.get_ylabel()
-    plt.close(ax.figure)
-    _, given = plt.subplots()
-    assert report.plot(given) is given
-    plt.close(given.figure)
