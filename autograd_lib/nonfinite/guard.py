@@ -13,6 +13,7 @@ import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ __all__ = ["NonFinite", "NonFiniteGuard", "find_nonfinite"]
 
 Step = Callable[[], object]  # runs forward and backward
 
+_GRAD = operator.attrgetter("grad")
 _RENEWED_EVERY = 50  # steps after which a guard notices a parameter that was added
 
 
@@ -88,7 +90,7 @@ def find_nonfinite(model: nn.Module, step: Step) -> NonFinite | None:
     check_module("find_nonfinite", model)
     _check_step("find_nonfinite", step)
     parts = _Parts(model)
-    before = GuardedStep(model, parts, keep_gradients=True, more=parts.parameters())
+    before = GuardedStep(parts, parts.parameters(), True, more=parts.parameters())
     try:
         compiled = None
         if _is_compiled(model):
@@ -154,8 +156,7 @@ class NonFiniteGuard:
 
     def __init__(self, model: nn.Module, *, scaler: GradScaler | None = None) -> None:
         check_module("NonFiniteGuard", model)
-        self._model, self._parts = weakref.ref(model), _Parts(model, scaler)
-        self._steps = itertools.count(1)
+        self._parts, self._steps = _Parts(model, scaler), itertools.count(1)
 
     def __call__(self, step: Step) -> NonFinite | None:
         """Run `step` (forward and backward, not the optimizer); explain it if it went wrong.
@@ -176,26 +177,28 @@ class NonFiniteGuard:
 
         Without `keep_gradients` those of earlier micro-batches are not copied, and not restored.
         """
-        model, parameters = self._model(), self._parts.parameters()
+        model, parameters = self._parts.model(), self._parts.parameters()
         if model is None:
             raise RuntimeError(
                 "NonFiniteGuard: expected the model that the guard was made for, but it was "
                 "deleted (the guard keeps only a weak reference); make a new guard"
             )
-        if next(self._steps) % _RENEWED_EVERY == 0 or any(p is None for p in parameters):
+        if next(self._steps) % _RENEWED_EVERY == 0 or NoneType in {*map(type, parameters)}:
             self._parts = _Parts(model, self._parts.scaler)
-        return GuardedStep(model, self._parts, keep_gradients)
+            parameters = self._parts.parameters()
+        return GuardedStep(self._parts, parameters, keep_gradients)
 
 
 class GuardedStep(ModuleState):
     """What a step changes, as it was before the step, and the judgement of the step after it."""
 
     def __init__(
-        self, model: nn.Module, parts: _Parts, keep_gradients: bool, more: Sequence[Tensor] = ()
+        self, parts: _Parts, parameters: Sequence[Tensor], keep: bool, more: Sequence[Tensor] = ()
     ) -> None:
-        self._model, self._parts, self.parameters = model, parts, parts.parameters()
-        self._kept = [(p, p.grad) for p in self.parameters if keep_gradients]
-        gradients = [grad for _, grad in self._kept if grad is not None]
+        self._model: Any = parts.model()
+        self._parts, self.parameters = parts, parameters
+        self._kept = [*map(_GRAD, parameters)] if keep else []
+        gradients = [grad for grad in self._kept if grad is not None]
         super().__init__(parts.modules(), [*gradients, *more], parts.generators)
         # Which optimizers were unscaled; a disabled scaler has no such table.
         self._unscaled: dict[int, dict[str, Any]] = getattr(
@@ -206,7 +209,7 @@ class GuardedStep(ModuleState):
     def restore(self) -> None:
         """Put everything back, so that the step can run again."""
         super().restore()
-        for parameter, grad in self._kept:
+        for parameter, grad in zip(self.parameters, self._kept, strict=False):
             parameter.grad = grad
         self._unscaled.clear()
         self._unscaled.update((key, {**state}) for key, state in self._stages.items())
@@ -226,8 +229,10 @@ class GuardedStep(ModuleState):
         """
         parts, groups = self._parts, self._parts.groups
         losses = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor | float)]
-        own = {*map(id, self.parameters if owned is None else owned)}
-        grads = [p.grad if id(p) in own else None for p in self.parameters]
+        grads = [*map(_GRAD, self.parameters)]
+        if owned is not None:
+            own = {*map(id, owned)}
+            grads = [p.grad if id(p) in own else None for p in self.parameters]
         total = parts.total(grads, losses)
         for group in groups:
             torch.distributed.all_reduce(total, group=group)
@@ -321,9 +326,8 @@ class _Parts:
     """
 
     def __init__(self, model: nn.Module, scaler: GradScaler | None = None) -> None:
-        self.scaler = scaler
+        self.model, self.scaler = weakref.ref(model), scaler
         parameters = [*model.parameters()]
-        self._references = [weakref.ref(parameter) for parameter in parameters]
         self._buffered = [weakref.ref(module) for module in model.modules() if module._buffers]
         wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         self.groups = [wrapper.process_group for wrapper in wrappers]
@@ -337,17 +341,20 @@ class _Parts:
         # The memory for it is always the same one: no fresh pages.
         small = [p if type(p) is nn.Parameter and p.is_cpu else None for p in parameters]
         _, piles = divide(small)
-        rooms: dict[torch.dtype, Tensor] = {}
-        self._piles: list[tuple[list[int], Tensor | None]] = []
-        for index in piles:
-            first = parameters[index[0]]
-            room = rooms.setdefault(first.dtype, first.new_empty(CPU_SIZES[1]))
-            shape = len(index), *first.shape
-            self._piles.append((index, room.detach()[: math.prod(shape)].view(shape)))
         alike: dict[Any, list[int]] = {}
         for i in {*range(len(parameters))}.difference(*piles):
             alike.setdefault((parameters[i].device, parameters[i].dtype), []).append(i)
-        self._piles += [(index, None) for index in alike.values()]
+        self._references: list[weakref.ref[nn.Parameter]] = []  # in the order of the piles
+        self._piles: list[tuple[slice, Tensor | None]] = []
+        rooms: dict[torch.dtype, Tensor] = {}
+        for number, index in enumerate([*piles, *alike.values()]):
+            first, start, room = parameters[index[0]], len(self._references), None
+            if number < len(piles):
+                shape = len(index), *first.shape
+                memory = rooms.setdefault(first.dtype, first.new_empty(CPU_SIZES[1]))
+                room = memory[: math.prod(shape)].view(shape)
+            self._references += [weakref.ref(parameters[i]) for i in index]
+            self._piles.append((slice(start, start + len(index)), room))
 
     def parameters(self) -> list[nn.Parameter]:
         return [*map(operator.call, self._references)]  # type: ignore[list-item]
@@ -363,8 +370,8 @@ class _Parts:
         It may overflow all the same.
         """
         sums = [_sum(loss) if isinstance(loss, Tensor) else torch.tensor(loss) for loss in losses]
-        for index, room in self._piles:
-            sums += _sums([grad for i in index if (grad := grads[i]) is not None], room)
+        for pile, room in self._piles:
+            sums += _sums([grad for grad in grads[pile] if grad is not None], room)
         sums = [s.to(self.device, torch.float32) for s in sums]
         return torch.stack(sums).sum() if sums else torch.zeros((), device=self.device)
 
