@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from autograd_lib.higher_order.dispatch import Jet, lift, primal
+from autograd_lib.higher_order.dispatch import Jet, aligned, lift
 from autograd_lib.higher_order.series import (
+    MULTIPLICATION,
     Accumulator,
     Contraction,
     LogSumExp,
@@ -21,23 +21,21 @@ from autograd_lib.higher_order.series import (
     correlate,
     orders_of,
     pad,
-    product,
     sum_products,
-    time_derivative,
 )
 
 
 class Elementary:
-    """An elementwise function of one variable: value, derivative, and its series if it has one.
+    """An elementwise function of one variable: its value and its derivative.
 
-    The derivative is a function of the argument, or of the value if `from_value`. A series maps a
-    stack and a length to the stack of the value; without one, the derivative is integrated.
+    The derivative is a function of the argument, or of the value if `from_value`. It is integrated,
+    unless `series` maps a stack and a length to the stack of the value.
     """
 
     def __init__(
         self,
         value: Callable[[Tensor], Tensor],
-        derivative: Callable[[Tensor], Tensor] | None,
+        derivative: Callable[[Tensor], Tensor],
         series: Callable[[Tensor, int], Tensor] | None = None,
         from_value: bool = False,
     ) -> None:
@@ -48,15 +46,14 @@ class Elementary:
 
     def integrate(self, stack: Tensor, length: int) -> Tensor:
         """From `k y_k = sum_j j x_j d_(k-j)`, with d the coefficients of the derivative."""
-        d, _ = self.slope(stack[: length - 1], len(stack), length - 1)
-        speed = time_derivative(stack)
-        rest = product(speed, d, length - 1, len(speed), len(d))
+        d, speed = self.slope(stack[: length - 1], length - 1), stack[1:] * orders_of(stack[1:])
+        rest = MULTIPLICATION.forward(d, speed, length - 1)
         return torch.cat([self.value(stack[0])[None], rest / orders_of(rest)])
 
-    def slope(self, stack: Tensor, live: int, length: int) -> tuple[Tensor, int]:
-        """Return the coefficients of the derivative, and how many of them are live."""
-        assert self.derivative is not None, "a subclass without a derivative overrides this method"
-        return lift(self.derivative(Jet(stack, Taylor(length), live)))
+    def slope(self, stack: Tensor, length: int) -> Tensor:
+        """Return the live coefficients of the derivative."""
+        d, live = lift(self.derivative(Jet(stack, Taylor(length))))
+        return d[:live]
 
     def second_order(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The value, the derivative and the second derivative."""
@@ -65,50 +62,75 @@ class Elementary:
         return y, slope, 2 * half
 
 
-class Riccati(Elementary):
-    """A function y of x with `y' = (constant + linear y + square y^2) x'`."""
+class Recurrence(Elementary):
+    """The first of up to three functions of x whose derivatives are polynomials in them and in x.
 
-    def __init__(
-        self, value: Callable[[Tensor], Tensor], constant: float, linear: float, square: float
-    ) -> None:
-        super().__init__(value, None, self.recurrence, from_value=True)
-        self.constant, self.linear, self.square = constant, linear, square
+    The functions are called y, z and w. A derivative gives the factor of each of its terms, which
+    are products of at most two letters: the tangent has `y' = 1 + y^2`, `{"": 1, "yy": 1}`.
+    """
 
-    def _coefficient(self, y: Sequence[Tensor], k: int) -> Tensor:
-        """Return the coefficient of order k of the derivative."""
-        if not self.square:
-            slope = y[k] if self.linear == 1 else y[k] * self.linear
-        else:
-            halves = range((k + 1) // 2)
-            terms = [(y[i], y[k - i], 2 * self.square) for i in halves]
-            terms += [(y[k // 2], y[k // 2], self.square)] if k % 2 == 0 else []
-            slope = sum_products(terms)
-            if self.linear:
-                slope.add_(y[k], alpha=self.linear)
-        return slope + self.constant if self.constant and k == 0 else slope
+    def __init__(self, *functions: tuple[Callable[[Tensor], Tensor], Mapping[str, float]]) -> None:
+        value, derivative = functions[0]
+        super().__init__(value, value, self.recur, from_value=len(functions) == 1)
+        self.functions = functions
+        self.terms = derivative
 
-    def recurrence(self, stack: Tensor, length: int) -> Tensor:
-        x = stack.unbind()
-        sums = Accumulator(stack, length)
-        y = sums.rows
-        y[0].copy_(self.value(x[0]))
-        slopes = []
-        for k in range(1, length):
-            slopes.append(self._coefficient(y, k - 1))
-            for j in range(1, min(k + 1, len(x))):
-                add_product(y[k], x[j], slopes[k - j], value=j / k)
-        return sums.stack()
+    def recur(self, stack: Tensor, length: int) -> Tensor:
+        return self._solve(stack, length)[0].stack()
 
-    def slope(self, stack: Tensor, live: int, length: int) -> tuple[Tensor, int]:
-        if not (self.square or self.constant):
-            return (stack if self.linear == 1 else stack * self.linear), live
-        rows = stack.unbind()
-        return torch.stack([self._coefficient(rows, k) for k in range(len(rows))]), len(rows)
+    def slope(self, stack: Tensor, length: int) -> Tensor:
+        if self.from_value:
+            known = {"y": stack.unbind()}
+            return torch.stack([_coefficient(self.terms, known, k) for k in range(length)])
+        _, slopes, known = self._solve(stack, length)
+        return torch.stack([*slopes, _coefficient(self.terms, known, length - 1)])
 
     def second_order(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.from_value:
+            return super().second_order(x)
         y = self.value(x)
-        slope = self._coefficient([y], 0)
-        return y, slope, slope * (self.linear + 2 * self.square * y)
+        slope = _coefficient(self.terms, {"y": [y]}, 0)
+        linear, square = (self.terms.get(term, 0.0) for term in ("y", "yy"))
+        return y, slope, slope * (linear + 2 * square * y)
+
+    def _solve(
+        self, stack: Tensor, length: int
+    ) -> tuple[Accumulator, list[Tensor], dict[str, Sequence[Tensor]]]:
+        """Return the first function, its derivative up to the last coefficient, and all letters."""
+        x = stack.unbind()
+        sums = [Accumulator(stack, length) for _ in self.functions]
+        known = dict(zip("xyzw", [x, *[y.rows for y in sums]], strict=False))
+        slopes: list[list[Tensor]] = [[] for _ in self.functions]
+        for y, (value, _) in zip(sums, self.functions, strict=True):
+            y.rows[0].copy_(value(x[0]))
+        for k in range(1, length):
+            for y, slope, (_, terms) in zip(sums, slopes, self.functions, strict=True):
+                slope.append(_coefficient(terms, known, k - 1))
+                for j in range(1, min(k + 1, len(x))):
+                    add_product(y.rows[k], x[j], slope[k - j], value=j / k)
+        return sums[0], slopes[0], known
+
+
+def _coefficient(
+    terms: Mapping[str, float], known: Mapping[str, Sequence[Tensor]], k: int
+) -> Tensor:
+    """Return the coefficient of order k of a sum of terms."""
+    products: list[tuple[Tensor, Tensor, float]] = []
+    rest: list[Any] = []
+    for letters, factor in terms.items():
+        if len(letters) == 2:
+            a, b = known[letters[0]], known[letters[1]]
+            if a is b:
+                products += [(a[i], a[k - i], 2 * factor) for i in range((k + 1) // 2)]
+                products += [(a[k // 2], a[k // 2], factor)] if k % 2 == 0 else []
+            else:
+                products += [(a[i], b[k - i], factor) for i in range(min(k + 1, len(a)))]
+        elif letters:
+            rest.append(known[letters][k] if factor == 1 else known[letters][k] * factor)
+        elif k == 0:
+            rest.append(factor)
+    first, *others = [sum_products(products), *rest] if products else rest
+    return sum(others, first) if others else first
 
 
 class _ElementaryFunction(Function):
@@ -124,46 +146,26 @@ class _ElementaryFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.function, ctx.length, ctx.live = inputs
+        x, ctx.function, ctx.length, live = inputs
         ctx.size = len(x)
+        ctx.live = ctx.length if ctx.function.from_value else live
         ctx.save_for_backward(output if ctx.function.from_value else x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (saved,) = ctx.saved_tensors
-        live = len(saved) if ctx.function.from_value else ctx.live
-        d, live = ctx.function.slope(saved, live, ctx.length)
-        return correlate(grad, d, live, ctx.size), None, None, None
+        d = ctx.function.slope(saved[: ctx.live], ctx.length)
+        return correlate(grad, d, ctx.size), None, None, None
 
 
-class Algebra(ABC):
-    """How coefficients multiply; every other operation is built on this."""
-
+class _Algebra:
     def __init__(self) -> None:
         self.recording = torch.is_grad_enabled()
         self.level = torch._C._functorch.maybe_current_level()
         self.forward_mode = torch._C._is_fwd_grad_enabled()  # off inside a Function's forward
 
-    @abstractmethod
-    def product(self, a: Tensor, b: Tensor) -> Jet:
-        """Multiply two values, at least one of them followed, elementwise."""
 
-    @abstractmethod
-    def contract(
-        self, operation: Operation, a: Tensor, b: Tensor, addend: Tensor | None = None
-    ) -> Jet:
-        """Combine two values by a bilinear function and add a third; one of them is followed."""
-
-    @abstractmethod
-    def elementary(self, function: Elementary, x: Jet) -> Jet:
-        """Apply an elementwise function."""
-
-    @abstractmethod
-    def logsumexp(self, x: Jet, dim: int) -> tuple[Jet, Jet]:
-        """The log-sum-exp over one dimension, which is kept, and the softmax."""
-
-
-class Taylor(Algebra):
+class Taylor(_Algebra):
     """Powers of t below `length`."""
 
     def __init__(self, length: int) -> None:
@@ -171,60 +173,48 @@ class Taylor(Algebra):
         self.length = length
 
     def product(self, a: Tensor, b: Tensor) -> Jet:
-        ndim = max(a.ndim, b.ndim)
-        dtype = torch.result_type(primal(a), primal(b))
-        (x, live_x), (y, live_y) = lift(a, ndim), lift(b, ndim)
-        z = product(x.to(dtype), y.to(dtype), self.length, live_x, live_y)
-        return Jet(z, self, live_x + live_y - 1)
+        """Multiply two values, at least one of them followed, elementwise."""
+        return self._contract(MULTIPLICATION, *sorted(aligned(a, b), key=lambda lifted: -lifted[1]))
 
-    def contract(
-        self, operation: Operation, a: Tensor, b: Tensor, addend: Tensor | None = None
-    ) -> Jet:
-        (x, live_x), (y, live_y) = lift(a), lift(b)
-        c, live_c = (None, 0) if addend is None else lift(addend)
-        lives = (live_x, live_y, live_c)
-        z = apply(Contraction, x, y, c, operation, self.length, *lives)
-        return Jet(z, self, max(live_x + live_y - 1, live_c))
+    def contract(self, operation: Operation, a: Tensor, b: Tensor) -> Jet:
+        """Combine two values by a bilinear function; at least one of them is followed."""
+        return self._contract(operation, lift(a), lift(b))
+
+    def _contract(self, operation: Operation, a: tuple[Tensor, int], b: tuple[Tensor, int]) -> Jet:
+        (x, live_x), (y, live_y) = a, b
+        z = apply(Contraction, x, y, operation, self.length, live_x, live_y)
+        return Jet(z, self, live_x + live_y - 1)
 
     def elementary(self, function: Elementary, x: Jet) -> Jet:
         return Jet(apply(_ElementaryFunction, x.stack, function, self.length, x.live), self)
 
     def logsumexp(self, x: Jet, dim: int) -> tuple[Jet, Jet]:
+        """The log-sum-exp over one dimension, which is kept, and the softmax."""
         total, softmax = apply(LogSumExp, x.stack, dim, self.length, x.live)
         return Jet(total, self), Jet(softmax, self)
 
 
-class Laplace(Algebra):
+class Laplace(_Algebra):
     """A value, its d first derivatives along directions, and the sum of its second ones."""
 
     def product(self, a: Tensor, b: Tensor) -> Jet:
-        ndim = max(a.ndim, b.ndim)
-        return self._bilinear(torch.mul, lift(a, ndim)[0], lift(b, ndim)[0])
+        return self._bilinear(torch.mul, *[stack for stack, _ in aligned(a, b)])
 
-    def contract(
-        self, operation: Operation, a: Tensor, b: Tensor, addend: Tensor | None = None
-    ) -> Jet:
-        z = self._bilinear(operation.apply, lift(a)[0], lift(b)[0])
-        if addend is None or isinstance(addend, Jet):
-            return z if addend is None else cast(Jet, z + addend)
-        z.stack[0] += addend
-        return z
+    def contract(self, operation: Operation, a: Tensor, b: Tensor) -> Jet:
+        return self._bilinear(operation.apply, lift(a)[0], lift(b)[0])
 
     def _bilinear(self, f: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Jet:
-        if len(b) == 1:
-            return Jet(f(a, b[0]), self)
-
-        def by_b(b: Tensor) -> Tensor:
-            return f(a[:1], b)[0]
-
-        def both(a: Tensor, b: Tensor) -> Tensor:
+        def each(a: Tensor, b: Tensor) -> Tensor:
             return f(a[None], b)[0]
 
+        if len(b) == 1:
+            return Jet(f(a, b[0]), self)
+        by_b = torch.vmap(each, (None, 0))
         if len(a) == 1:
-            return Jet(torch.vmap(by_b)(b), self)
+            return Jet(by_b(a[0], b), self)
         z = f(a, b[0])
-        rest = z[1:] + torch.vmap(by_b)(b[1:])
-        last = rest[-1:] + 2 * torch.vmap(both)(a[1:-1], b[1:-1]).sum(0, keepdim=True)
+        rest = z[1:] + by_b(a[0], b[1:])
+        last = rest[-1:] + 2 * torch.vmap(each)(a[1:-1], b[1:-1]).sum(0, keepdim=True)
         return Jet(torch.cat([z[:1], rest[:-1], last]), self)
 
     def elementary(self, function: Elementary, x: Jet) -> Jet:
@@ -239,3 +229,6 @@ class Laplace(Algebra):
         powers = torch.exp(x - torch.where(largest.isfinite(), largest, 0))
         total = powers.sum(dim, keepdim=True)
         return torch.log(total) + largest, powers / total  # type: ignore[return-value]
+
+
+Algebra = Taylor | Laplace

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,26 @@ if TYPE_CHECKING:
 
 
 RULES: dict[Any, Callable[..., Any]] = {}
+# Each Python function of these modules has its own source as its rule.
+_IN_PYTHON = ("torch.functional", "torch.nn.functional")
+
+
+def rule_of(function: Any) -> Callable[..., Any] | None:
+    """The rule of a function of PyTorch; without one of the table, its own source in Python."""
+    if function not in RULES and getattr(function, "__module__", None) in _IN_PYTHON:
+        body = inspect.unwrap(function)
+        if any(name.startswith("has_torch_function") for name in body.__code__.co_names):
+            RULES[function] = unchecked(body)
+    return RULES.get(function)
+
+
+def unchecked(body: FunctionType) -> FunctionType:
+    """A function without its first lines' check for overrides, which would call its rule again."""
+    checks = [name for name in body.__code__.co_names if name.startswith("has_torch_function")]
+    names = {**body.__globals__, **dict.fromkeys(checks, lambda *_: False)}
+    copy = FunctionType(body.__code__, names, None, body.__defaults__, body.__closure__)
+    copy.__kwdefaults__ = body.__kwdefaults__
+    return copy
 
 
 def _no_rule(name: str, in_place: bool = False) -> NotImplementedError:
@@ -77,7 +99,7 @@ class Jet(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        rule = RULES.get(func)
+        rule = RULES.get(func) or rule_of(func)
         in_place = kwargs.pop("out", None) is not None or kwargs.pop("inplace", False)
         if rule is None or in_place:
             name = resolve_name(func) or getattr(func, "__name__", str(func))
@@ -161,3 +183,10 @@ def lift(x: Tensor, ndim: int | None = None) -> tuple[Tensor, int]:
     if ndim is not None and ndim > x.ndim:
         stack = stack.reshape(len(stack), *[1] * (ndim - x.ndim), *x.shape)
     return stack, live
+
+
+def aligned(x: Tensor, y: Tensor) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+    """Lift two values to stacks of one dtype with as many dimensions as broadcasting needs."""
+    ndim, dtype = max(x.ndim, y.ndim), torch.result_type(primal(x), primal(y))
+    (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
+    return (a.to(dtype), live_a), (b.to(dtype), live_b)

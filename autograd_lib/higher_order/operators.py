@@ -210,15 +210,17 @@ def hessian_diagonal(
         >>> hessian_diagonal(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), 2).value
         tensor([ 6., 12.])
     """
-    return _mean(
-        "hessian_diagonal",
-        f,
-        x,
-        samples,
-        generator,
-        lambda vs, hs: [(v * h).to(sum_dtype(h)) for v, h in zip(vs, hs, strict=True)],
-        lambda means: structured_like(x, means),
-    )
+    means: list[Any] = [0.0] * len(tensors_of(x))
+    squares: list[Any] = means  # of the deviations, summed (Welford 1962)
+    for n, found in enumerate(_signed("hessian_diagonal", f, x, samples, generator), start=1):
+        steps = [value - mean for value, mean in zip(found, means, strict=True)]
+        means = [mean + step / n for mean, step in zip(means, steps, strict=True)]
+        squares = [
+            square + step * (value - mean)
+            for square, step, value, mean in zip(squares, steps, found, means, strict=True)
+        ]
+    errors = [(square / (samples - 1) / samples).sqrt() for square in squares]
+    return Estimate(structured_like(x, means), structured_like(x, errors))
 
 
 def hessian_trace(
@@ -247,29 +249,18 @@ def hessian_trace(
         >>> hessian_trace(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), 2)
         18 ± 0
     """
-    return _mean(
-        "hessian_trace",
-        f,
-        x,
-        samples,
-        generator,
-        lambda vs, hs: [
-            cast(Tensor, sum((v * h).sum(dtype=sum_dtype(h)) for v, h in zip(vs, hs, strict=True)))
-        ],
-        lambda means: means[0],
-    )
+    sums = [
+        cast(Tensor, sum(value.sum() for value in found))
+        for found in _signed("hessian_trace", f, x, samples, generator)
+    ]
+    totals = torch.stack(sums)
+    return Estimate(totals.mean(), (totals.var() / samples).sqrt())
 
 
-def _mean(
-    operation: str,
-    f: Scalar,
-    x: Inputs,
-    samples: int,
-    generator: torch.Generator | None,
-    statistic: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
-    shape: Callable[[list[Tensor]], Any],
-) -> Estimate:
-    """Estimate the mean of a statistic of random signs v and of Hv, with its standard error."""
+def _signed(
+    operation: str, f: Scalar, x: Inputs, samples: int, generator: torch.Generator | None
+) -> Iterator[list[Tensor]]:
+    """Yield the products of random signs v and of Hv, entry by entry."""
     if not isinstance(samples, int) or samples < 2:
         raise ValueError(
             f"{operation}: expected 2 samples or more, for there is an error to state, "
@@ -277,23 +268,12 @@ def _mean(
         )
     check_floating(operation, x, real=True)
     product = linearized_hvp(operation, f, x)
-    state: list[tuple[Any, Any]] = []
-    for n in range(1, samples + 1):
-        signs = map_tensors(lambda t: _random_signs(t, generator), x)
-        found = statistic(tensors_of(signs), tensors_of(product(signs)))
-        before = state or [(0.0, 0.0)] * len(found)
-        state = [_welford(n, value, *old) for value, old in zip(found, before, strict=True)]
-    errors = [(square / (samples - 1) / samples).sqrt() for _, square in state]
-    return Estimate(shape([mean for mean, _ in state]), shape(errors))
+    for _ in range(samples):
+        v = map_tensors(lambda t: _random_signs(t, generator), x)
+        pairs = zip(tensors_of(v), tensors_of(product(v)), strict=True)
+        yield [(signs * column).to(sum_dtype(column)) for signs, column in pairs]
 
 
 def _random_signs(t: Tensor, generator: torch.Generator | None) -> Tensor:
     bits = torch.randint(0, 2, t.shape, dtype=t.dtype, device=t.device, generator=generator)
     return bits * 2 - 1
-
-
-def _welford(n: int, value: Tensor, mean: Any, square: Any) -> tuple[Tensor, Tensor]:
-    """Update the mean of n - 1 values and the sum of their squared deviations by another value."""
-    step = value - mean
-    mean = mean + step / n
-    return mean, square + step * (value - mean)

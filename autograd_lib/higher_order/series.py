@@ -7,9 +7,8 @@ adjoint of a product of series is a product with the orders reversed.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,84 +86,26 @@ def pad(stack: Tensor, length: int) -> Tensor:
     return torch.cat([stack, stack.new_zeros(length - len(stack), *stack.shape[1:])])
 
 
-# ------------------------------------------------------------------ product
-
-
-def product(a: Tensor, b: Tensor, length: int, live_a: int, live_b: int) -> Tensor:
-    return cast(Tensor, apply(_Product, a, b, min(len(a) + len(b) - 1, length), live_a, live_b))
-
-
-class _Product(Function):
-    """`z_k = sum_j a_(k-j) b_j`, elementwise."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor, size: int, live_a: int, live_b: int) -> Tensor:
-        if live_a < live_b:
-            a, b, live_a, live_b = b, a, live_b, live_a
-        if live_b <= 2:
-            z = pad(a[:live_a] * b[0], size)
-            if live_b == 2:
-                n = min(live_a, size - 1)
-                add_product(z[1 : 1 + n], a[:n], b[1])
-            return z
-        sums = Accumulator(a[:1] * b[:1], size)  # batched under vmap if a or b is
-        left, right = a[:live_a].unbind(), b[:live_b].unbind()
-        for k, z in enumerate(sums.rows):
-            for j in range(max(0, k + 1 - live_a), min(k + 1, live_b)):
-                add_product(z, left[k - j], right[j])
-        return sums.stack()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, b, _, ctx.live_a, ctx.live_b = inputs
-        ctx.save_for_backward(a, b)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors
-        grad_a = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_a = correlate(grad, b, ctx.live_b, len(a)).sum_to_size(a.shape)
-        if ctx.needs_input_grad[1]:
-            grad_b = correlate(grad, a, ctx.live_a, len(b)).sum_to_size(b.shape)
-        return grad_a, grad_b, None, None, None
-
-
-def correlate(grad: Tensor, d: Tensor, live: int, length: int) -> Tensor:
-    """The adjoint of the product with d: `x_i = sum_j grad_(i+j) conj(d_j)` for i below length."""
-    d = d[:live].conj()
-    if live == 1:
-        return grad[:length] * d
-    sums = Accumulator(grad[:1] * d[:1], length)
-    slopes, rows = d.unbind(), grad.unbind()
-    for i, x in enumerate(sums.rows):
-        for j in range(min(live, len(grad) - i)):
-            add_product(x, rows[i + j], slopes[j])
-    return sums.stack()
-
-
 # ------------------------------------------------------------------ contraction
 
 
-class Operation(ABC):
+class Operation:
     """A bilinear function of two stacks of coefficients, and its adjoint in each.
 
     A subclass defines the function of one stack and one coefficient, and both its adjoints.
     """
 
-    @abstractmethod
     def apply(self, a: Tensor, b: Tensor) -> Tensor:
         """Map `(n, *a)` and `(*b)` to `(n, *z)`."""
+        raise NotImplementedError
 
-    @abstractmethod
     def apply_left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
         """Map `(n, *z)` and `(*b)` to the gradient `(n, *a)`; of `a` the shape is used."""
+        raise NotImplementedError
 
-    @abstractmethod
     def apply_right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Map `(n, *z)` and `(n, *a)` to the gradient `(*b)`, summed over n."""
+        raise NotImplementedError
 
     def add_to(self, z: Tensor, a: Tensor, b: Tensor) -> None:
         """Add `apply(a, b)` to `z` in place."""
@@ -194,48 +135,61 @@ class Operation(ABC):
         )
 
 
+def correlate(grad: Tensor, d: Tensor, length: int) -> Tensor:
+    """The adjoint of the product with d: `x_i = sum_j grad_(i+j) conj(d_j)` for i below length."""
+    d = d.conj()
+    x = grad[:length] * d[0]
+    for j in range(1, min(len(d), len(grad))):
+        n = min(length, len(grad) - j)
+        add_product(x[:n], grad[j : j + n], d[j])
+    return x
+
+
+class _Multiplication(Operation):
+    """The elementwise product of two stacks with the same number of dimensions."""
+
+    def apply(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def add_to(self, z: Tensor, a: Tensor, b: Tensor) -> None:
+        add_product(z, a, b)
+
+    def left(self, grad: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        return correlate(grad, b, len(a)).sum_to_size(a.shape)
+
+    def right(self, grad: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return self.left(grad, a, b)
+
+
+MULTIPLICATION = _Multiplication()
+
+
 class Contraction(Function):
-    """`z_k = c_k + sum_j operation(a_(k-j), b_j)`: one call for all k and each live b_j."""
+    """`z_k = sum_j operation(a_(k-j), b_j)`: one call for all k and each live b_j."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        a: Tensor,
-        b: Tensor,
-        c: Tensor | None,
-        operation: Operation,
-        length: int,
-        live_a: int,
-        live_b: int,
-        live_c: int,
+        a: Tensor, b: Tensor, operation: Operation, length: int, live_a: int, live_b: int
     ) -> Tensor:
-        size = min(max(len(a) + len(b) - 1, 0 if c is None else len(c)), length)
-        z = operation.forward(a[:live_a], b[:live_b], size)
-        if c is not None:
-            z[:live_c] += c[:live_c].reshape(live_c, *[1] * (z.ndim - c.ndim), *c.shape[1:])
-        return z
+        size = min(len(a) + len(b) - 1, length)
+        return operation.forward(a[:live_a], b[:live_b], size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, b, c, ctx.operation, _, *ctx.lives = inputs
-        ctx.addend = None if c is None else c.shape
+        a, b, ctx.operation, _, ctx.live_a, ctx.live_b = inputs
         ctx.save_for_backward(a, b)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
-        live_a, live_b, _ = ctx.lives
-        grad_a = grad_b = grad_c = None
+        grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_a = ctx.operation.left(grad, b[:live_b], a)
+            grad_a = ctx.operation.left(grad, b[: ctx.live_b], a)
         if ctx.needs_input_grad[1]:
-            grad_b = ctx.operation.right(grad, a[:live_a], b)
-        if ctx.needs_input_grad[2]:
-            n, *shape = ctx.addend
-            aligned = (n, *[1] * (grad.ndim - len(ctx.addend)), *shape)
-            grad_c = grad[:n].sum_to_size(aligned).reshape(ctx.addend)
-        return grad_a, grad_b, grad_c, None, None, None, None, None
+            grad_b = ctx.operation.right(grad, a[: ctx.live_a], b)
+        return grad_a, grad_b, None, None, None, None
 
 
 # ------------------------------------------------------------------ recurrences
@@ -276,11 +230,11 @@ class LogSumExp(Function):
         (s,) = ctx.saved_tensors
         grad = grad_total
         if grad_s is not None:
-            mean = correlate(grad_s, s, len(s), len(s)).sum(ctx.dim, keepdim=True)
+            mean = correlate(grad_s, s, len(s)).sum(ctx.dim, keepdim=True)
             grad = grad_s - mean if grad is None else grad_s - mean + grad
         if grad is None:
             return None, None, None, None
-        return correlate(grad, s, len(s), ctx.size), None, None, None
+        return correlate(grad, s, ctx.size), None, None, None
 
 
 def power(exponent: Any) -> Callable[[Tensor, int], Tensor]:
@@ -298,26 +252,6 @@ def power(exponent: Any) -> Callable[[Tensor, int], Tensor]:
                     add_product(y[k], x[j] * weight, y[k - j])
                 else:
                     add_product(y[k], x[j], y[k - j], value=weight)
-        return sums.stack()
-
-    return series
-
-
-def oscillation(
-    value: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor], sign: int
-) -> Callable[[Tensor, int], Tensor]:
-    """The series of `y = value(x)` where `y' = slope(x) x'` and `slope' = sign value`."""
-
-    def series(stack: Tensor, length: int) -> Tensor:
-        x = stack.unbind()
-        sums = Accumulator(stack, length)
-        y, slopes = sums.rows, Accumulator(stack, length).rows
-        y[0].copy_(value(x[0]))
-        slopes[0].copy_(slope(x[0]))
-        for k in range(1, length):
-            for j in range(1, min(k + 1, len(x))):
-                add_product(y[k], x[j], slopes[k - j], value=j / k)
-                add_product(slopes[k], x[j], y[k - j], value=sign * j / k)
         return sums.stack()
 
     return series

@@ -42,6 +42,7 @@ from autograd_lib.higher_order import dispatch
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
     pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning"),
+    pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning"),
 ]
 
 Function = Callable[..., Tensor]
@@ -1115,6 +1116,13 @@ case(
     lambda x, y, w: F.mse_loss(x, y, reduction="none", weight=w),
     *(real(2, 3), real(2, 3), positive(2, 3)),
 )
+case(
+    "huber_loss-weight",
+    lambda x, y, w: F.huber_loss(x, y, weight=w),
+    *(apart(2, 4), 0.02 * real(2, 4), positive(2, 4)),
+    fixed=(1,),
+    oracle=lambda x, y, w: (huber(x, y, reduction="none") * w).mean(),  # not by the weights
+)
 case("huber_loss-target", lambda y, x: F.huber_loss(x, y), *_TARGET, fixed=(1,), oracle=huber)
 case(
     "smooth_l1_loss-target", lambda y, x: F.smooth_l1_loss(x, y), *_TARGET, fixed=(1,), oracle=huber
@@ -1155,6 +1163,16 @@ case(
     positive(2, 3),
 )
 case("kl_div-log_target", lambda x, y: F.kl_div(x, y, log_target=True), real(2, 3), real(2, 3))
+
+cases(
+    "deprecated",
+    [
+        lambda x, y: F.mse_loss(x, y, reduce=False),
+        lambda x, y: F.mse_loss(x, y, size_average=False),
+    ],
+    real(2, 3),
+    real(2, 3),
+)
 
 _LABELS = torch.tensor([2, 0, 1, 2, 2])
 
@@ -1523,7 +1541,7 @@ def weighted_jet(
 
 
 class Recorder(TorchFunctionMode):
-    """The functions that a case itself calls, not those that their rules call."""
+    """The functions that a case calls, and those that PyTorch's own source calls in turn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1535,6 +1553,10 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         self.seen.add(func)
         self.calls.append((func, args, kwargs))
+        rule = dispatch.rule_of(func)
+        if rule is not None and rule.__module__.startswith("torch."):
+            with self:
+                return rule(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -2015,7 +2037,6 @@ def test_multihead_attention_with_another_key(option: str) -> None:
         (lambda x: torch.linalg.norm(x, 2, (0, 1)), "linalg.norm"),
         (lambda x: torch.linalg.norm(x, "nuc"), "linalg.norm"),
         (lambda x: torch.einsum("...i->i", x), "torch.einsum"),
-        (lambda x: F.mse_loss(x, x, reduce=True), "size_average and reduce"),
         (lambda x: x.view(torch.int64), "dtype"),
     ],
 )

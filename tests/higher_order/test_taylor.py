@@ -339,7 +339,10 @@ def test_operations_in_place(f: Callable[[Tensor], Tensor], text: str) -> None:
         (lambda x: torch.cumprod(x, 0), "cumprod"),
         (torch.median, "median"),
         (lambda x: x.scatter_add(0, torch.zeros(2, 2).long(), x), "scatter_add"),
-        (lambda x: F.grid_sample(x[None, None], x[None, :, None]), "grid_sample"),
+        (
+            lambda x: F.grid_sample(x[None, None], x[None, :, None], align_corners=False),
+            "grid_sampler",
+        ),
         (lambda x: F.ctc_loss(x, x, x, x), "ctc_loss"),
         (lambda x: F.embedding_bag(torch.tensor([[0]]), x), "embedding_bag"),
         (torch.trapezoid, "trapezoid|trapz"),

@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.algebra import Elementary, Taylor
-from autograd_lib.higher_order.dispatch import Jet, lift, primal
+from autograd_lib.higher_order.algebra import Recurrence
+from autograd_lib.higher_order.dispatch import Jet, primal
 from autograd_lib.higher_order.rules.elementary import elementary
-from autograd_lib.higher_order.rules.registration import decomposed
-from autograd_lib.higher_order.series import Accumulator, add_product, sum_products
 from autograd_lib.higher_order.taylor import jet_rule
-
-
-@jet_rule(F.silu)
-def _silu(input: Jet) -> Tensor:
-    def slope(x: Tensor) -> Tensor:
-        s = torch.sigmoid(x)
-        return s * (1 + x * (1 - s))
-
-    return elementary(input, F.silu, slope, _composed(lambda x: x * torch.sigmoid(x)))
-
-
-def _composed(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], Tensor]:
-    """The series of what other rules compose."""
-
-    def series(stack: Tensor, length: int) -> Tensor:
-        return lift(f(Jet(stack, Taylor(length))))[0]
-
-    return series
 
 
 @jet_rule(F.gelu)
@@ -43,50 +22,16 @@ def _gelu(input: Jet, approximate: str = "none") -> Tensor:
     return input.algebra.elementary(_GELU, input)
 
 
-class _Gelu(Elementary):
-    """`y = x P`, with the normal distribution `P' = p x'` and its density `p' = -x x' p`."""
-
-    def __init__(self) -> None:
-        super().__init__(F.gelu, None, self.recurrence)
-
-    def recurrence(self, stack: Tensor, length: int) -> Tensor:
-        x, (below, _) = stack.unbind(), _normal(stack, length)
-        sums = Accumulator(stack, length)
-        sums.rows[0].copy_(F.gelu(x[0]))
-        for k, y in enumerate(sums.rows[1:], start=1):
-            for j in range(min(k + 1, len(x))):
-                add_product(y, x[j], below[k - j])
-        return sums.stack()
-
-    def slope(self, stack: Tensor, live: int, length: int) -> tuple[Tensor, int]:
-        """`P + x p`."""
-        x, (slopes, density) = stack[:live].unbind(), _normal(stack[:live], length)
-        for k, slope in enumerate(slopes):
-            for j in range(min(k + 1, len(x))):
-                add_product(slope, x[j], density[k - j])
-        return torch.stack(slopes), length
-
-
-def _normal(stack: Tensor, length: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The coefficients of the normal distribution of a series and of its density."""
-    x = stack.unbind()
-    below = [0.5 * (1 + torch.erf(x[0] * math.sqrt(0.5)))]
-    density = [torch.exp(-0.5 * x[0].square()) * (1 / math.sqrt(2 * math.pi))]
-    speed = [torch.zeros_like(x[0])]  # -x x'
-    for k in range(1, length):
-        places = range(max(0, k + 1 - len(x)), k // 2 + 1)
-        pairs = [(x[i], x[k - i], -k / 2 if 2 * i == k else -k) for i in places]
-        speed.append(sum_products(pairs) if pairs else speed[0])
-        orders = range(1, min(k + 1, len(x)))
-        below.append(sum_products([(x[j], density[k - j], j / k) for j in orders]))
-        density.append(sum_products([(speed[j], density[k - j], 1 / k) for j in range(1, k + 1)]))
-    return below, density
-
-
-_GELU = _Gelu()
+# x times the normal distribution, which is z, with its density w
+_GELU = Recurrence(
+    (F.gelu, {"z": 1, "xw": 1}),
+    (lambda x: 0.5 * (1 + torch.erf(x * math.sqrt(0.5))), {"w": 1}),
+    (lambda x: torch.exp(-0.5 * x.square()) * (1 / math.sqrt(2 * math.pi)), {"xw": -1}),
+)
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 
+jet_rule(F.silu)(lambda input: input * torch.sigmoid(input))
 jet_rule(F.mish)(lambda input: input * torch.tanh(F.softplus(input)))
 
 
@@ -126,7 +71,6 @@ def _elu(input: Jet, alpha: float = 1.0) -> Tensor:
 
 jet_rule(F.celu, torch.celu)(lambda input, alpha=1.0: alpha * F.elu(input / alpha))
 jet_rule(F.selu, torch.selu)(lambda input: _SELU_SCALE * F.elu(input, _SELU_ALPHA))
-decomposed(F.softsign)
 jet_rule(F.relu6)(lambda input: F.hardtanh(input, 0.0, 6.0))
 
 

@@ -8,9 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, algebra_of, lift, primal
+from autograd_lib.higher_order.dispatch import Jet, algebra_of, aligned, lift, primal
 from autograd_lib.higher_order.rules.elementary import elementary
-from autograd_lib.higher_order.rules.registration import decomposed, family, require_first_only
+from autograd_lib.higher_order.rules.registration import (
+    family,
+    in_python,
+    named,
+    require_first_only,
+)
 from autograd_lib.higher_order.series import power
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -18,9 +23,7 @@ from autograd_lib.higher_order.taylor import jet_rule
 def _add_stacks(x: Tensor, y: Tensor) -> Tensor:
     """The sum of two values, constants among them; the shorter stack ends first."""
     algebra = algebra_of(x, y)
-    ndim, dtype = max(x.ndim, y.ndim), torch.result_type(primal(x), primal(y))
-    (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
-    a, b = a.to(dtype), b.to(dtype)
+    (a, live_a), (b, live_b) = aligned(x, y)
     if len(a) < len(b):
         a, b = b, a
     n = len(b)
@@ -84,7 +87,7 @@ def _modulus(function: Any) -> None:
 
 
 _modulus(torch.remainder, Tensor.__mod__, torch.fmod)
-decomposed(Tensor.__rdiv__, Tensor.__rtruediv__, Tensor.__rpow__)
+in_python(*named("__rdiv__ __rtruediv__ __rpow__ __rmatmul__ norm", Tensor))
 
 
 jet_rule(torch.addcmul)(lambda x, a, b, *, value=1: x + value * (a * b))

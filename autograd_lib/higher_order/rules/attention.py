@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.rules.contractions import matrix_product
-from autograd_lib.higher_order.rules.registration import decomposed
 from autograd_lib.higher_order.taylor import jet_rule
 
 
@@ -37,8 +35,5 @@ def _attention(
     if attn_mask is not None:
         boolean = attn_mask.dtype == torch.bool
         mask = mask.masked_fill(~attn_mask, -math.inf) if boolean else mask + attn_mask
-    weights = matrix_product(query * scale, key.mT, mask).softmax(-1)
+    weights = torch.softmax(query * scale @ key.mT + mask, -1)
     return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
-
-
-decomposed(F.multi_head_attention_forward)

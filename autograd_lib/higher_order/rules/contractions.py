@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets
-from autograd_lib.higher_order.rules.registration import decomposed
 from autograd_lib.higher_order.series import Operation
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -94,24 +93,16 @@ _MATMUL = _Matmul()
 
 
 @jet_rule(torch.matmul, Tensor.__matmul__, torch.bmm, torch.mm, torch.mv, torch.dot)
-def matrix_product(x: Tensor, other: Tensor, addend: Tensor | None = None) -> Tensor:
-    """The product of matrices or vectors, with an addend, in one contraction where possible."""
-    if not jets((x, other)):
-        product = x @ other
-    elif x.ndim == 1:
-        product = torch.matmul(x.unsqueeze(0), other).squeeze(-2 if other.ndim > 1 else -1)
-    elif other.ndim == 1:
-        product = torch.matmul(x, other.unsqueeze(-1)).squeeze(-1)
-    elif _live(other) > max(_live(x), 2):  # the loop is over the coefficients of the second
-        product = torch.matmul(other.mT, x.mT).mT
-    else:
-        if x.ndim < other.ndim and other.ndim > 2:
-            x = x.expand(*[1] * (other.ndim - x.ndim), *x.shape)
-        return algebra_of(x, other, addend).contract(_MATMUL, x, other, addend)
-    return product if addend is None else product + addend
-
-
-decomposed(Tensor.__rmatmul__)
+def _matmul(x: Tensor, other: Tensor) -> Tensor:
+    if x.ndim == 1:
+        return torch.matmul(x.unsqueeze(0), other).squeeze(-2 if other.ndim > 1 else -1)
+    if other.ndim == 1:
+        return torch.matmul(x, other.unsqueeze(-1)).squeeze(-1)
+    if _live(other) > max(_live(x), 2):  # the loop is over the coefficients of the second
+        return torch.matmul(other.mT, x.mT).mT
+    if x.ndim < other.ndim and other.ndim > 2:
+        x = x.expand(*[1] * (other.ndim - x.ndim), *x.shape)
+    return algebra_of(x, other).contract(_MATMUL, x, other)
 
 
 def _live(x: Tensor) -> int:
@@ -127,10 +118,8 @@ def _inner(x: Tensor, other: Tensor) -> Tensor:
 
 @jet_rule(F.linear)
 def _linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if input.ndim < 2 or weight.ndim < 2:
-        product = torch.matmul(input, weight.mT if weight.ndim > 1 else weight)
-        return product if bias is None else product + bias
-    return matrix_product(input, weight.mT, bias)
+    product = torch.matmul(input, weight.mT if weight.ndim > 1 else weight)
+    return product if bias is None else product + bias
 
 
 @jet_rule(torch.addmm, torch.baddbmm, torch.addmv)
@@ -157,10 +146,8 @@ class _Einsum(Operation):
         return torch.einsum(f"Z{self.out},Z{self.a}->{self.b}", grad, a.conj())
 
 
-@jet_rule(torch.einsum)
-def _einsum(equation: str, *operands: Any) -> Tensor:
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = tuple(operands[0])
+@jet_rule(torch._VF.einsum)
+def _einsum(equation: str, operands: Any, path: Any = None) -> Tensor:
     equation = equation.replace(" ", "")
     left, arrow, out = equation.partition("->")
     terms = left.split(",")
@@ -204,10 +191,8 @@ def _reduce_to(term: str, x: Tensor, kept: str) -> Tensor:
     return x.map(lambda c: torch.einsum(f"Z{term}->Z{kept}", c))
 
 
-@jet_rule(torch.tensordot)
-def _tensordot(x: Tensor, y: Tensor, dims: Any = 2, out: None = None) -> Tensor:
-    if isinstance(dims, int):
-        dims = (list(range(-dims, 0)), list(range(dims)))
+@jet_rule(torch._VF.tensordot)
+def _tensordot(x: Tensor, y: Tensor, *dims: Any) -> Tensor:
     a, b = ([d % t.ndim for d in ds] for t, ds in zip((x, y), dims, strict=True))
     kept_x, kept_y = ([d for d in range(t.ndim) if d not in ds] for t, ds in ((x, a), (y, b)))
     rows = x.permute(*kept_x, *a).reshape(-1, math.prod(x.shape[d] for d in a))

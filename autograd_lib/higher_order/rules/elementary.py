@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.algebra import Elementary, Riccati
+from autograd_lib.higher_order.algebra import Elementary, Recurrence
 from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, primal
-from autograd_lib.higher_order.series import oscillation, power
+from autograd_lib.higher_order.series import power
 from autograd_lib.higher_order.taylor import jet_rule
 
 
@@ -40,24 +40,20 @@ def _gauss(x: Tensor) -> Tensor:
     return torch.exp(-x.square()) * (2 / math.sqrt(math.pi))
 
 
-def _riccati(*functions: Any, constant: float = 0, linear: float = 0, square: float = 0) -> None:
-    _elementwise(Riccati(functions[0], constant, linear, square), *functions)
-
-
-_riccati(torch.exp, linear=1)
-_riccati(torch.expm1, constant=1, linear=1)
-_riccati(torch.tanh, F.tanh, constant=1, square=-1)
-_riccati(torch.sigmoid, F.sigmoid, torch.special.expit, linear=1, square=-1)
-_riccati(torch.tan, constant=1, square=1)
-_riccati(torch.reciprocal, square=-1)
+_elementwise(Recurrence((torch.exp, {"y": 1})), torch.exp)
+_elementwise(Recurrence((torch.expm1, {"": 1, "y": 1})), torch.expm1)
+_elementwise(Recurrence((torch.tanh, {"": 1, "yy": -1})), torch.tanh, F.tanh)
+_elementwise(
+    Recurrence((torch.sigmoid, {"y": 1, "yy": -1})), torch.sigmoid, F.sigmoid, torch.special.expit
+)
+_elementwise(Recurrence((torch.tan, {"": 1, "yy": 1})), torch.tan)
+_elementwise(Recurrence((torch.reciprocal, {"yy": -1})), torch.reciprocal)
+_elementwise(Recurrence((torch.sin, {"z": 1}), (torch.cos, {"y": -1})), torch.sin)
+_elementwise(Recurrence((torch.cos, {"z": 1}), (lambda x: -x.sin(), {"y": -1})), torch.cos)
+_elementwise(Recurrence((torch.sinh, {"z": 1}), (torch.cosh, {"y": 1})), torch.sinh)
+_elementwise(Recurrence((torch.cosh, {"z": 1}), (torch.sinh, {"y": 1})), torch.cosh)
 _smooth(torch.sqrt, slope=lambda y: 0.5 * torch.reciprocal(y), series=power(0.5), from_value=True)
 _smooth(torch.rsqrt, slope=lambda y: -0.5 * y**3, series=power(-0.5), from_value=True)
-_smooth(torch.sin, slope=torch.cos, series=oscillation(torch.sin, torch.cos, -1))
-_smooth(
-    torch.cos, slope=lambda x: -torch.sin(x), series=oscillation(torch.cos, lambda x: -x.sin(), -1)
-)
-_smooth(torch.sinh, slope=torch.cosh, series=oscillation(torch.sinh, torch.cosh, 1))
-_smooth(torch.cosh, slope=torch.sinh, series=oscillation(torch.cosh, torch.sinh, 1))
 _smooth(torch.log, slope=torch.reciprocal)
 _smooth(torch.log2, slope=lambda x: torch.reciprocal(x * math.log(2)))
 _smooth(torch.log10, slope=lambda x: torch.reciprocal(x * math.log(10)))

@@ -1,4 +1,4 @@
-"""Loss functions."""
+"""Loss functions, as `torch.nn.functional` calls them: by positional arguments."""
 
 from __future__ import annotations
 
@@ -12,62 +12,39 @@ from torch import Tensor
 from autograd_lib.higher_order.dispatch import primal
 from autograd_lib.higher_order.taylor import jet_rule
 
-
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
-
-
-def _loss(function: Any) -> Callable[[Callable[..., Tensor]], None]:
-    """Register the rule of a loss, which need not know the deprecated size_average and reduce."""
-
-    def register(rule: Callable[..., Tensor]) -> None:
-        @jet_rule(function)
-        def checked(
-            *args: Any, size_average: Any = None, reduce: Any = None, **options: Any
-        ) -> Tensor:
-            if size_average is not None or reduce is not None:
-                raise NotImplementedError(
-                    f"jet: F.{function.__name__} has no rule for the deprecated size_average and "
-                    "reduce; use reduction"
-                )
-            return rule(*args, **options)
-
-    return register
+_nn = torch._C._nn
+_NONE, _MEAN, _SUM = range(3)
 
 
-def _weighted(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """Reduce a loss that takes a weight for each element; their mean is by the weights."""
-    if weight is None:
-        return _reduce(loss, reduction)
-    if reduction == "mean":
-        return (loss * weight).sum() / weight.expand_as(loss).sum()
-    return _reduce(loss * weight, reduction)
+def _reduce(loss: Tensor, reduction: int) -> Tensor:
+    return loss if reduction == _NONE else loss.mean() if reduction == _MEAN else loss.sum()
 
 
-def _elementwise_loss(function: Any, loss: Callable[..., Tensor]) -> None:
-    """A loss of each element, reduced with a weight for each."""
+def _loss(function: Any, loss: Callable[..., Tensor]) -> None:
+    """A loss of each element, reduced."""
 
-    @_loss(function)
-    def rule(
-        *pair: Tensor, reduction: str = "mean", weight: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        return _weighted(loss(*pair, **options), weight, reduction)
+    @jet_rule(function)
+    def rule(input: Tensor, target: Tensor, reduction: int, *options: Any, **named: Any) -> Tensor:
+        return _reduce(loss(input, target, *options, **named), reduction)
 
 
-def _huber(input: Tensor, target: Tensor, delta: float = 1.0) -> Tensor:
+def _huber(input: Tensor, target: Tensor, delta: float) -> Tensor:
     error = input - target
     size = error.abs()
     return torch.where(primal(size) > delta, delta * (size - 0.5 * delta), 0.5 * error.square())
 
 
-def _smooth_l1(input: Tensor, target: Tensor, beta: float = 1.0) -> Tensor:
-    return _huber(input, target, beta) / beta if beta else (input - target).abs()
+def _kl_div(input: Tensor, target: Tensor, log_target: bool = False) -> Tensor:
+    if log_target:
+        return target.exp() * (target - input)
+    return torch.xlogy(target, target) - target * input
 
 
-_elementwise_loss(F.mse_loss, lambda input, target: (input - target).square())
-_elementwise_loss(F.l1_loss, lambda input, target: (input - target).abs())
-_elementwise_loss(F.huber_loss, _huber)
-_elementwise_loss(F.smooth_l1_loss, _smooth_l1)
+_loss(_nn.mse_loss, lambda input, target: (input - target).square())
+_loss(_nn.l1_loss, lambda input, target: (input - target).abs())
+_loss(_nn.huber_loss, _huber)
+_loss(_nn.smooth_l1_loss, lambda input, target, beta: _huber(input, target, beta) / beta)
+_loss(torch.kl_div, _kl_div)
 
 
 def _target_weights(
@@ -79,29 +56,25 @@ def _target_weights(
     return classes, kept.to(dtype) if weight is None else weight[classes] * kept
 
 
-@_loss(F.nll_loss)
+@jet_rule(_nn.nll_loss_nd)
 def _nll_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
 ) -> Tensor:
     dim = 0 if input.ndim == 1 else 1
     classes, weights = _target_weights(target, weight, ignore_index, input.dtype)
     picked = input.gather(dim, classes.unsqueeze(dim)).squeeze(dim)
     loss = -torch.where(target != ignore_index, picked, 0.0) * weights
-    return loss.sum() / weights.sum() if reduction == "mean" else _reduce(loss, reduction)
+    return loss.sum() / weights.sum() if reduction == _MEAN else _reduce(loss, reduction)
 
 
-@_loss(F.cross_entropy)
+@jet_rule(_nn.cross_entropy_loss)
 def _cross_entropy(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
 ) -> Tensor:
     dim = 0 if input.ndim == 1 else 1
     logs = input.log_softmax(dim)
@@ -112,44 +85,28 @@ def _cross_entropy(
     if target.shape == input.shape:  # probabilities
         loss = -(weighted * (target * (1 - label_smoothing) + share)).sum(dim)
         return _reduce(loss, reduction)
-    options: Any = {"weight": weight, "ignore_index": ignore_index}
     if not label_smoothing:
-        return F.nll_loss(logs, target, **options, reduction=reduction)
-    picked = F.nll_loss(logs, target, **options, reduction="none")
+        return _nn.nll_loss_nd(logs, target, weight, reduction, ignore_index)
+    picked = _nn.nll_loss_nd(logs, target, weight, _NONE, ignore_index)
     spread = torch.where(target != ignore_index, -weighted.sum(dim), 0.0)
     loss = (1 - label_smoothing) * picked + share * spread
-    if reduction != "mean":
+    if reduction != _MEAN:
         return _reduce(loss, reduction)
     return loss.sum() / _target_weights(target, weight, ignore_index, loss.dtype)[1].sum()
 
 
-@_loss(F.binary_cross_entropy_with_logits)
+@jet_rule(torch.binary_cross_entropy_with_logits)
 def _bce_with_logits(
-    input: Tensor,
-    target: Tensor,
-    weight: Any = None,
-    reduction: str = "mean",
-    pos_weight: Any = None,
+    input: Tensor, target: Tensor, weight: Any, pos_weight: Any, reduction: int
 ) -> Tensor:
     scale = 1.0 if pos_weight is None else pos_weight
     loss = -(scale * target * F.logsigmoid(input) + (1 - target) * F.logsigmoid(-input))
     return _reduce(loss if weight is None else loss * weight, reduction)
 
 
-@_loss(F.binary_cross_entropy)
-def _bce(input: Tensor, target: Tensor, weight: Any = None, reduction: str = "mean") -> Tensor:
+@jet_rule(_nn.binary_cross_entropy)
+def _bce(input: Tensor, target: Tensor, weight: Any, reduction: int) -> Tensor:
     # PyTorch bounds the logarithms by -100, too.
     logs, complements = (x.log().clamp_min(-100) for x in (input, 1 - input))
     loss = -(target * logs + (1 - target) * complements)
     return _reduce(loss if weight is None else loss * weight, reduction)
-
-
-@_loss(F.kl_div)
-def _kl_div(
-    input: Tensor, target: Tensor, reduction: str = "mean", log_target: bool = False
-) -> Tensor:
-    if log_target:
-        loss = target.exp() * (target - input)
-    else:
-        loss = torch.xlogy(target, target) - target * input
-    return loss.sum() / len(input) if reduction == "batchmean" else _reduce(loss, reduction)

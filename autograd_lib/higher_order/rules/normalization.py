@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet
@@ -28,46 +27,35 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, after: int = 
     return x if bias is None else x + bias.reshape(*bias.shape, *[1] * after)
 
 
-@jet_rule(F.layer_norm)
+@jet_rule(torch.layer_norm)
 def _layer_norm(
-    input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    input: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, _: Any = 0
 ) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    return _affine(_standardized(input, dims, eps), weight, bias)
+    return _affine(_standardized(input, tuple(range(-len(shape), 0)), eps), weight, bias)
 
 
-@jet_rule(F.rms_norm)
-def _rms_norm(
-    input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None
-) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
+@jet_rule(torch.rms_norm)
+def _rms_norm(input: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     return _affine(input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps), weight, None)
 
 
-@jet_rule(F.group_norm)
+@jet_rule(torch.group_norm)
 def _group_norm(
-    input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    input: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, _: Any = 0
 ) -> Tensor:
-    groups = input.reshape(len(input), num_groups, -1)
-    return _affine(
-        _standardized(groups, (-1,), eps).reshape(input.shape), weight, bias, input.ndim - 2
-    )
+    parts = _standardized(input.reshape(len(input), groups, -1), (-1,), eps)
+    return _affine(parts.reshape(input.shape), weight, bias, input.ndim - 2)
 
 
-@jet_rule(F.batch_norm)
+@jet_rule(torch.batch_norm)
 def _batch_norm(
-    input: Tensor,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    input: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *options: Any
 ) -> Tensor:
+    _, eps, _ = options
     after = input.ndim - 2
-    if training and running_mean is None:
+    if training and mean is None:
         dims = (0, *range(2, input.ndim))
         return _affine(_standardized(input, dims, eps), weight, bias, after)
     if training:
@@ -76,23 +64,16 @@ def _batch_norm(
             "running statistics would be taken along the direction too; call model.eval(), or use "
             "a norm without them (nn.GroupNorm, nn.LayerNorm)"
         )
-    mean = running_mean.reshape(-1, *[1] * after)
-    scale = torch.rsqrt(running_var + eps)
-    return _affine((input - mean) * scale.reshape(-1, *[1] * after), weight, bias, after)
+    standardized = _affine(_affine(input, None, -mean, after), torch.rsqrt(var + eps), None, after)
+    return _affine(standardized, weight, bias, after)
 
 
-@jet_rule(F.instance_norm)
+@jet_rule(torch.instance_norm)
 def _instance_norm(
-    input: Tensor,
-    running_mean: Any = None,
-    running_var: Any = None,
-    weight: Any = None,
-    bias: Any = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    input: Tensor, weight: Any, bias: Any, mean: Any, var: Any, own: bool, *options: Any
 ) -> Tensor:
-    if not use_input_stats or running_mean is not None:
+    _, eps, _ = options
+    if not own or mean is not None:
         raise NotImplementedError("jet: F.instance_norm has a rule without running statistics only")
     dims = tuple(range(2 - input.ndim, 0))
     return _affine(_standardized(input, dims, eps), weight, bias, input.ndim - 2)

@@ -10,29 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet, primal
-from autograd_lib.higher_order.rules.registration import (
-    decomposed,
-    family,
-    from_right,
-    widened,
-    wrap,
-)
+from autograd_lib.higher_order.rules.registration import from_right, widened
 from autograd_lib.higher_order.taylor import jet_rule
-
-
-@family
-def _total(function: Any) -> None:
-    """A sum or a mean."""
-
-    @jet_rule(function)
-    def rule(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-        if not x.ndim:
-            return widened(x, dtype)
-        return wrap(function(x.stack, from_right(x, dim), keepdim, dtype=dtype), x)
-
-
-_total(torch.sum, torch.mean)
-decomposed(F.softmax, F.log_softmax, F.softmin, torch.norm, F.normalize)
 
 
 @jet_rule(torch.logsumexp, torch.special.logsumexp)

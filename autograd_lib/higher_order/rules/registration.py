@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as _vmap
+from torch._functorch.vmap import lazy_load_decompositions
 
-from autograd_lib.higher_order.dispatch import Jet, jets, primal
+from autograd_lib.higher_order.dispatch import Jet, jets, primal, unchecked
 from autograd_lib.higher_order.taylor import jet_rule
 
 
@@ -43,28 +44,9 @@ def family(register: Callable[..., None]) -> Callable[..., None]:
 
 
 @family
-def decomposed(function: Any) -> None:
-    """Functions that PyTorch writes in Python, each with PyTorch's own source as its rule.
-
-    The source runs without its first lines' check for overrides, which would call the rule again.
-    """
-    body = inspect.unwrap(function)
-    unchecked = {
-        f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")
-    }
-    names = {**body.__globals__, **unchecked, "__name__": __name__}
-    rule = FunctionType(body.__code__, names, None, body.__defaults__, body.__closure__)
-    rule.__kwdefaults__ = body.__kwdefaults__
-    jet_rule(function)(rule)
-
-
-def wrap(result: Any, like: Jet) -> Any:
-    """Follow the result of a linear function of the stack of `like`."""
-    if isinstance(result, Tensor):
-        if not (result.is_floating_point() or result.is_complex()):
-            return result[0]  # converted to integers, where there are no derivatives
-        return Jet(result, like.algebra, like.live)
-    return tuple(wrap(part, like) for part in result)
+def in_python(function: Any) -> None:
+    """Methods that PyTorch writes in Python, each with PyTorch's own source as its rule."""
+    jet_rule(function)(unchecked(inspect.unwrap(function)))
 
 
 def require_first_only(function: Any, x: Any, *others: Any) -> None:
@@ -77,12 +59,15 @@ def require_first_only(function: Any, x: Any, *others: Any) -> None:
 
 @family
 def linear(function: Any) -> None:
-    """Functions linear in their first argument, applied to each coefficient by `torch.vmap`."""
+    """Functions linear in their first argument, applied to each coefficient."""
+    name = function.__name__
+    # The method takes sizes one by one, too.
+    called = getattr(Tensor, name, function) if function is getattr(torch, name, 0) else function
 
     @jet_rule(function)
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
         require_first_only(function, x, args, kwargs)
-        return wrap(torch.vmap(lambda c: function(c, *args, **kwargs))(x.stack), x)
+        return by_coefficient(called, x, *args, **kwargs)
 
 
 @family
@@ -93,7 +78,30 @@ def linear_elementwise(function: Any) -> None:
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(x, Jet):  # as in constant.to(x)
             return function(x, *primal(args), **primal(kwargs))
-        return wrap(function(x.stack, *primal(args), **primal(kwargs)), x)
+        return _followed(function(x.stack, *primal(args), **primal(kwargs)), x)
+
+
+def by_coefficient(function: Callable[..., Any], x: Jet, *args: Any, **kwargs: Any) -> Any:
+    """Apply a linear function to each coefficient.
+
+    This is `torch.vmap` without its checks of arguments, which take longer than most functions.
+    """
+    lazy_load_decompositions()
+    size = len(x.stack)
+    level = _vmap._vmap_increment_nesting(size, "error")
+    try:
+        result = function(_vmap._add_batch_dim(x.stack, 0, level), *args, **kwargs)
+        if isinstance(result, Tensor):
+            return _followed(_vmap._remove_batch_dim(result, level, size, 0), x)
+        return tuple(_followed(_vmap._remove_batch_dim(part, level, size, 0), x) for part in result)
+    finally:
+        _vmap._vmap_decrement_nesting()
+
+
+def _followed(stack: Tensor, like: Jet) -> Tensor:
+    if not (stack.is_floating_point() or stack.is_complex()):
+        return stack[0]  # converted to integers, where there are no derivatives
+    return Jet(stack, like.algebra, like.live)
 
 
 def from_right(x: Tensor, dim: Any) -> Any:
@@ -101,26 +109,6 @@ def from_right(x: Tensor, dim: Any) -> Any:
     if isinstance(dim, int):
         return dim if dim < 0 else dim - x.ndim
     return tuple(from_right(x, d) for d in (dim or range(x.ndim)))
-
-
-@family
-def linear_along(function: Any, **dimensions: int) -> None:
-    """Linear functions whose next arguments are these dimensions, with their defaults."""
-
-    @jet_rule(function)
-    def rule(x: Jet, *args: Any, **kwargs: Any) -> Any:
-        require_first_only(function, x, args, kwargs)
-        given = dict(zip(dimensions, args, strict=False))
-        dims = [
-            from_right(x, given.get(name, kwargs.pop(name, default)))
-            for name, default in dimensions.items()
-        ]
-        return wrap(function(x.stack, *dims, *args[len(dims) :], **kwargs), x)
-
-
-def sizes_of(sizes: tuple[Any, ...]) -> tuple[int, ...]:
-    """Sizes that were given one by one or as one sequence."""
-    return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
 
 
 def widened(x: Tensor, dtype: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet, primal
-from autograd_lib.higher_order.rules.registration import family, getter, named, wrap
+from autograd_lib.higher_order.rules.registration import by_coefficient, family, getter, named
 from autograd_lib.higher_order.taylor import jet_rule
 
 _PLAIN = """
@@ -52,7 +52,7 @@ def _sgn(x: Jet) -> Any:
 def _type(x: Jet, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if dtype is None:
         return primal(x).type()
-    return wrap(x.stack.type(dtype, *args, **kwargs), x)
+    return by_coefficient(Tensor.type, x, dtype, *args, **kwargs)
 
 
 @jet_rule(getter("data"))
