@@ -20,7 +20,6 @@ from torch.func import vjp
 
 __all__ = ["linear_cross_entropy"]
 
-_REDUCTIONS = ("mean", "sum", "none")
 _Requirement = tuple[bool, type[Exception], str, object]  # holds, error if not, expected, got
 
 
@@ -85,14 +84,14 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of F.cross_entropy
         8.0
     """
     operands = (input, weight) if bias is None else (input, weight, bias)
-    for holds, error, expected, got in (
-        *_requirements(operands, target, class_weight),
-        (reduction in _REDUCTIONS, ValueError, f"reduction in {_REDUCTIONS}", repr(reduction)),
-        (0 <= label_smoothing <= 1, ValueError, "label_smoothing in [0, 1]", label_smoothing),
-        (chunk_size >= 1, ValueError, "chunk_size >= 1", chunk_size),
-    ):
+    for holds, error, expected, got in _requirements(operands, target, class_weight):
         if not holds:
             raise error(f"linear_cross_entropy: expected {expected}, got {got}")
+    if reduction not in ("mean", "sum", "none") or not 0 <= label_smoothing <= 1 or chunk_size < 1:
+        raise ValueError(
+            "linear_cross_entropy: expected reduction 'mean', 'sum' or 'none', label_smoothing in "
+            f"[0, 1] and chunk_size >= 1, got {reduction!r}, {label_smoothing} and {chunk_size}"
+        )
     wanted = [
         p is not None and torch.is_grad_enabled() and p.requires_grad for p in (input, weight, bias)
     ]
@@ -116,13 +115,8 @@ def _requirements(
     floats = [p.dtype for p in (input, weight, *vectors)]
     real = all(dtype.is_floating_point for dtype in floats)
     yield real, TypeError, "real floating-point tensors", floats
-    kinds = {p.dtype for p in operands}
-    yield (
-        len(kinds) == 1 or _is_autocast(operands),
-        TypeError,
-        "one dtype, or torch.autocast",
-        kinds,
-    )
+    same = len({p.dtype for p in operands}) == 1 or _is_autocast(operands)
+    yield same, TypeError, "one dtype, or torch.autocast", floats
     indices = "class indices of torch.int64 (F.cross_entropy takes probabilities)"
     yield target.dtype == torch.int64, TypeError, indices, f"target of {target.dtype}"
     shapes = [(*p.shape,) for p in (input, weight, target, *vectors)]

@@ -86,12 +86,12 @@ class CustomLossFunction(nn.Module):
     @property
     def alpha(self) -> Tensor:
         """The effective weight of the squared error now: no dimensions, detached."""
-        return self._effective()[0]
+        return self._weights()[0].detach()[0]
 
     @property
     def beta(self) -> Tensor:
         """The effective weight of the absolute error now: no dimensions, detached."""
-        return self._effective()[1]
+        return self._weights()[0].detach()[1]
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss.
@@ -105,7 +105,7 @@ class CustomLossFunction(nn.Module):
 
         Raises:
             TypeError: A tensor is complex, or neither is of floating point.
-            ValueError: The shapes differ, or are empty.
+            ValueError: The shapes differ.
         """
         dtype = torch.promote_types(input.dtype, target.dtype)
         if not dtype.is_floating_point:
@@ -119,11 +119,6 @@ class CustomLossFunction(nn.Module):
                 "CustomLossFunction: expected input and target of one shape, got "
                 f"{tuple(input.shape)} and {tuple(target.shape)}; nothing is broadcast here, "
                 "reshape or expand one of them"
-            )
-        if not input.numel():
-            raise ValueError(
-                f"CustomLossFunction: expected at least one element, got shape "
-                f"{tuple(input.shape)}, which has no mean; skip the empty batch"
             )
         dtype = torch.promote_types(dtype, torch.float32)  # the square of 300 overflows fp16
         input, target = input.to(dtype), target.to(dtype)
@@ -140,10 +135,6 @@ class CustomLossFunction(nn.Module):
         ratio = _bound(self.log_ratio.to(origin.dtype), -_BOUND - origin, _BOUND - origin)
         shift = _log_normalizer(origin + ratio) - _log_normalizer(origin)
         return self.start * ratio.exp(), shift
-
-    def _effective(self) -> Tensor:
-        dtype = self.log_ratio.dtype if self.learnable else torch.get_default_dtype()
-        return self._weights()[0].detach().to(torch.promote_types(dtype, torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # The start must not be rounded with the parameters: the loss would start elsewhere.

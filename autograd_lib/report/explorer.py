@@ -1,8 +1,7 @@
 """Figures with controls that work in a notebook and on a static page.
 
-An `Explorer` is drawn in advance, every state a small SVG picture. In a notebook ipywidgets
-switches between the pictures; on a static page a few lines of script do, which the page carries
-itself: no kernel, no network, no widget manager.
+An `Explorer` is drawn in advance, every state a small SVG picture, and carries the script that
+switches between the pictures: it needs no kernel and no network.
 """
 
 from __future__ import annotations
@@ -27,16 +26,21 @@ _MOST_FRAMES = 400  # some 4 KiB each: more would make a page that is slow to lo
 
 
 class Interactive:
-    """A mixin for figures: live in a notebook, as HTML with a script where there is no kernel.
-
-    A subclass defines both forms, as text and as an ipywidgets object.
-    """
+    """A mixin for figures that carry their controls and a script: a subclass defines `to_html`."""
 
     def to_html(self) -> str:
         raise NotImplementedError
 
     def to_widget(self) -> Any:
-        raise NotImplementedError
+        """Return the figure as an ipywidgets output, for a notebook with a kernel.
+
+        Raises:
+            ImportError: if ipywidgets is not installed.
+        """
+        output = import_ipywidgets(type(self).__name__).Output()
+        data = {"text/html": self.to_html(), "text/plain": repr(self)}
+        output.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
+        return output
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self.to_html()}
@@ -103,32 +107,6 @@ class Explorer(Interactive):
             f'<script type="application/json">{script_json(state)}</script>'
             f"<script>{script.read_text(encoding='utf-8')}</script><!-- /frames --></figure>"
         )
-
-    def to_widget(self) -> Any:
-        """Return the figure as an ipywidgets box, for a notebook with a kernel.
-
-        Raises:
-            ImportError: if ipywidgets is not installed.
-        """
-        ipywidgets = import_ipywidgets("explore")
-        picture = ipywidgets.HTML()
-        kinds = {True: ipywidgets.Dropdown, False: ipywidgets.SelectionSlider}
-        inputs = [
-            kinds[c.is_menu](
-                options=list(zip(c.labels, itertools.count(), strict=False)),
-                value=c.start,
-                description=c.name,
-            )
-            for c in self.controls
-        ]
-
-        def show(_: Any = None) -> None:
-            picture.value = self._picture(control.value for control in inputs)
-
-        for control in inputs:
-            control.observe(show, "value")
-        show()
-        return ipywidgets.VBox([picture, *inputs])
 
 
 def script_json(state: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ def autotune(
         >>> report.best.apply(model) is model
         True
     """
-    _check(model, batch, loss_fn, memory_budget, tolerance)
+    _check(model, batch, memory_budget, tolerance)
     start = time.perf_counter()
     names = None if blocks is None else _names_of(model, blocks)
     budget = sys.maxsize if memory_budget is None else int(memory_budget)
@@ -132,9 +132,7 @@ def _names_of(model: nn.Module, blocks: _Blocks) -> str | list[str]:
     return known[0] if whole else known
 
 
-def _check(
-    model: object, batch: object, loss_fn: object, memory_budget: float | None, tolerance: float
-) -> None:
+def _check(model: object, batch: object, memory_budget: float | None, tolerance: float) -> None:
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         raise TypeError(
             f"autotune: expected a torch.nn.Module, got {type(model).__name__}; pass the model "
@@ -145,8 +143,6 @@ def _check(
             f"autotune: expected batch to be a pair (inputs, targets), got {type(batch).__name__}; "
             "several inputs stand in a tuple of their own"
         )
-    if not callable(loss_fn):
-        raise TypeError(f"autotune: expected loss_fn(output, targets), got {loss_fn!r}")
     if not tolerance > 0 or (memory_budget is not None and not memory_budget > 0):
         raise ValueError(
             "autotune: expected memory_budget and tolerance to be numbers above 0, got "

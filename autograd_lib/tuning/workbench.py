@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -106,8 +107,8 @@ class Workbench:
 
     def step(self, settings: Settings) -> Callable[[], None]:
         """One forward and backward of the whole batch, which begins and ends without gradients."""
-        made, pieces = self.copy_for(settings), self.pieces(settings)
-        run, scaled = made.run(settings.precision), self.scaled(settings)
+        made, pieces, scaled = self.copy_for(settings), self.pieces(settings), self.scaled(settings)
+        run = made.run(settings.precision)
 
         def step() -> None:
             run(pieces, scaled)
@@ -131,14 +132,12 @@ class Workbench:
     def error(self, settings: Settings) -> float:
         """Relative error of the gradient; in fp16 of the one that a `GradScaler` arrives at."""
         made, pieces = self.copy_for(settings), self.pieces(settings)
-        while True:
-            loss, found = made.gradient(settings.precision, pieces, self.scaled(settings))
-            if settings.precision != "fp16":
-                break
-            if _is_finite(found) or not loss.isfinite() or self.scale <= _SMALLEST_SCALE:
-                found = [g / self.scale for g in found]
-                break
-            self.scale /= 2
+        loss, found = made.gradient(settings.precision, pieces, self.scaled(settings))
+        if settings.precision == "fp16":
+            while loss.isfinite() and not _is_finite(found) and self.scale > _SMALLEST_SCALE:
+                self.scale /= 2
+                loss, found = made.gradient("fp16", pieces, self.scaled(settings))
+            found = [g / self.scale for g in found]
         return relative_error(found, self.reference)
 
     def peak(self, settings: Settings) -> int:
@@ -158,13 +157,19 @@ class Workbench:
         batch = tree_map_only(Tensor, _doubled, self.batch)
         whole = micro_batches("autotune", batch, None, self.count)
         try:
-            _check_loss(made.run("fp32").forward(whole[0])[1], made.parameters)
+            _check_leaves(made.run("fp32").forward(whole[0])[1], made.parameters)
             seed_all(0)
             _, self.reference = made.gradient("fp32", whole)
         except RuntimeError as err:
             err.add_note("autotune: raised by the reference, where model and batch are float64")
             raise
-        _check_gradient(self.reference)
+        norm = sum(float(g.square().sum()) for g in self.reference) ** 0.5
+        if not 0 < norm < math.inf:
+            raise ValueError(
+                f"autotune: the gradient in float64 has norm {norm}, so no error can be relative "
+                "to it; find_nonfinite(model, step) says where a NaN comes from, and a zero needs "
+                "a batch and a model that learn from each other"
+            )
         seed_all(1)
         if relative_error(made.gradient("fp32", whole)[1], self.reference) > _ROUNDING:
             raise ValueError(
@@ -216,31 +221,13 @@ def _doubled(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def _check_loss(loss: Tensor, parameters: Sequence[Tensor]) -> None:
-    if not loss.requires_grad:
-        raise ValueError(
-            "autotune: expected loss_fn(output, targets) to return a loss that requires a "
-            "gradient, got one that is detached; return what backward() can be called on"
-        )
+def _check_leaves(loss: Tensor, parameters: Sequence[Tensor]) -> None:
     own = set(parameters)
     if strange := [leaf for leaf in leaves_of(loss) if leaf not in own]:
         raise ValueError(
             f"autotune: the loss depends on a tensor of shape {tuple(strange[0].shape)} that is no "
             "parameter of the copies that are tried; loss_fn, or a hook, holds it: make loss_fn an "
             "nn.Module that has it as its attribute"
-        )
-
-
-def _check_gradient(reference: Gradient) -> None:
-    if not _is_finite(reference):
-        raise ValueError(
-            "autotune: the gradient is not finite even in float64; find_nonfinite(model, step) "
-            "says where it comes from"
-        )
-    if not any(g.any() for g in reference):
-        raise ValueError(
-            "autotune: the gradient is zero for every parameter, so no error can be relative to "
-            "it; pass a batch and a model that learn from each other"
         )
 
 

@@ -96,15 +96,23 @@ def test_what_pictures_share_is_written_once() -> None:
     assert len(explorer.to_html()) < 0.4 * sum(map(len, explorer.frames))
 
 
-def test_live_form_shows_what_the_controls_say() -> None:
+def test_the_live_form_is_that_of_the_page() -> None:
     explorer = make()
-    picture, slider, menu = explorer.to_widget().children
-    assert "that ends at 1.0" in picture.value
-    slider.value, menu.value = 2, 1
-    assert "&lt;/script&gt;" in picture.value
-    assert "that ends at 2.0" in picture.value
+    assert explorer.to_widget().outputs[0]["data"]["text/html"] == explorer.to_html()
     bundle = explorer._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
+
+
+def test_controls_of_an_explorer_answer_to_the_keyboard(tab: Any) -> None:
+    show(tab, make().to_html())
+    picture, slider = tab.locator("img"), tab.get_by_role("slider", name="x")
+    assert "that ends at 1.0" in picture.get_attribute("alt")
+    slider.focus()
+    tab.keyboard.press("ArrowRight")
+    assert slider.get_attribute("aria-valuetext") == "2"
+    tab.get_by_role("combobox", name="curve").select_option("</script>")
+    assert picture.get_attribute("alt") == 'A line "</script>" that ends at 2.0, <rising>.'
+    assert unquote(picture.get_attribute("src")).endswith(make().frames[5].rstrip("\n"))
 
 
 def test_without_ipywidgets_the_page_form_remains(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -915,7 +915,6 @@ def test_arguments_are_checked():
             "got OptimizedModule; pass the model itself",
         ),
         ({"batch": batch[0]}, TypeError, r"a pair \(inputs, targets\), got Tensor"),
-        ({"loss_fn": 3}, TypeError, r"expected loss_fn\(output, targets\), got 3"),
         ({"memory_budget": 0}, ValueError, "to be numbers above 0, got 0 and 0.01"),
         ({"tolerance": math.nan}, ValueError, "to be numbers above 0, got None and nan"),
         ({"batch": (batch[0], batch[1][:3])}, ValueError, r"got shapes \[\(8, 8\), \(3, 8\)\]"),
@@ -924,8 +923,8 @@ def test_arguments_are_checked():
         ({"count": lambda t: 0}, ValueError, "count gives 0 for the whole batch"),
         ({"loss_fn": lambda out, y: out}, ValueError, r"return a scalar, got shape \(8, 8\)"),
         ({"loss_fn": lambda out, y: out.mean().item()}, ValueError, "got float"),
-        ({"loss_fn": lambda out, y: 0 * out.mean()}, ValueError, "gradient is zero"),
-        ({"loss_fn": lambda out, y: out.mean() / 0}, ValueError, "not finite even in float64"),
+        ({"loss_fn": lambda out, y: 0 * out.mean()}, ValueError, r"has norm 0\.0"),
+        ({"loss_fn": lambda out, y: out.mean() / 0}, ValueError, "has norm (nan|inf)"),
         (
             {"model": copy.deepcopy(model).double()},
             TypeError,
