@@ -11,12 +11,11 @@ from torch import Tensor
 from autograd_lib.functions.activations import _CodedActivation, _LowMemoryReLU
 from autograd_lib.functions.functions import (
     CustomAutogradFunction,
-    _ClipGradient,
+    _BentGradient,
     _Log1mExp,
     _log1mexp_slope,
     _SafeNorm,
     _SafeSqrt,
-    _ScaleGradient,
     _StraightThrough,
     safe_norm,
 )
@@ -28,7 +27,7 @@ jet_rule(CustomAutogradFunction)(F.linear)
 jet_rule(_StraightThrough)(lambda x, f: x + (f(primal(x)) - primal(x)).detach())
 
 
-@jet_rule(_ScaleGradient, _ClipGradient)
+@jet_rule(_BentGradient)
 def _no_gradient_rule(*args: Any) -> Tensor:
     raise NotImplementedError(
         "jet: scale_gradient, reverse_gradient and clip_gradient have no rule: they change "
