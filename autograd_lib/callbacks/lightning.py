@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -56,18 +55,16 @@ class _LightningHooks(FrameworkCallback):
             for key, norm in self._total_norms().items():
                 pl_module.log(key, norm, on_step=True, on_epoch=False, batch_size=1)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._detach()
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         self._detach()
         self._loaded = {}  # as from a checkpoint that was loaded only to test it
+
+    on_exception = teardown
 
     def _beginning(self, trainer: Any, pl_module: Any) -> Callable[..., Any]:
         """The strategy's `training_step`, before which what it changes is kept."""
         original = trainer.strategy.training_step
 
-        @functools.wraps(original)
         def training_step(*args: Any) -> Any:
             kept = [*map(shallow_copy, args)]
 

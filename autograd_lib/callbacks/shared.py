@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
@@ -143,8 +142,7 @@ class FrameworkCallback:
         """What to log; this waits for the device."""
         norms = [monitor.history["total_norm"][-1:] for monitor in self.monitors]
         keys = [_TOTAL_NORM, *(f"{_TOTAL_NORM}/{i}" for i in range(1, len(norms)))]
-        pairs = zip(keys, norms, strict=False)
-        return {key: norm.item() for key, norm in pairs if len(norm)}
+        return {key: norm.item() for key, norm in zip(keys, norms, strict=False) if len(norm)}
 
 
 def shallow_copy(batch: Any) -> Any:
@@ -152,7 +150,6 @@ def shallow_copy(batch: Any) -> Any:
     return copy.copy(batch) if isinstance(batch, MutableMapping | list) else batch
 
 
-@functools.cache
 def callback_class(hooks: type, *bases: type) -> type:
     """A class of callbacks with these hooks, which is one of the framework's callbacks."""
     return type("GradientCallback", (hooks, *bases), {"__module__": hooks.__module__})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -58,7 +57,6 @@ class _TransformersHooks(FrameworkCallback):
         """The trainer's `training_step`, looked at."""
         original = trainer.training_step
 
-        @functools.wraps(original)
         def training_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
             if not self._begin(model):
                 return original(model, inputs, *args, **kwargs)
@@ -73,7 +71,6 @@ class _TransformersHooks(FrameworkCallback):
     def _logging(self, original: Callable[..., None]) -> Callable[..., None]:
         """The trainer's `log`, given the norm: at `on_log` loggers have logged already."""
 
-        @functools.wraps(original)
         def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             if "loss" in logs:  # of training, not of an evaluation
                 logs.update(self._total_norms())
@@ -156,5 +153,5 @@ def _calling_trainer(operation: str) -> tuple[Any, str | None]:
             return trainer, frame.f_locals.get("resume_from_checkpoint")
     raise RuntimeError(
         f"{operation}: expected to be called by a transformers.Trainer that trains, found none on "
-        "the stack; give the callback to a Trainer, and use GradientMonitor in loops of your own"
+        "the stack; give the callback to a Trainer"
     )

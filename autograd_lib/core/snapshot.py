@@ -40,9 +40,8 @@ def torch_generators(devices: Iterable[torch.device] | None = None) -> list[Gene
     for device in devices:
         module = torch.get_device_module(device)
         where = {} if device.type == "mps" else {"device": device}
-        get_state = partial(module.get_rng_state, **where)
-        set_state = partial(module.set_rng_state, **where)
-        found.append(Generator(f"PyTorch's generator on {device}", get_state, set_state))
+        states = partial(module.get_rng_state, **where), partial(module.set_rng_state, **where)
+        found.append(Generator(f"PyTorch's generator on {device}", *states))
     return found
 
 

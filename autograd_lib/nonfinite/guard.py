@@ -180,8 +180,7 @@ class NonFiniteGuard:
         model, parameters = self._parts.model(), self._parts.parameters()
         if model is None:
             raise RuntimeError(
-                "NonFiniteGuard: expected the model that the guard was made for, but it was "
-                "deleted (the guard keeps only a weak reference); make a new guard"
+                "NonFiniteGuard: expected the model to exist, but it was deleted; make a new guard"
             )
         if next(self._steps) % _RENEWED_EVERY == 0 or NoneType in {*map(type, parameters)}:
             self._parts = _Parts(model, self._parts.scaler)
@@ -195,15 +194,12 @@ class GuardedStep(ModuleState):
     def __init__(
         self, parts: _Parts, parameters: Sequence[Tensor], keep: bool, more: Sequence[Tensor] = ()
     ) -> None:
-        self._model: Any = parts.model()
-        self._parts, self.parameters = parts, parameters
+        self._model, self._parts, self.parameters = parts.model(), parts, parameters
         self._kept = [*map(_GRAD, parameters)] if keep else []
         gradients = [grad for grad in self._kept if grad is not None]
         super().__init__(parts.modules(), [*gradients, *more], parts.generators)
         # Which optimizers were unscaled; a disabled scaler has no such table.
-        self._unscaled: dict[int, dict[str, Any]] = getattr(
-            parts.scaler, "_per_optimizer_states", {}
-        )
+        self._unscaled = getattr(parts.scaler, "_per_optimizer_states", {})
         self._stages = {key: {**state} for key, state in self._unscaled.items()}
 
     def restore(self) -> None:
@@ -240,12 +236,8 @@ class GuardedStep(ModuleState):
             return None
         wrong = outcome(self._model, losses)
         everywhere = [w for w in _gather(groups, wrong) if w is not None]
-        left_to_scaler = (
-            parts.scaler is not None
-            and all(w.phase == "backward" for w in everywhere)
-            and parts.scaler.get_scale() > 1  # that of a disabled one is 1
-        )
-        if not everywhere or left_to_scaler:
+        scale = 1.0 if parts.scaler is None else parts.scaler.get_scale()  # 1 if it is disabled
+        if not everywhere or (scale > 1 and all(w.phase == "backward" for w in everywhere)):
             return None
         if replay is None:
             return everywhere[0]._also("the loop does not allow to run the step again")
@@ -271,22 +263,17 @@ class GuardedStep(ModuleState):
 def _check_step(operation: str, step: Step) -> None:
     try:
         inspect.signature(step).bind()
-    except ValueError:
-        return  # one written in C, which does not tell
     except TypeError as error:
         got = f"one for which: {error}" if callable(step) else type(step).__name__
         raise TypeError(
-            f"{operation}: expected step to be a function without arguments that runs forward and "
-            f"backward, got {got}; pass the function itself, its arguments bound: "
-            "lambda: step(batch)"
+            f"{operation}: expected step to be a function without arguments, got {got}; pass the "
+            "function itself, with its arguments bound: lambda: step(batch)"
         ) from None
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        module._compiled_call_impl is not None or "_orig_mod" in module._modules
-        for module in model.modules()
-    )
+    compiled = (m._compiled_call_impl or "_orig_mod" in m._modules for m in model.modules())
+    return any(compiled)
 
 
 def _explain(
@@ -326,7 +313,8 @@ class _Parts:
     """
 
     def __init__(self, model: nn.Module, scaler: GradScaler | None = None) -> None:
-        self.model, self.scaler = weakref.ref(model), scaler
+        self.model: Callable[[], Any] = weakref.ref(model)
+        self.scaler = scaler
         parameters = [*model.parameters()]
         self._buffered = [weakref.ref(module) for module in model.modules() if module._buffers]
         wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
@@ -392,10 +380,7 @@ def _sums(grads: list[Tensor], room: Tensor | None) -> Iterable[Tensor]:
 def _sum(tensor: Tensor) -> Tensor:
     if type(tensor) is Tensor and tensor.dtype in (torch.float32, torch.bfloat16):
         return tensor.sum()
-    sums = [
-        part.sum(dtype=torch.promote_types(part.dtype, torch.float32))
-        for part in real_values(tensor)
-    ]
+    sums = [v.sum(dtype=torch.promote_types(v.dtype, torch.float32)) for v in real_values(tensor)]
     return torch.stack(sums).sum() if sums else torch.zeros((), device=tensor.device)
 
 

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from autograd_lib.nonfinite.report import BLANK, OUTSIDE, UNLINKED, NonFinite
-from autograd_lib.nonfinite.values import Operand, Operator, kinds, named_tensors, real_values
+from autograd_lib.nonfinite.values import Operand, kinds, named_tensors, real_values
 
 _MODULE_CALL = nn.Module.__call__.__code__
 _ENGINE = _engine_run_backward.__code__
@@ -76,13 +76,10 @@ def observe(model: nn.Module, step: Callable[[], object]) -> NonFinite | None:
     If `step` raises, what was seen until then is noted on the exception.
     """
     observer = _Observer(model)
-    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
-    layers = (
-        m for m in model.modules() if not ("_orig_mod" in m._modules or isinstance(m, wrappers))
-    )
-    hook = next(layers).register_forward_pre_hook(
-        observer.note_arguments, with_kwargs=True, prepend=True
-    )
+    inner, wrappers = model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(inner, wrappers) or "_orig_mod" in inner._modules:
+        inner = next(inner.children())
+    hook = inner.register_forward_pre_hook(observer.note_arguments, with_kwargs=True, prepend=True)
     # Without torch._dynamo, which takes seconds to import, nothing can have been compiled.
     dynamo = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if dynamo else contextlib.nullcontext()
@@ -115,10 +112,8 @@ def outcome(model: nn.Module, result: object) -> NonFinite | None:
 def _results(model: nn.Module, result: object) -> Iterator[tuple[str, Tensor]]:
     """Every loss, without a name, and every gradient, with the name of its parameter."""
     for leaf in tree_leaves(result):
-        if isinstance(leaf, Tensor):
-            yield "", leaf
-        elif isinstance(leaf, float):
-            yield "", torch.tensor(leaf, dtype=torch.float64)
+        if isinstance(leaf, Tensor | float):
+            yield "", leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=torch.float64)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             yield readable(name), parameter.grad
@@ -140,14 +135,14 @@ class _Observer(TorchDispatchMode):
         self._sites: dict[int, dict[str, NonFinite]] = {}
         self._roots: dict[int, list[Tensor]] = {}  # what each backward started from
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            source = _MADE if isinstance(tensor, nn.Parameter) else _DATA
-            owner = readable(name).rpartition(".")[0]
-            self._note(tensor, NonFinite("parameter", module=owner, name=readable(name)), source)
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
+            given = NonFinite("parameter", name=readable(name))
+            given = given._replace(module=given.name.rpartition(".")[0])
+            trained = isinstance(tensor, nn.Parameter)
+            self._note(tensor, given, _MADE if trained else _DATA)
+            if trained and tensor.grad is not None:
                 before = "the gradient held it before the step"
-                given = NonFinite("backward", name=readable(name), detail=before)
-                self._note(parameter.grad, given, _BEFORE)
+                given = NonFinite("backward", name=given.name, detail=before)
+                self._note(tensor.grad, given, _BEFORE)
 
     # --- what comes from outside
 
@@ -194,7 +189,7 @@ class _Observer(TorchDispatchMode):
         return self._given(values, NonFinite("input", name=name, detail=OUTSIDE), _DATA, ["inf"])
 
     def _consider(self, origin: _Origin) -> None:
-        there = [origin] if self.guess is None else [self.guess, origin]
+        there = filter(None, [self.guess, origin])
         self.guess = min(there, key=lambda o: (o.surfaced == _NEVER, o.source, o.order))
 
     # --- one operation
@@ -210,10 +205,8 @@ class _Observer(TorchDispatchMode):
         given = () if blank else named_tensors(func, args, kwargs)
         inputs = [self._input(site, *entry) for entry in given]
         result = func(*args, **kwargs)
-        literal = any(
-            isinstance(leaf, float) and not math.isfinite(leaf)
-            for leaf in tree_leaves((args, kwargs))
-        )
+        numbers = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, float)]
+        literal = not all(map(math.isfinite, numbers))
         self._mark_outputs(site, inputs, tree_leaves(result), literal)
         return result
 
@@ -261,8 +254,14 @@ class _Observer(TorchDispatchMode):
             became = f"its Inf becomes a NaN in {_by(site)}" if origin else ""
         origin = origin or self._made(kind, site, inputs, literal)
         if kind == "nan" and not origin.meant and origin.surfaced == _NEVER:
-            names = [i.name for i in inputs if any(o is origin for o in i.origins.values())]
-            culprit = _surfaced(origin.culprit, site, *names[:1])
+            culprit = origin.culprit
+            if culprit.phase in ("parameter", "input"):  # it surfaced here, under this name
+                names = [i.name for i in inputs if any(o is origin for o in i.origins.values())]
+                if culprit.detail == OUTSIDE and names:
+                    operands = tuple(given._replace(name=names[0]) for given in culprit.inputs)
+                    culprit = culprit._replace(name=names[0], inputs=operands)
+                module = culprit.module if culprit.phase == "parameter" else site.module
+                culprit = culprit._replace(module=module, op=site.op, place=site.place)
             culprit = culprit._replace(detail=became or culprit.detail)
             origin = origin._replace(culprit=culprit, surfaced=next(self._order))
             self._consider(origin)
@@ -282,7 +281,7 @@ class _Observer(TorchDispatchMode):
 
     # --- where it runs
 
-    def _site(self, func: Operator) -> NonFinite:
+    def _site(self, func: Any) -> NonFinite:
         """Where in the program an operation runs: module, line, and forward or backward.
 
         In backward only what runs inside it counts: a checkpoint, a custom Function, a hook.
@@ -378,8 +377,8 @@ def _roots() -> list[Tensor]:
 
 def _earliest(*origins: _Origin | None) -> _Origin | None:
     """The first event; intended ones come last, and data after what the step made."""
-    there = [origin for origin in origins if origin is not None]
-    return min(there, key=lambda o: (o.meant, o.source, o.order, o.surfaced), default=None)
+    rank = operator.attrgetter("meant", "source", "order", "surfaced")
+    return min(filter(None, origins), key=rank, default=None)
 
 
 def _by(site: NonFinite) -> str:
@@ -394,14 +393,3 @@ def _plain(name: str) -> str:
 def _unseen(culprit: NonFinite) -> NonFinite:
     detail = f"it came with {_by(culprit)} from another process, or by no operation of PyTorch"
     return culprit._replace(op="", detail=detail)
-
-
-def _surfaced(culprit: NonFinite, site: NonFinite, name: str = "") -> NonFinite:
-    """Name the operation in which a given value surfaced, and the value's name there."""
-    if culprit.phase not in ("parameter", "input"):
-        return culprit
-    if culprit.detail == OUTSIDE and name:  # the operation that saw it first may be another
-        operands = tuple(given._replace(name=name) for given in culprit.inputs)
-        culprit = culprit._replace(name=name, inputs=operands)
-    module = culprit.module if culprit.phase == "parameter" else site.module
-    return culprit._replace(module=module, op=site.op, place=site.place)

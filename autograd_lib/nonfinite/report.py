@@ -71,8 +71,7 @@ class NonFinite(NamedTuple):
 
     def _is_unmade(self) -> bool:
         """Whether no operation is known to have made it."""
-        by_none = not self.op or BLANK in self.detail
-        return by_none and self.phase in ("forward", "backward")
+        return self.phase in ("forward", "backward") and (not self.op or BLANK in self.detail)
 
     def _title(self) -> str:
         kind = {"nan": "NaN", "inf": "Inf"}[self.kind]
@@ -87,14 +86,13 @@ class NonFinite(NamedTuple):
 
     def __repr__(self) -> str:
         given = self.phase in ("parameter", "input")
-        facts = {
-            "module": self.module,
-            "surfaced in": self.op if given else "",
-            "parameter": "" if given else self.name,
-            "location": self.location,
-            "note": self.detail,
-        }
-        lines = [self._title(), *(f"{key:<12}{value}" for key, value in facts.items() if value)]
+        facts = [
+            ("module", self.module),
+            ("surfaced in", self.op) if given else ("parameter", self.name),
+            ("location", self.location),
+            ("note", self.detail),
+        ]
+        lines = [self._title(), *(f"{key:<12}{value}" for key, value in facts if value)]
         rows = [
             [name, str(shape), str(dtype).removeprefix("torch."), f"{low:.4g}", f"{high:.4g}"]
             for name, shape, dtype, low, high in self.inputs

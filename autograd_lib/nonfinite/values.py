@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-Operator = torch._ops.OpOverload | torch._ops.HigherOrderOperator
-
 
 class Operand(NamedTuple):
     """One tensor that an operation was given.
@@ -59,9 +57,8 @@ def real_values(tensor: Tensor) -> list[Tensor]:
         return []
     # Zeros that autograd does not write out have no memory, nor has what FSDP has freed: to read
     # it would be a segmentation fault.
-    if tensor._is_zerotensor():
-        return []
-    if tensor.layout is torch.strided and not tensor.untyped_storage().nbytes():
+    strided = tensor.layout is torch.strided
+    if tensor._is_zerotensor() or (strided and not tensor.untyped_storage().nbytes()):
         return []
     values = tensor.detach()
     if values.is_mkldnn:
@@ -87,7 +84,7 @@ def kinds(tensor: Tensor) -> list[str]:
 
 
 def named_tensors(
-    func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, Tensor, bool]]:
     """Every tensor among the arguments: its name, empty if only written, and whether written."""
     if isinstance(func, torch._ops.HigherOrderOperator):  # flex_attention: it has no schema
