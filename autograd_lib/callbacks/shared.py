@@ -66,8 +66,7 @@ class FrameworkCallback:
         self._detach()
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.monitors = [
-            GradientMonitor(model, optimizer, self._scaler, **self._options)
-            for optimizer in optimizers
+            GradientMonitor(model, o, self._scaler, **self._options) for o in optimizers
         ]
         loaded, self._loaded = self._loaded, {}
         for monitor, state in zip(self.monitors, loaded.get("monitors", ()), strict=False):
@@ -91,12 +90,10 @@ class FrameworkCallback:
     def _begin(self, model: nn.Module) -> bool:
         """Keep what the step changes; tell whether this micro-batch is looked at."""
         self._step = None
-        if not self._guarded or (self._spoiled and self._scaler is not None):
-            return False
-        if self._guard is None:
-            self._guard = NonFiniteGuard(model, scaler=self._scaler)
-        self._step = self._guard.begin(keep_gradients=False)
-        return True
+        if self._guarded and (self._scaler is None or not self._spoiled):
+            self._guard = self._guard or NonFiniteGuard(model, scaler=self._scaler)
+            self._step = self._guard.begin(keep_gradients=False)
+        return self._step is not None
 
     def _end(
         self, loss: object, replay: Step | None, number: int, place: int = 0, owned: Any = None

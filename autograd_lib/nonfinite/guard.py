@@ -272,8 +272,7 @@ def _check_step(operation: str, step: Step) -> None:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    compiled = (m._compiled_call_impl or "_orig_mod" in m._modules for m in model.modules())
-    return any(compiled)
+    return any(m._compiled_call_impl or "_orig_mod" in m._modules for m in model.modules())
 
 
 def _explain(

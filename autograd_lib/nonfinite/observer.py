@@ -135,8 +135,8 @@ class _Observer(TorchDispatchMode):
         self._sites: dict[int, dict[str, NonFinite]] = {}
         self._roots: dict[int, list[Tensor]] = {}  # what each backward started from
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            given = NonFinite("parameter", name=readable(name))
-            given = given._replace(module=given.name.rpartition(".")[0])
+            module, _, _ = readable(name).rpartition(".")
+            given = NonFinite("parameter", module=module, name=readable(name))
             trained = isinstance(tensor, nn.Parameter)
             self._note(tensor, given, _MADE if trained else _DATA)
             if trained and tensor.grad is not None:
@@ -268,8 +268,7 @@ class _Observer(TorchDispatchMode):
         return origin
 
     def _made(self, kind: str, site: NonFinite, inputs: Sequence[_Input], literal: bool) -> _Origin:
-        named = [entry for entry in inputs if entry.name]
-        operands = tuple(entry.before or Operand.of(*entry[:2]) for entry in named)
+        operands = tuple(i.before or Operand.of(i.name, i.tensor) for i in inputs if i.name)
         culprit = site._replace(kind=kind, inputs=operands)
         if _UNINITIALIZED.match(_by(site)):
             culprit, literal = culprit._also(BLANK), True
