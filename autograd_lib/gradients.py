@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-class GradientStatistics(Table, Mapping[str, Any]):
+class GradientStatistics(Table, dict[str, Any]):
     """Statistics of a model's gradients: a mapping that prints as a table.
 
     `["total_norm"]` is the L2 norm of all gradients together, a float. `["parameters"]` maps each
@@ -43,20 +43,6 @@ class GradientStatistics(Table, Mapping[str, Any]):
     The summary of a `GradientMonitor` has `["step"]` and `["issues"]` too, and of the last three
     kinds of statistics only `numel` unless it was asked to collect the others.
     """
-
-    def __init__(
-        self, total_norm: float, parameters: dict[str, dict[str, Any]], **more: Any
-    ) -> None:
-        self._data = {"total_norm": total_norm, "parameters": parameters, **more}
-
-    def __getitem__(self, key: str) -> Any:
-        return self._data[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._data)
-
-    def __len__(self) -> int:
-        return len(self._data)
 
     def _table(self) -> tuple[str, Row, list[Row]]:
         """Title, header and rows; a column for each statistic that some parameter has."""
@@ -214,7 +200,8 @@ def compute_gradient_statistics(model: nn.Module) -> GradientStatistics:
         name: describe(dict(zip(statistics, row, strict=True)), numel, grad.is_complex())
         for name, grad, numel, row in zip(names, grads, numels, rows, strict=True)
     }
-    return GradientStatistics(root_sum_squares(torch.from_numpy(norms)).item(), parameters)
+    total = root_sum_squares(torch.from_numpy(norms)).item()
+    return GradientStatistics(total_norm=total, parameters=parameters)
 
 
 class AutogradUtils:

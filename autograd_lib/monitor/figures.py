@@ -9,12 +9,12 @@ Colors differ in grey and for the color-blind; no global style is set.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from autograd_lib.core.statistics import STATISTICS
+from autograd_lib.core.statistics import ALWAYS, STATISTICS
 from autograd_lib.report.plots import (
     BLUE,
     GREEN,
@@ -23,13 +23,8 @@ from autograd_lib.report.plots import (
     Array,
     Style,
     add_legend,
-    check_history,
-    decades,
+    common_prefix,
     make_axes,
-    name_rows,
-    read_history,
-    row_pitch,
-    short_name,
     value_range,
 )
 
@@ -46,6 +41,7 @@ __all__ = [
     "plot_gradient_histograms",
 ]
 
+_LONGEST_NAME = 30
 _MOST_COLUMNS = 400  # of a heat map: fewer than the pixels that they are drawn on
 
 
@@ -85,7 +81,7 @@ def plot_gradient_flow(monitor: Source, ax: Axes | None = None, *, statistic: st
         ('log', ['0.weight', '1.weight'])
     """
     logarithmic = [name for name, about in STATISTICS.items() if about.scale == "log"]
-    rows = read_history("plot_gradient_flow", monitor, statistic, logarithmic)
+    rows = _read_history("plot_gradient_flow", monitor, statistic, logarithmic)
     is_bias = np.array(["bias" in name.rpartition(".")[2] for name in rows.names])
     kept = np.flatnonzero(~is_bias | is_bias.all())
     depth = np.arange(len(kept))
@@ -94,20 +90,20 @@ def plot_gradient_flow(monitor: Source, ax: Axes | None = None, *, statistic: st
         if (finite := values[np.isfinite(values)]).size:
             spread[:, row] = np.quantile(finite, [0, 0.25, 0.5, 0.75, 1])
     ax = make_axes("plot_gradient_flow", ax, len(kept))
-    low, high = decades(statistic, spread)
+    low, high = _decades(statistic, spread)
     ax.set_xscale("log")
     ax.set_xlim(low, high)
     ax.xaxis.set_minor_formatter("")  # or labels overlap on a short axis
-    name_rows(ax, [rows.names[at] for at in kept])
-    pitch = row_pitch(ax, len(kept))
+    _name_rows(ax, [rows.names[at] for at in kept])
+    pitch = _row_pitch(ax, len(kept))
     least, lower, median, upper, most = np.clip(spread, low, high)
     ax.plot(median, depth, color=GREY, linewidth=0.8, linestyle="-", alpha=0.6)
     ax.hlines(depth, least, most, color=BLUE, linewidth=min(1.2, pitch / 2), alpha=0.6)
     ax.hlines(depth, lower, upper, color=BLUE, linewidth=min(5.0, 0.6 * pitch))
     dot: Style = {"markersize": min(5.0, max(2.0, 0.9 * pitch)), "markeredgecolor": "white"}
-    ax.plot(median, depth, "o", color=BLUE, linestyle="none", label="median", **dot)
-    never = ~rows.present.any(axis=0)[kept]
-    broken = rows.nonfinite[~rows.skipped].any(axis=0)[kept]  # a skipped step's always are
+    ax.plot(median, depth, "o", color=BLUE, label="median", **dot)
+    never = ~rows.present[:, kept].any(axis=0)
+    broken = rows.nonfinite[~rows.skipped][:, kept].any(axis=0)  # of a skipped step all are
     for side, flags, marker, color, label in (
         (0, never, "s", GREEN, "no gradient at any step"),
         (0, spread[2] == 0, "<", "black", "median exactly 0"),
@@ -115,9 +111,8 @@ def plot_gradient_flow(monitor: Source, ax: Axes | None = None, *, statistic: st
     ):
         if flags.any():
             edge: Style = {"transform": ax.get_yaxis_transform(), "clip_on": False, "zorder": 5}
-            look: Style = {"color": color, "linestyle": "none", "label": label}
-            look |= {"markersize": min(6.5, max(3.5, 0.9 * pitch))}
-            ax.plot(np.full(flags.sum(), side), depth[flags], marker, **look, **edge)
+            look: Style = {"color": color, "markersize": min(6.5, max(3.5, 0.9 * pitch))}
+            ax.plot(np.full(flags.sum(), side), depth[flags], marker, label=label, **look, **edge)
     ax.set_xlabel(f"{STATISTICS[statistic].label}, steps {rows.step[0]} to {rows.step[-1]}")
     ax.grid(axis="y", visible=False)
     add_legend(ax)
@@ -159,25 +154,20 @@ def plot_gradient_heatmap(
         >>> ax.get_xlabel(), [text.get_text() for text in ax.get_legend().get_texts()]
         ('step', ['no value'])
     """
-    rows = read_history("plot_gradient_heatmap", monitor, statistic, [*STATISTICS])
+    rows = _read_history("plot_gradient_heatmap", monitor, statistic, [*STATISTICS])
     ax = make_axes("plot_gradient_heatmap", ax, len(rows.names))
     from matplotlib import colors, patches  # noqa: PLC0415
 
-    starts = np.arange(0, len(rows.step), -(-len(rows.step) // _MOST_COLUMNS))
-    finite = np.where(np.isfinite(rows.values), rows.values, np.nan)
-    least, most = np.fmin.reduceat(finite, starts), np.fmax.reduceat(finite, starts)
-    values = np.where(np.abs(least) > np.abs(most), least, most)
-    nonfinite = np.logical_or.reduceat(rows.nonfinite, starts)
+    edges, values, nonfinite = _columns(rows)
     nothing = np.isnan(values) & ~nonfinite
-    edges = _edges(rows.step, starts)
     cells: tuple[Array, Array] = (edges, np.arange(len(rows.names) + 1) - 0.5)
     norm, colormap = _color_scale(statistic, values)
-    zero = (values == 0) & isinstance(norm, colors.LogNorm)
+    zero = (values == 0) & (STATISTICS[statistic].scale == "log")
     # On a logarithmic scale zero is drawn in the color of what lies below it.
     drawn = np.where(zero, norm.vmin / 2, np.clip(values, norm.vmin, norm.vmax)).T
     mesh = ax.pcolormesh(*cells, drawn, norm=norm, cmap=colormap, rasterized=True)
     bar = ax.figure.colorbar(mesh, ax=ax, label=STATISTICS[statistic].label, pad=0.02)
-    if isinstance(norm, colors.SymLogNorm):
+    if STATISTICS[statistic].scale == "signed":
         ticks = [norm.vmin, -norm.linthresh, 0.0, norm.linthresh, norm.vmax]
         bar.set_ticks(ticks, labels=[f"{tick:.1g}" for tick in ticks])
     ax.patch.set(hatch="/////", edgecolor=GREY, linewidth=0)  # seen where nothing is drawn
@@ -185,25 +175,35 @@ def plot_gradient_heatmap(
         broken = np.ma.masked_equal(nonfinite.T, 0)
         ax.pcolormesh(*cells, broken, cmap=colors.ListedColormap([ORANGE]), rasterized=True)
         column, row = np.nonzero(np.diff(nonfinite, axis=0, prepend=False) & nonfinite)
-        size = min(6.0, max(1.8, row_pitch(ax, len(rows.names))))
-        ax.plot(edges[column], row, "x", color="black", markersize=size, linestyle="none")
+        size = min(6.0, max(1.8, _row_pitch(ax, len(rows.names))))
+        ax.plot(edges[column], row, "x", color="black", markersize=size)
     looks: list[tuple[Array, str, Style]] = [
         (nothing, "no value", {"hatch": "/////", "facecolor": "none", "edgecolor": GREY}),
         (nonfinite, "not finite (× where it began)", {"facecolor": ORANGE}),
         (zero, "exactly 0", {"facecolor": "black"}),
     ]
-    handles = [patches.Patch(label=text, **look) for flags, text, look in looks if flags.any()]
+    handles: list[Any] = [
+        patches.Patch(label=text, **look) for flags, text, look in looks if flags.any()
+    ]
     if rows.skipped.any():
         at = rows.step[rows.skipped]
         style: Style = {"transform": ax.get_xaxis_transform(), "clip_on": False}
-        style |= {"linestyle": "none", "markersize": 6, "label": "skipped step"}
-        handles += ax.plot(at, np.full(at.size, 1.025), "v", color="black", **style)
+        handles += ax.plot(at, np.full(at.size, 1.025), "kv", label="skipped step", **style)
     ax.set_xlim(edges[0], edges[-1])
-    name_rows(ax, rows.names)
+    _name_rows(ax, rows.names)
     ax.set_xlabel("step")
     ax.grid(visible=False)
     add_legend(ax, handles, above=1.045 if rows.skipped.any() else 1.01)
     return ax
+
+
+def _columns(rows: _Rows) -> tuple[Array, Array, Array]:
+    """Return the edges of the columns of a map, and what each cell shows, [columns, P]."""
+    starts = np.arange(0, len(rows.step), -(-len(rows.step) // _MOST_COLUMNS))
+    finite = np.where(np.isfinite(rows.values), rows.values, np.nan)
+    least, most = np.fmin.reduceat(finite, starts), np.fmax.reduceat(finite, starts)
+    values = np.where(np.abs(least) > np.abs(most), least, most)
+    return _edges(rows.step, starts), values, np.logical_or.reduceat(rows.nonfinite, starts)
 
 
 def _color_scale(statistic: str, values: Array) -> tuple[Any, Any]:
@@ -213,7 +213,7 @@ def _color_scale(statistic: str, values: Array) -> tuple[Any, Any]:
     low, high, threshold = value_range(statistic, values)
     scale = STATISTICS[statistic].scale
     if scale == "log":
-        norm: Any = colors.LogNorm(*decades(statistic, values))
+        norm: Any = colors.LogNorm(*_decades(statistic, values))
     elif scale == "signed":
         norm = colors.SymLogNorm(threshold, vmin=low, vmax=high, base=10)
     else:
@@ -252,7 +252,7 @@ def plot_gradient_histograms(monitor: Source, parameter: str, ax: Axes | None = 
         [0.0, 2.0]
     """
     operation = "plot_gradient_histograms"
-    history = check_history(operation, monitor, "histogram")
+    history = _check_history(operation, monitor, "histogram")
     names = list(history["names"])
     if parameter not in names:
         raise ValueError(
@@ -271,7 +271,7 @@ def plot_gradient_histograms(monitor: Source, parameter: str, ax: Axes | None = 
     ax.set_ylim(exponents[first], exponents[last + 1])
     ax.yaxis.set_major_formatter(lambda power, _: f"$2^{{{power:.0f}}}$")
     ax.set_xlabel("step")
-    ax.set_ylabel(f"magnitude of the elements of {short_name(parameter)}")
+    ax.set_ylabel(f"magnitude of the elements of {_short_name(parameter)}")
     ax.grid(visible=False)
     return ax
 
@@ -280,3 +280,87 @@ def _edges(step: Array, starts: Array) -> Array:
     """Return the edges of the columns of a map, each of which begins at one of the steps."""
     gap = np.diff(step[-2:]).sum() or 1  # how wide the last one is
     return np.append(step[starts], step[-1] + gap) - 0.5
+
+
+class _Rows(NamedTuple):
+    """What is drawn of a history: R steps, P parameters."""
+
+    step: Array  # [R]
+    names: list[str]  # P
+    values: Array  # [R, P]
+    present: Array  # [R, P]: there was a gradient
+    nonfinite: Array  # [R, P]: there was one, and no finite number to show for it
+    skipped: Array  # [R]
+
+
+def _check_history(operation: str, monitor: Any, key: str) -> Mapping[str, Any]:
+    """Return the history of a monitor, or the history that was given, if it has `key`."""
+    history = getattr(monitor, "history", monitor)
+    if not isinstance(history, Mapping) or "names" not in history:
+        raise TypeError(
+            f"{operation}: expected a GradientMonitor or its history, got {type(monitor).__name__}"
+        )
+    if not len(history["step"]):
+        raise ValueError(f"{operation}: no step was recorded; take at least one step first")
+    if key not in history:
+        raise ValueError(
+            f"{operation}: the history has no {key!r}; ask for it by collect=, update_every= or "
+            "histogram_every= of the GradientMonitor"
+        )
+    return history
+
+
+def _read_history(operation: str, monitor: Any, statistic: str, among: Sequence[str]) -> _Rows:
+    """Return what is drawn of one of the statistics that a picture can show."""
+    if statistic not in among:
+        raise ValueError(f"{operation}: expected a statistic among {[*among]}, got {statistic!r}")
+    history = _check_history(operation, monitor, statistic)
+    norm, present, values = (np.asarray(history[key]) for key in ("norm", "present", statistic))
+    values = np.real(values).astype(np.float64)  # the mean of a complex gradient is complex
+    # Some statistics are computed at some of the steps only: leave out the other steps.
+    computed = ~np.isnan(values).all(axis=1)
+    if statistic in ALWAYS or not computed.any():
+        computed[:] = True
+    return _Rows(
+        step=np.asarray(history["step"])[computed],
+        names=list(history["names"]),
+        values=values[computed],
+        present=present[computed],
+        nonfinite=(present & ~np.isfinite(norm) | np.isinf(values))[computed],
+        skipped=np.asarray(history["skipped"])[computed],
+    )
+
+
+def _row_pitch(ax: Axes, rows: int) -> float:
+    """Return the height of one of so many rows, in points, before the layout is settled."""
+    return float(ax.get_window_extent().height * 72 / ax.figure.dpi / max(rows, 1))
+
+
+def _name_rows(ax: Axes, names: Sequence[str]) -> None:
+    """Name the rows from top to bottom, as many as stay legible."""
+    size = 9 if len(names) <= 24 else 7.5
+    every = max(1, int(np.ceil(1.25 * size / _row_pitch(ax, len(names)))))
+    shown = range(0, len(names), every)
+    common = common_prefix(names)
+    ax.set_yticks(shown, [_short_name(names[at].removeprefix(common)) for at in shown], size=size)
+    ax.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    label = f"parameter of {_short_name(common[:-1])}" if common else "parameter"
+    ax.set_ylabel(label if every == 1 else f"{label} (one in {every} named)")
+
+
+def _short_name(name: str) -> str:
+    """Return a name as it is drawn: without the middle if it is long, and never as a formula.
+
+    The two ends of a parameter's name, its block and its kind, matter more than the middle.
+    """
+    if len(name) > _LONGEST_NAME:
+        half = (_LONGEST_NAME - 1) // 2
+        name = f"{name[:half]}…{name[-half:]}"
+    return name.replace("$", r"\$")  # else Matplotlib reads text between two of them as a formula
+
+
+def _decades(statistic: str, values: Array) -> tuple[float, float]:
+    """Return the limits of a logarithmic axis."""
+    # Matplotlib places ticks so far beyond its limits that a float overflows.
+    low, high = np.clip(value_range(statistic, values)[:2], (-150, -149), (149, 150))
+    return float(10.0**low), float(10.0**high)

@@ -1,4 +1,8 @@
-"""Records that come from a device without waiting for it, and the issues found in them."""
+"""The history of a monitor: what it remembers of the last steps, and how that is read.
+
+A step leaves a row in each ring that was written to: always of statistics and of which gradients
+were absent; of counts, cosines, ratios, histograms and activations where they were asked for.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from autograd_lib.core.rows import BINS, LOWEST, PLAIN, root_sum_squares
+from autograd_lib.core.statistics import ALWAYS, STATISTICS, derive, derive_counts, describe
+from autograd_lib.gradients import GradientStatistics
 
 PRESENT, MISSING, FROZEN = range(3)  # a gradient that is there, not there, not wanted
 KINDS = ("nan", "inf", "exploding", "vanishing", "missing")
+
+_LOOK_EVERY = 64  # so many steps issues are looked for, in the rows that have come to the host
+_MICRO_BATCHES = 16  # in a step, for whose norms there is room
+_EXCUSED_SKIPS = 20  # in a row: by then a scaler has lowered its scale by a factor of a million
+_MOST_EPISODES = 20  # of one kind in one parameter: more would tell nothing new
+_CPU = torch.device("cpu")
 
 
 class Issue(NamedTuple):
@@ -35,9 +49,6 @@ class Issue(NamedTuple):
     def __str__(self) -> str:
         value = "" if self.value is None else f" (norm {self.value:.3g})"
         return f"{self.kind} in {self.parameter} since step {self.step}{value}"
-
-
-_MOST_EPISODES = 20  # of one kind in one parameter: more would tell nothing new
 
 
 class Ring:
@@ -78,10 +89,14 @@ class Ring:
         found[here] = self.values[places[there]]
         return found
 
+    def kept(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and records, oldest first."""
+        places = self.places()
+        return self.steps[places], self.values[places]
+
     def state_dict(self) -> dict[str, Any]:
         """The records as tensors, oldest first."""
-        places = self.places()
-        steps, values = (torch.from_numpy(array[places]) for array in (self.steps, self.values))
+        steps, values = map(torch.from_numpy, self.kept())
         return {"steps": steps, "values": values}
 
     def extend(self, state: dict[str, Any]) -> None:
@@ -90,23 +105,85 @@ class Ring:
             self.append(step, value)
 
 
-class Episodes:
-    """Finds the issues in rows of statistics, one for each stretch of steps in which it lasts."""
+class Record:
+    """The last `capacity` recorded steps of some parameters."""
 
     def __init__(
-        self, names: Sequence[str], watched: np.ndarray, explode_above: float, vanish_below: float
+        self,
+        parameters: dict[str, nn.Parameter],
+        capacity: int,
+        histogram_every: int,
+        thresholds: tuple[float, float],
     ) -> None:
-        self._names, self._watched = names, watched
-        self._above, self._below = explode_above, vanish_below
-        self.lasting = np.zeros((len(KINDS), len(names)), dtype=bool)
+        self.names, self.capacity = list(parameters), capacity
+        # Other records than those of a step: histograms are large.
+        histograms = -(-capacity // max(histogram_every, 1))
+        self._rooms = {"noise": _MICRO_BATCHES * capacity, "histogram": histograms}
+        self.numel = np.array([parameter.numel() for parameter in parameters.values()])
+        self.is_complex = np.array([parameter.is_complex() for parameter in parameters.values()])
+        self.step = 0
+        self.rings = {
+            "fields": Ring(capacity, (PLAIN, len(self.names)), torch.float64, _CPU),
+            "absent": Ring(capacity, (len(self.names),), torch.uint8, _CPU),
+        }
+        self._above, self._below = thresholds
         self.issues: list[Issue] = []
+        self.lasting = np.zeros((len(KINDS), len(self.names)), dtype=bool)
+        self._fed = 0  # rows in which issues were looked for
+        self._skips = 0  # in a row
+        self._mark: tuple[int, torch.Event] | None = None  # rows that will have come by the event
 
-    def feed(
+    def keep(self, name: str, record: Tensor) -> None:
+        """Keep a record of the current step in the ring of that name."""
+        ring = self.rings.get(name)
+        if ring is None or ring.device.type == "cpu" != record.device.type:
+            new = Ring(
+                self._rooms.get(name, self.capacity), record.shape, record.dtype, record.device
+            )
+            if ring is not None:  # the model has moved, or the history was loaded
+                new.extend(ring.state_dict())
+            self.rings[name] = ring = new
+        ring.append(self.step, record)
+
+    def look(self) -> None:
+        """Every so many rows look for issues in those that have arrived, without waiting."""
+        ring = self.rings["fields"]
+        if ring.count % min(_LOOK_EVERY, max(self.capacity // 2, 1)):
+            return
+        if ring.device.type == "cpu":
+            self._find_issues(ring.count)
+            return
+        if self._mark is not None and self._mark[1].query():
+            self._find_issues(self._mark[0])
+        self._mark = ring.count, torch.Event(ring.device)
+        self._mark[1].record()
+
+    def read(self) -> None:
+        """Wait until every record is on the host, and look for issues in it."""
+        for device in {ring.device for ring in self.rings.values()} - {_CPU}:
+            torch.accelerator.synchronize(device)
+        self._find_issues(self.rings["fields"].count)
+
+    def _find_issues(self, until: int) -> None:
+        """Look for issues in the rows up to `until` in which nobody has looked yet."""
+        ring = self.rings["fields"]
+        places = ring.places(self._fed, until)
+        self._fed = max(self._fed, until)
+        excused = self._were_skipped(ring.steps[places])
+        for i, was_skipped in enumerate(excused.tolist()):
+            self._skips = self._skips + 1 if was_skipped else 0
+            excused[i] = 0 < self._skips < _EXCUSED_SKIPS
+        places = places[~excused]  # a scaler skips a step now and then to find its scale
+        absent = self.rings["absent"].values[places]
+        statistics = derive(ring.values[places], absent == PRESENT)
+        self._judge(ring.steps[places], statistics, absent)
+
+    def _judge(
         self, steps: np.ndarray, statistics: dict[str, np.ndarray], absent: np.ndarray
     ) -> None:
-        """Take rows [steps, parameters] in their order."""
+        """Find the issues in rows [steps, parameters]: one for each stretch in which it lasts."""
         norm, abs_max = statistics["norm"], statistics["abs_max"]
-        present = (absent == PRESENT) & self._watched
+        present = (absent == PRESENT) & (self.numel > 0)
         finite = present & (abs_max < np.inf)
         found = {
             "nan": present & np.isnan(abs_max),
@@ -120,14 +197,118 @@ class Episodes:
         self.lasting = lasting[-1]
         before = Counter((issue.kind, issue.parameter) for issue in self.issues if len(begun))
         for row, number, i in begun.tolist():
-            kind, name = KINDS[number], self._names[i]
+            kind, name = KINDS[number], self.names[i]
             before[kind, name] += 1
             if before[kind, name] <= _MOST_EPISODES:
                 value = None if kind == "missing" else float(norm[row, i])
                 self.issues.append(Issue(kind, name, int(steps[row]), value))
 
-    def now(self) -> list[Issue]:
-        """The issues that have not ended."""
+    def _were_skipped(self, steps: np.ndarray) -> np.ndarray:
+        """Which of the steps the scaler skipped."""
+        ring = self.rings.get("skipped")
+        return np.zeros(len(steps), dtype=bool) if ring is None else ring.at(steps) == 1
+
+    def arrays(self) -> dict[str, Any]:
+        """The history as NumPy arrays; `GradientMonitor.history` says which."""
+        self.read()
+        ring = self.rings["fields"]
+        places = ring.places()
+        steps, absent = ring.steps[places], self.rings["absent"].values[places]
+        present = absent == PRESENT
+        statistics = derive(ring.values[places], present)
+        for name in ("min", "max"):
+            statistics[name][:, self.is_complex] = np.nan
+        if self.is_complex.any():
+            statistics["mean"] = statistics["mean"].astype(np.complex128)
+        total = root_sum_squares(torch.from_numpy(np.where(present, statistics["norm"], 0.0)))
+        found: dict[str, Any] = {
+            "names": list(self.names),
+            "numel": self.numel.copy(),
+            "step": steps,
+            "total_norm": total.numpy(),
+            **statistics,
+            "skipped": self._were_skipped(steps),
+            "present": present,
+            "missing": absent == MISSING,
+        }
+        if "counts" in self.rings:
+            counts = np.moveaxis(self.rings["counts"].at(steps), 1, 0)
+            counts[:, ~present] = np.nan
+            found |= derive_counts(counts, self.numel)
+        for name in ("cosine", "update_ratio"):
+            if name in self.rings:
+                found[name] = self.rings[name].at(steps)
+        if "cosine" in found:
+            found["cosine"][~present] = np.nan
+        if "histogram" in self.rings:
+            found["histogram_step"], found["histogram"] = self.rings["histogram"].kept()
+            found["histogram_edges"] = np.exp2(np.arange(LOWEST, LOWEST + BINS + 1.0))
+        return found
+
+    def arrays_of_activations(self, names: Sequence[str]) -> dict[str, Any]:
+        """The statistics of the outputs of modules, as in `arrays`."""
+        self.read()
+        if "activations" not in self.rings:
+            return {"names": list(names), "step": np.zeros(0, dtype=np.int64)}
+        steps, values = self.rings["activations"].kept()
+        numel = values[:, 0]
+        counts = derive_counts(np.moveaxis(values[:, PLAIN:], 1, 0), numel)
+        return {"names": list(names), "step": steps, **derive(values, ~np.isnan(numel)), **counts}
+
+    def summary(self) -> GradientStatistics:
+        """The statistics of the last recorded step, and the issues that last."""
+        history = self.arrays()
+        if not len(history["step"]):
+            return GradientStatistics(total_norm=0.0, parameters={}, step=0, issues=[])
+        keys = [name for name in STATISTICS if name in history]
+        parameters: dict[str, dict[str, Any]] = {}
+        for i in np.flatnonzero(history["present"][-1]).tolist():
+            values = {key: history[key][-1, i].item() for key in keys}
+            kept = {k: v for k, v in values.items() if k in ALWAYS or v == v}  # noqa: PLR0124
+            numel, is_complex = self.numel[i].item(), bool(self.is_complex[i])
+            parameters[self.names[i]] = describe(kept, numel, is_complex)
         newest = {(issue.kind, issue.parameter): issue for issue in self.issues}
         lasting = np.argwhere(self.lasting).tolist()
-        return [newest[KINDS[kind], self._names[i]] for kind, i in lasting]
+        return GradientStatistics(
+            total_norm=history["total_norm"][-1].item(),
+            parameters=parameters,
+            step=history["step"][-1].item(),
+            issues=[newest[KINDS[kind], self.names[i]] for kind, i in lasting],
+        )
+
+    def noise(self) -> np.ndarray:
+        """What `estimate` needs, [micro-batches, 4]."""
+        self.read()
+        ring = self.rings.get("noise")
+        return np.zeros((0, 4)) if ring is None else np.column_stack(ring.kept())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, as tensors and plain values."""
+        self.read()
+        return {
+            "names": list(self.names),
+            "step": self.step,
+            "rings": {name: ring.state_dict() for name, ring in self.rings.items()},
+            "issues": [tuple(issue) for issue in self.issues],
+            "lasting": torch.from_numpy(self.lasting.copy()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what the record of another monitor remembered."""
+        names = state.get("names", []) if isinstance(state, dict) else []
+        if list(names) != self.names:
+            raise ValueError(
+                f"load_state_dict: expected the history of {len(self.names)} parameters "
+                f"{self.names[:3]}…, got that of {len(names)} {names[:3]}…; "
+                "load what state_dict() of a monitor of the same model gave"
+            )
+        self.rings = {}
+        for name, kept in state["rings"].items():
+            values = kept["values"]
+            self.rings[name] = Ring(
+                self._rooms.get(name, self.capacity), values.shape[1:], values.dtype, _CPU
+            )
+            self.rings[name].extend(kept)
+        self.step, self._fed, self._mark = state["step"], self.rings["fields"].count, None
+        self.issues = [Issue(*issue) for issue in state["issues"]]
+        self.lasting = state["lasting"].numpy().copy()

@@ -28,7 +28,7 @@ from autograd_lib.core.statistics import COUNTS
 from autograd_lib.gradients import GradientStatistics, check_not_meta
 from autograd_lib.monitor.activations import ActivationHook, Activations
 from autograd_lib.monitor.exports import columns, write_csv, write_parquet, write_tensorboard
-from autograd_lib.monitor.history import FROZEN, MISSING, PRESENT, Issue
+from autograd_lib.monitor.history import FROZEN, MISSING, PRESENT, Issue, Record
 from autograd_lib.monitor.hooks import (
     EndOfBackward,
     Handle,
@@ -40,8 +40,7 @@ from autograd_lib.monitor.hooks import (
     weak,
 )
 from autograd_lib.monitor.noise_scale import NoiseScale, estimate
-from autograd_lib.monitor.options import check_integer, check_options, check_watched
-from autograd_lib.monitor.record import Record
+from autograd_lib.monitor.options import check_integer, check_options
 
 __all__ = ["GradientMonitor", "Issue", "NoiseScale"]
 
@@ -130,12 +129,13 @@ class GradientMonitor:
         explode_above: float = 1e3,
         vanish_below: float = 1e-8,
     ) -> None:
-        check_watched(model, optimizer, scaler)
         check_options(
+            model,
             optimizer,
-            collect,
-            noise,
-            (explode_above, vanish_below),
+            scaler,
+            collect=collect,
+            noise=noise,
+            thresholds=(explode_above, vanish_below),
             history=history,
             every=every,
             update_every=update_every,
@@ -171,7 +171,7 @@ class GradientMonitor:
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def __repr__(self) -> str:
-        issues = len(self._record.episodes.issues)
+        issues = len(self._record.issues)
         found = f"{issues} issue{'s' * (issues > 1)}" if issues else "no issues"
         parameters, steps = len(self._parameters), self._record.step
         return f"GradientMonitor({parameters} parameters, {steps} steps, {found})"
@@ -225,11 +225,6 @@ class GradientMonitor:
         self._handles = []
 
     def __enter__(self) -> GradientMonitor:
-        if self._finalizer is not None and self._finalizer.alive:
-            raise RuntimeError(
-                "GradientMonitor: it is attached already, and the end of this block would detach "
-                "it; leave the other block, or call remove_hooks() first"
-            )
         self.register_hooks()
         return self
 
@@ -287,10 +282,8 @@ class GradientMonitor:
             fields[1:PLAIN] *= unscale
         record.keep("absent", self._absent(grads))
         record.keep("fields", fields[:PLAIN])
-        if skipped is True:
-            skipped = torch.ones((), device="cpu")
         if skipped is not None:
-            record.keep("skipped", skipped.reshape(()))
+            record.keep("skipped", torch.as_tensor(skipped, dtype=torch.float32).reshape(()))
         if counts:
             record.keep("counts", fields[PLAIN:])
         wants_histogram = _is_due(record.step, self._histogram_every)
@@ -415,7 +408,7 @@ class GradientMonitor:
     def issues(self) -> list[Issue]:
         """The issues so far, in the order of steps; a problem that lasts is one `Issue`."""
         self._record.read()
-        return list(self._record.episodes.issues)
+        return list(self._record.issues)
 
     @property
     def history(self) -> dict[str, Any]:
@@ -480,9 +473,8 @@ class GradientMonitor:
         """
         if not self._noise:
             raise ValueError("noise_scale: nothing was recorded; make the monitor with noise=True")
-        for name, value in {"micro_batch": micro_batch, "last": last}.items():
-            if name == "micro_batch" or value is not None:
-                check_integer("noise_scale", name, value, 1)
+        check_integer("noise_scale", "micro_batch", micro_batch, 1)
+        check_integer("noise_scale", "last", 1 if last is None else last, 1)
         records = self._record.noise()
         if last is not None and len(records):
             records = records[records[:, 0] > records[-1, 0] - last]

@@ -13,8 +13,25 @@ from autograd_lib.core.statistics import ALWAYS, COUNTS
 from autograd_lib.gradients import check_module
 
 
-def check_watched(model: object, optimizer: object, scaler: object) -> None:
-    """Check what a monitor is given to watch."""
+def check_integer(operation: str, name: str, value: object, least: int) -> None:
+    """Check that an option is an integer of `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(
+            f"{operation}: expected {name} to be an integer of {least} or more, got {value!r}"
+        )
+
+
+def check_options(
+    model: object,
+    optimizer: object,
+    scaler: object,
+    *,
+    collect: Sequence[str],
+    noise: bool,
+    thresholds: tuple[float, float],
+    **integers: int,
+) -> None:
+    """Check what a monitor watches and collects, how often, and what it takes for an issue."""
     check_module("GradientMonitor", model)
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -26,24 +43,6 @@ def check_watched(model: object, optimizer: object, scaler: object) -> None:
             f"GradientMonitor: expected scaler to be a torch.amp.GradScaler, got "
             f"{type(scaler).__name__}"
         )
-
-
-def check_integer(operation: str, name: str, value: object, least: int) -> None:
-    """Check that an option is an integer of `least` or more."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(
-            f"{operation}: expected {name} to be an integer of {least} or more, got {value!r}"
-        )
-
-
-def check_options(
-    optimizer: Optimizer | None,
-    collect: Sequence[str],
-    noise: bool,
-    thresholds: tuple[float, float],
-    **integers: int,
-) -> None:
-    """Check what a monitor is asked to collect, how often, and what it takes for an issue."""
     for name, value in integers.items():
         least = 1 if name in {"history", "every"} else 0
         check_integer("GradientMonitor", name, value, least)

@@ -11,7 +11,7 @@ import importlib.resources
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,18 +28,6 @@ _MOST_DECADES = 14
 _SHORTEST_WAIT = 0.5  # seconds between two redraws
 _LARGEST_SHARE = 0.05  # of the time that redraws may take
 _keys = itertools.count(1)
-
-
-class Monitor(Protocol):
-    """What a dashboard reads of a `GradientMonitor`."""
-
-    @property
-    def history(self) -> Mapping[str, Any]:
-        """The statistics of the steps so far."""
-
-    @property
-    def issues(self) -> Sequence[tuple[str, str, int, float | None]]:
-        """Kind, parameter, first step and value of every issue."""
 
 
 class GradientDashboard(Interactive):
@@ -75,10 +63,10 @@ class GradientDashboard(Interactive):
         >>> with GradientMonitor(model) as monitor:
         ...     model(torch.ones(1, 2)).sum().backward()
         >>> GradientDashboard(monitor)
-        GradientDashboard(2 parameters, steps 1 to 1)
+        GradientDashboard(2 parameters, 1 steps)
     """
 
-    def __init__(self, monitor: Monitor) -> None:
+    def __init__(self, monitor: Any) -> None:
         if not hasattr(monitor, "history"):
             raise TypeError(
                 f"GradientDashboard: expected a GradientMonitor, got {type(monitor).__name__}; "
@@ -91,10 +79,8 @@ class GradientDashboard(Interactive):
 
     def __repr__(self) -> str:
         history = self._monitor.history
-        if not len(history["step"]):
-            return "GradientDashboard(no step yet)"
-        first, last = (int(history["step"][at]) for at in (0, -1))
-        return f"GradientDashboard({len(history['names'])} parameters, steps {first} to {last})"
+        names, steps = len(history["names"]), len(history["step"])
+        return f"GradientDashboard({names} parameters, {steps} steps)"
 
     def update(self) -> None:
         """Redraw the live form, if there is one on display and a redraw is due."""

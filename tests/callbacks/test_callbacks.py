@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from autograd_lib.callbacks import lightning_callback, transformers_callback
+from autograd_lib.monitor.history import Record
 from autograd_lib.monitor.monitor import GradientMonitor
-from autograd_lib.monitor.record import Record
 
 NAN = float("nan")
 FRAMEWORKS = ["lightning", "transformers"]

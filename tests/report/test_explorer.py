@@ -319,7 +319,7 @@ def test_a_stored_notebook_keeps_nothing_of_the_numbers() -> None:
 
 def test_before_the_first_step() -> None:
     dashboard = GradientDashboard(make_monitor(np.ones((0, 2))))
-    assert repr(dashboard) == "GradientDashboard(no step yet)"
+    assert repr(dashboard) == "GradientDashboard(2 parameters, 0 steps)"
     assert "No step was recorded yet." in dashboard.to_html()
 
 
@@ -395,7 +395,7 @@ def test_a_dashboard_offers_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     dashboard = GradientDashboard(make_monitor(norms()))
     bundle = dashboard._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
-    assert bundle["text/plain"] == "GradientDashboard(3 parameters, steps 1 to 8)"
+    assert bundle["text/plain"] == "GradientDashboard(3 parameters, 8 steps)"
     live = dashboard.to_widget().outputs[0]["data"]["text/html"]
     assert live.replace(dashboard._key, "") == bundle["text/html"] == dashboard.to_html()
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
