@@ -15,18 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from autograd_lib.core.statistics import ALWAYS, STATISTICS
-from autograd_lib.report.plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    Array,
-    Style,
-    add_legend,
-    common_prefix,
-    make_axes,
-    value_range,
-)
+from autograd_lib.report.plots import Array, common_prefix, sized_axes, value_range
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +30,10 @@ __all__ = [
     "plot_gradient_histograms",
 ]
 
+Style = dict[str, Any]  # keywords of Matplotlib
+
+# Okabe and Ito's colors, and a grey for the background.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 _LONGEST_NAME = 30
 _MOST_COLUMNS = 400  # of a heat map: fewer than the pixels that they are drawn on
 
@@ -89,7 +82,7 @@ def plot_gradient_flow(monitor: Source, ax: Axes | None = None, *, statistic: st
     for row, values in zip(depth, rows.values.T[kept], strict=True):
         if (finite := values[np.isfinite(values)]).size:
             spread[:, row] = np.quantile(finite, [0, 0.25, 0.5, 0.75, 1])
-    ax = make_axes("plot_gradient_flow", ax, len(kept))
+    ax = _make_axes("plot_gradient_flow", ax, len(kept))
     low, high = _decades(statistic, spread)
     ax.set_xscale("log")
     ax.set_xlim(low, high)
@@ -115,7 +108,7 @@ def plot_gradient_flow(monitor: Source, ax: Axes | None = None, *, statistic: st
             ax.plot(np.full(flags.sum(), side), depth[flags], marker, label=label, **look, **edge)
     ax.set_xlabel(f"{STATISTICS[statistic].label}, steps {rows.step[0]} to {rows.step[-1]}")
     ax.grid(axis="y", visible=False)
-    add_legend(ax)
+    _add_legend(ax)
     return ax
 
 
@@ -155,7 +148,7 @@ def plot_gradient_heatmap(
         ('step', ['no value'])
     """
     rows = _read_history("plot_gradient_heatmap", monitor, statistic, [*STATISTICS])
-    ax = make_axes("plot_gradient_heatmap", ax, len(rows.names))
+    ax = _make_axes("plot_gradient_heatmap", ax, len(rows.names))
     from matplotlib import colors, patches  # noqa: PLC0415
 
     edges, values, nonfinite = _columns(rows)
@@ -193,7 +186,7 @@ def plot_gradient_heatmap(
     _name_rows(ax, rows.names)
     ax.set_xlabel("step")
     ax.grid(visible=False)
-    add_legend(ax, handles, above=1.045 if rows.skipped.any() else 1.01)
+    _add_legend(ax, handles, above=1.045 if rows.skipped.any() else 1.01)
     return ax
 
 
@@ -262,7 +255,7 @@ def plot_gradient_histograms(monitor: Source, parameter: str, ax: Axes | None = 
     exponents = np.log2(np.asarray(history["histogram_edges"], dtype=np.float64))
     filled = 1 + np.flatnonzero(counts[1:].any(axis=1))
     first, last = (filled[0], filled[-1]) if filled.size else (1, len(counts) - 1)
-    ax = make_axes(operation, ax, 14)
+    ax = _make_axes(operation, ax, 14)
     step = np.asarray(history["histogram_step"])
     shares = counts / np.maximum(counts.sum(axis=0), 1)
     edges = _edges(step, np.arange(len(step)))
@@ -364,3 +357,18 @@ def _decades(statistic: str, values: Array) -> tuple[float, float]:
     # Matplotlib places ticks so far beyond its limits that a float overflows.
     low, high = np.clip(value_range(statistic, values)[:2], (-150, -149), (149, 150))
     return float(10.0**low), float(10.0**high)
+
+
+def _make_axes(operation: str, ax: Any, rows: float) -> Axes:
+    """Return `ax`, or the axes of a new figure that is high enough for so many rows."""
+    return sized_axes(operation, ax, (6.8, min(max(1.5 + 0.22 * rows, 2.6), 6.5)))
+
+
+def _add_legend(ax: Axes, handles: Sequence[Any] | None = None, above: float = 1.01) -> None:
+    """Add a legend above the axes, where it hides nothing."""
+    handles = ax.get_legend_handles_labels()[0] if handles is None else handles
+    if handles:
+        width = ax.get_window_extent().width * 72 / ax.figure.dpi  # in points; 180 hold a label
+        place: Style = {"loc": "lower left", "bbox_to_anchor": (0.0, above), "borderaxespad": 0.2}
+        look: Style = {"frameon": False, "fontsize": 9, "handlelength": 1.4, "columnspacing": 1.4}
+        ax.legend(handles=handles, ncols=max(1, int(width / 180)), **place, **look)

@@ -1,4 +1,4 @@
-"""What pictures share: colors, scales, axes, names and legends."""
+"""What pictures share: the scale of a statistic, axes, and what names have in common."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Array = npt.NDArray[Any]
-Style = dict[str, Any]  # keywords of Matplotlib
-
-# Okabe and Ito's colors, and a grey for the background.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676"
 
 
 def value_range(statistic: str, values: Array) -> tuple[float, float, float]:
@@ -36,11 +32,6 @@ def value_range(statistic: str, values: Array) -> tuple[float, float, float]:
         return low, most if high is None else high, 0.0
     threshold = float(np.quantile(size, 0.1)) if size.size else most
     return -most, most, min(max(threshold, 1e-6 * most), most / 2)
-
-
-def make_axes(operation: str, ax: Any, rows: float) -> Axes:
-    """Return `ax`, or the axes of a new figure that is high enough for so many rows."""
-    return sized_axes(operation, ax, (6.8, min(max(1.5 + 0.22 * rows, 2.6), 6.5)))
 
 
 def sized_axes(operation: str, ax: Any, inches: tuple[float, float]) -> Axes:
@@ -66,13 +57,3 @@ def common_prefix(names: Sequence[str]) -> str:
         return ""
     shared = commonprefix([name.split(".") for name in names])  # noqa: RUF071 - of lists, by parts
     return "".join(f"{part}." for part in shared)
-
-
-def add_legend(ax: Axes, handles: Sequence[Any] | None = None, above: float = 1.01) -> None:
-    """Add a legend above the axes, where it hides nothing."""
-    handles = ax.get_legend_handles_labels()[0] if handles is None else handles
-    if handles:
-        width = ax.get_window_extent().width * 72 / ax.figure.dpi  # in points; 180 hold a label
-        place: Style = {"loc": "lower left", "bbox_to_anchor": (0.0, above), "borderaxespad": 0.2}
-        look: Style = {"frameon": False, "fontsize": 9, "handlelength": 1.4, "columnspacing": 1.4}
-        ax.legend(handles=handles, ncols=max(1, int(width / 180)), **place, **look)
