@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
-from autograd_lib.benchmark import Comparison, compare
+from autograd_lib.benchmark import compare
 from autograd_lib.checkpointing.plan import plan_checkpoints
 from autograd_lib.config.records import Settings
 from autograd_lib.core.snapshot import preserved_random_state
@@ -39,8 +38,6 @@ from autograd_lib.tuning.tuner import autotune
 __all__ = ["AdvancedAutogradExamples", "AutogradExamples"]
 
 Results = dict[str, Any]
-_Batch = tuple[Tensor, Tensor]
-_Task = tuple[nn.Module, Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]
 
 
 class AutogradExamples:
@@ -57,8 +54,8 @@ class AutogradExamples:
               says of the gradient of the mean squared error: `complete`, `norms`, `statistics`.
             - `loss`: `residuals`, `start` and `learned`, each `(alpha, beta)` of a
               `CustomLossFunction` that was fitted to them, and `values`, the loss before and after.
-            - `monitor`: the `model`, the number of `hooks`, and `summary`, `history` and `issues`
-              of a `GradientMonitor` over `losses`, one a step.
+            - `monitor`: the `model`, and `summary`, `history` and `issues` of a `GradientMonitor`
+              over `losses`, one a step.
             - `function`: `input`, `weight`, `output` and `gradients` (of both, for the sum of the
               output) of `CustomAutogradFunction`, and `checked`: first and second derivatives
               agree with finite differences.
@@ -125,7 +122,7 @@ class AdvancedAutogradExamples:
         """
         flow = {kind: _flow(kind) for kind in ("vanishing", "exploding", "residual")}
         rows = [
-            [kind, _digits(found["factor"]), ", ".join(sorted({i.kind for i in found["issues"]}))]
+            (kind, found["factor"], ", ".join(sorted({i.kind for i in found["issues"]})))
             for kind, found in flow.items()
         ]
         _show("Gradient flow, from the last layer to the first", ["", "a layer", "issues"], rows)
@@ -170,38 +167,26 @@ class AdvancedAutogradExamples:
               of the right token, and the embedding); for the CNN, i is the row in which the shape
               begins (the difference of the logits), and j a row of pixels.
         """
-        models = {
-            "transformer": _train(_repeats, _of_tokens),
-            "cnn": _train(_shapes, _of_rows),
-            "rnn": _train(_echo, _of_steps),
-        }
-        rows = []
-        for name, found in models.items():
-            losses = [_digits(found["rows"][epoch]["loss"]) for epoch in (0, -1)]
-            rows.append([name, *losses, str(found["complete"])])
+        models = {"transformer": _transformer(), "cnn": _cnn(), "rnn": _rnn()}
+        rows = [
+            (name, *(found["rows"][epoch]["loss"] for epoch in (0, -1)), found["complete"])
+            for name, found in models.items()
+        ]
         _show("Models, trained", ["", "first epoch", "last", "all gradients"], rows)
         return models
 
 
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    """Run on the CPU in float32 with gradients from seed 0, whatever the caller has set."""
-    dtype = torch.get_default_dtype()
-    with preserved_random_state(), torch.device("cpu"), torch.enable_grad():
+    """Run from seed 0, and restore the random states of the caller."""
+    with preserved_random_state():
         torch.manual_seed(0)
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
+        yield
 
 
-def _show(title: str, header: Row, rows: Iterable[Row]) -> None:
-    print(text_table(title, header, list(rows)), end="\n\n")
-
-
-def _digits(value: float) -> str:
-    return f"{value:.3g}"
+def _show(title: str, header: Row, rows: Iterable[Sequence[object]]) -> None:
+    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    print(text_table(title, header, cells), end="\n\n")
 
 
 # ---------------------------------------------------------------------------------- the basic ones
@@ -211,17 +196,13 @@ def _digits(value: float) -> str:
 def _gradients() -> Results:
     model, inputs, targets = nn.Linear(10, 1), torch.randn(32, 10), torch.randn(32, 1)
     F.mse_loss(model(inputs), targets).backward()
-    statistics = AutogradUtils.compute_gradient_statistics(model)
-    complete = AutogradUtils.check_gradients_exist(model)
-    print(f"Gradients: every parameter has one: {complete}\n{statistics}\n")
-    return {
-        "model": model,
-        "inputs": inputs,
-        "targets": targets,
-        "complete": complete,
+    found: Results = {
+        "complete": AutogradUtils.check_gradients_exist(model),
         "norms": AutogradUtils.get_gradient_norms(model),
-        "statistics": statistics,
+        "statistics": AutogradUtils.compute_gradient_statistics(model),
     }
+    print(f"Gradients: every parameter has one: {found['complete']}\n{found['statistics']}\n")
+    return {"model": model, "inputs": inputs, "targets": targets, **found}
 
 
 @_reproducible()
@@ -238,15 +219,13 @@ def _loss() -> Results:
         loss.backward()
         return loss
 
-    start, before = (loss_fn.alpha.item(), loss_fn.beta.item()), closure().item()
-    optimizer.step(closure)
-    learned, after = (loss_fn.alpha.item(), loss_fn.beta.item()), closure().item()
-    rows = [
-        ["start", *map(_digits, (*start, before))],
-        ["learned", *map(_digits, (*learned, after))],
-    ]
+    rows: list[tuple[str, float, float, float]] = []
+    for name in ("start", "learned"):
+        rows.append((name, loss_fn.alpha.item(), loss_fn.beta.item(), closure().item()))
+        optimizer.step(closure)
     _show("Loss: weights by maximum likelihood", ["", "alpha", "beta", "loss"], rows)
-    return {"residuals": residuals, "start": start, "learned": learned, "values": (before, after)}
+    weights = {name: (alpha, beta) for name, alpha, beta, _ in rows}
+    return {"residuals": residuals, **weights, "values": (rows[0][-1], rows[1][-1])}
 
 
 @_reproducible()
@@ -255,45 +234,30 @@ def _monitor() -> Results:
     inputs = torch.randn(64, 8)
     targets = inputs.prod(dim=1, keepdim=True).sign()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = GradientMonitor(model, optimizer)
-    hooks = monitor.register_hooks()
     losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(inputs), targets)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    for hook in hooks:
-        hook.remove()
-    summary = monitor.get_gradient_summary()
-    print(f"Monitor: by {len(hooks)} hooks, removed again\n{summary}\n")
-    return {
-        "model": model,
-        "hooks": len(hooks),
-        "losses": losses,
-        "summary": summary,
-        "history": monitor.history,
-        "issues": monitor.issues,
-    }
+    with GradientMonitor(model, optimizer) as monitor:
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    found = {"summary": monitor.get_gradient_summary(), "history": monitor.history}
+    print(f"Monitor, over {len(losses)} steps\n{found['summary']}\n")
+    return {"model": model, "losses": losses, **found, "issues": monitor.issues}
 
 
 @_reproducible()
 def _function() -> Results:
     input = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    output = CustomAutogradFunction.apply(input, weight)
-    gradients = torch.autograd.grad(output.sum(), (input, weight))
     function = CustomAutogradFunction.apply
+    output = function(input, weight)
+    gradients = torch.autograd.grad(output.sum(), (input, weight))
     checked = gradcheck(function, (input, weight)) and gradgradcheck(function, (input, weight))
     print(f"Function: first and second derivatives agree with finite differences: {checked}\n")
-    return {
-        "input": input.detach(),
-        "weight": weight.detach(),
-        "output": output.detach(),
-        "gradients": gradients,
-        "checked": checked,
-    }
+    tensors = {"input": input, "weight": weight, "output": output}
+    return {**tensors, "gradients": gradients, "checked": checked}
 
 
 @_reproducible()
@@ -310,49 +274,40 @@ def _training() -> Results:
     predicted = torch.stack(terms).cumsum(0).tolist()
     there = {name: p - step * tower.direction[name] for name, p in model.named_parameters()}
     found = F.mse_loss(functional_call(model, there, (inputs,)), targets).item()
-    rows = [[f"order {order}", _digits(value)] for order, value in enumerate(predicted)]
-    title = f"Training: {len(losses)} steps from loss {_digits(losses[0])} to {_digits(losses[-1])}"
-    title += f"\nThen {step} down the gradient, by Taylor polynomials"
-    _show(title, ["", "loss"], [*rows, ["found", _digits(found)]])
-    return {
-        "system": system,
-        "losses": losses,
-        "tower": tower,
-        "step": step,
-        "predicted": predicted,
-        "found": found,
-    }
+    title = (
+        f"Training: {len(losses)} steps from loss {losses[0]:.3g} to {losses[-1]:.3g}\n"
+        f"Then {step} down the gradient, by Taylor polynomials"
+    )
+    rows = [(f"order {order}", value) for order, value in enumerate(predicted)]
+    _show(title, ["", "loss"], [*rows, ("found", found)])
+    results = {"system": system, "losses": losses, "tower": tower, "step": step}
+    return {**results, "predicted": predicted, "found": found}
 
 
 # ------------------------------------------------------------------------------ the advanced ones
 
 
 class _Residual(nn.Sequential):
-    """A branch added to its input, scaled so that the sum of `depth` branches has size 1."""
-
-    def __init__(self, depth: int, *branch: nn.Module) -> None:
-        super().__init__(*branch)
-        self.scale = depth**-0.5
+    """A branch added to its input, scaled so that the sum of 16 branches has size 1."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input + self.scale * super().forward(input)
+        return input + super().forward(input) / 4
 
 
-def _layer(kind: str, depth: int, width: int) -> nn.Module:
+def _layer(kind: str, width: int) -> nn.Module:
     linear = nn.Linear(width, width)
     if kind == "vanishing":
         return nn.Sequential(linear, nn.Sigmoid())
     nn.init.kaiming_normal_(linear.weight)
     if kind == "residual":
-        return _Residual(depth, linear, nn.ReLU())
+        return _Residual(linear, nn.ReLU())
     linear.weight.data *= 2
     return nn.Sequential(linear, nn.ReLU())
 
 
 @_reproducible()
-def _flow(kind: str, depth: int = 16, width: int = 32) -> Results:
-    layers = [_layer(kind, depth, width) for _ in range(depth)]
-    model = nn.Sequential(*layers, nn.Linear(width, 2))
+def _flow(kind: str, width: int = 32) -> Results:
+    model = nn.Sequential(*(_layer(kind, width) for _ in range(16)), nn.Linear(width, 2))
     with GradientMonitor(model) as monitor:
         for _ in range(10):
             model.zero_grad()
@@ -361,33 +316,54 @@ def _flow(kind: str, depth: int = 16, width: int = 32) -> Results:
     history = monitor.history
     # A bias's gradient is that of the layer's output, summed over the batch. A weight's gradient
     # also contains the layer's input, which grows toward the output as the gradient shrinks.
-    first, last = (history["names"].index(f"{layer}.0.bias") for layer in (0, depth - 1))
+    first, last = (history["names"].index(f"{layer}.0.bias") for layer in (0, 15))
     ratio = np.median(history["norm"][:, first] / history["norm"][:, last]).item()
-    factor = ratio ** (1 / (depth - 1))
-    return {"history": history, "issues": monitor.issues, "factor": factor}
+    return {"history": history, "issues": monitor.issues, "factor": ratio ** (1 / 15)}
 
 
-def _step(model: nn.Module, settings: Settings, inputs: Tensor, targets: Tensor) -> None:
-    size = settings.micro_batch or len(inputs)
-    for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-        _forward(model, settings, x, y).mul(len(x) / len(inputs)).backward()
-    model.zero_grad()
+def _step_of(
+    model: nn.Module, settings: Settings, batch: tuple[Tensor, Tensor]
+) -> tuple[Callable[[], object], int]:
+    """A step of training without an optimizer, and the bytes that one forward saves for it."""
+    size = settings.micro_batch or len(batch[0])
 
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+            return F.mse_loss(model(x), y)
 
-def _forward(model: nn.Module, settings: Settings, x: Tensor, y: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
-        return F.mse_loss(model(x).float(), y)
+    def step() -> None:
+        for x, y in zip(*(part.split(size) for part in batch), strict=True):
+            forward(x, y).mul(len(x) / len(batch[0])).backward()
+        model.zero_grad()
+
+    step()  # the first call also allocates what later ones reuse
+    with saved_tensors(model) as saved:
+        forward(*(part[:size].clone() for part in batch))
+    return step, saved.total_bytes
 
 
 @_reproducible()
 def _performance(compile: bool) -> Results:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(6)))
     batch = torch.randn(512, 32), torch.randn(512, 32)
-    saved, comparison = _race(model, batch, compile)
+    forms = {
+        "plain": Settings(),
+        "bf16": Settings("bf16"),
+        "micro-batches": Settings(micro_batch=128),
+        "recomputed": Settings(checkpoint={"": ["recompute"] * len(model)}),
+        **({"compiled": Settings(compile=True)} if compile else {}),
+    }
+    made = {name: _step_of(s.apply(copy.deepcopy(model)), s, batch) for name, s in forms.items()}
+    saved = {name: nbytes for name, (_, nbytes) in made.items()}
+    comparison = compare({name: step for name, (step, _) in made.items()}, rounds=8)
+    rows = [
+        [name, *map(readable_bytes, (saved[name], comparison.peak_bytes[name])), ratio]
+        for name, ratio in comparison.ratios.items()
+    ]
+    _show("One step, its time relative to plain", ["", "saved", "peak", "time"], rows)
     budget = comparison.peak_bytes["plain"] // 2
-    plan = plan_checkpoints(model, partial(_forward, model, Settings(), *batch), budget)
-    planned = plan.apply(copy.deepcopy(model))
-    plan_peak = peak_bytes(partial(_step, planned, Settings(), *batch))
+    plan = plan_checkpoints(model, lambda: F.mse_loss(model(batch[0]), batch[1]), budget)
+    plan_peak = peak_bytes(_step_of(plan.apply(copy.deepcopy(model)), Settings(), batch)[0])
     print(f"{plan}\nmeasured {readable_bytes(plan_peak)}\n")
     tuning = autotune(model, batch, F.mse_loss, budget, tolerance=1e-4, compile=compile)
     count, best = len(tuning.trials), tuning.best
@@ -396,45 +372,26 @@ def _performance(compile: bool) -> Results:
     return {"saved": saved, "comparison": comparison, "budget": budget, **found}
 
 
-def _race(model: nn.Sequential, batch: _Batch, compile: bool) -> tuple[dict[str, int], Comparison]:
-    forms = {
-        "plain": Settings(),
-        "bf16": Settings("bf16"),
-        "micro-batches": Settings(micro_batch=128),
-        "recomputed": Settings(checkpoint={"": ["recompute"] * len(model)}),
-    }
-    if compile:
-        forms["compiled"] = Settings(compile=True)
-    steps, saved = {}, {}
-    for name, settings in forms.items():
-        copied = settings.apply(copy.deepcopy(model))
-        steps[name] = partial(_step, copied, settings, *batch)
-        steps[name]()  # the first call also allocates what later ones reuse
-        size = settings.micro_batch or len(batch[0])
-        with saved_tensors(copied) as kept:
-            _forward(copied, settings, *(part[:size].clone() for part in batch))
-        saved[name] = kept.total_bytes
-    comparison = compare(steps, rounds=8)
-    rows = []
-    for name, ratio in comparison.ratios.items():
-        sizes = (saved[name], comparison.peak_bytes[name])
-        rows.append([name, *map(readable_bytes, sizes), str(ratio)])
-    _show("One step, its time relative to plain", ["", "saved", "peak", "time"], rows)
-    return saved, comparison
-
-
 def _token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy from the third token on: the first three are random, the others repeat them."""
     return F.cross_entropy(logits[:, 2:].flatten(0, 1), targets[:, 2:].flatten())
 
 
-def _repeats() -> _Task:
+@_reproducible()
+def _transformer() -> Results:
     tokens = torch.randint(16, (256, 3)).repeat(1, 4)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
     model = CustomTransformerModel(vocab_size=16, d_model=32, num_layers=2, max_length=11)
-    return model, tokens[:, :-1], tokens[:, 1:], _token_loss
+    found = _trained(model, inputs, targets, _token_loss)
+    embedded: list[Tensor] = []
+    hook = model.embedding.register_forward_hook(lambda *args: embedded.append(args[-1]))
+    right = model(inputs).gather(2, targets[..., None])
+    hook.remove()
+    return {**found, "influence": _influence(right, embedded[0]).mean(1)}
 
 
-def _shapes() -> _Task:
+@_reproducible()
+def _cnn() -> Results:
     plus = torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
     cross = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
     # Four of each shape at each of the 6 x 6 places where it fits.
@@ -442,63 +399,39 @@ def _shapes() -> _Task:
     for row, column in itertools.product(range(6), repeat=2):
         window = images[row, column, ..., row : row + 3, column : column + 3]
         window += 2 * torch.stack([plus, cross])[:, None, None]
-    labels = torch.arange(2)[:, None].expand(6, 6, 2, 4)
+    images = images.flatten(0, 3)
+    labels = torch.arange(2)[:, None].expand(6, 6, 2, 4).flatten()
     model = CustomCNNModel(input_channels=1, num_classes=2, channels=(8, 8, 16))
-    return model, images.flatten(0, 3), labels.flatten(), F.cross_entropy
-
-
-def _echo() -> _Task:
-    inputs = torch.randn(256, 10, 1)
-    targets = F.pad(inputs[:, :-2], (0, 0, 2, 0))
-    return CustomRNNModel(input_size=1, hidden_size=32, output_size=1), inputs, targets, F.mse_loss
+    found = _trained(model, images, labels, F.cross_entropy)
+    rows = images.squeeze(1).requires_grad_()
+    logits = model(rows[:, None])
+    of_pixels = _influence(logits[:, :1] - logits[:, 1:], rows)[0]
+    return {**found, "influence": of_pixels.view(6, -1, 8).mean(1)}  # by the row of the shape
 
 
 @_reproducible()
-def _train(
-    make: Callable[[], _Task], influence: Callable[[nn.Module, Tensor, Tensor], Tensor]
-) -> Results:
-    model, inputs, targets, loss_fn = make()
+def _rnn() -> Results:
+    inputs = torch.randn(256, 10, 1)
+    targets = F.pad(inputs[:, :-2], (0, 0, 2, 0))
+    model = CustomRNNModel(input_size=1, hidden_size=32, output_size=1)
+    found = _trained(model, inputs, targets, F.mse_loss)
+    inputs.requires_grad_()
+    return {**found, "influence": _influence(model(inputs), inputs).mean(1)}
+
+
+def _trained(model: nn.Module, x: Tensor, y: Tensor, loss_fn: Callable[..., Tensor]) -> Results:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     system = AutogradTrainingSystem(model, optimizer, loss_fn)
-    loader = DataLoader(TensorDataset(inputs, targets), batch_size=32, shuffle=True)
-    rows = system.fit(loader, epochs=15)
+    rows = system.fit(DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True), epochs=15)
     optimizer.zero_grad()
-    loss_fn(model(inputs), targets).backward()
-    return {
-        "model": model,
-        "rows": rows,
-        "complete": AutogradUtils.check_gradients_exist(model),
-        "influence": influence(model, inputs, targets),
-    }
+    loss_fn(model(x), y).backward()
+    return {"model": model, "rows": rows, "complete": AutogradUtils.check_gradients_exist(model)}
 
 
-def _through_time(outputs: Tensor, inputs: Tensor) -> Tensor:
-    """Mean norms of the gradient of each step of `outputs` with respect to each of `inputs`."""
+def _influence(outputs: Tensor, inputs: Tensor) -> Tensor:
+    """Norms of gradients [outputs, samples, inputs], of outputs [:, i] by inputs [:, j]."""
     rows = [
-        torch.autograd.grad(output.sum(), inputs, retain_graph=True)[0].norm(dim=-1).mean(0)
+        torch.autograd.grad(output.sum(), inputs, retain_graph=True)[0].norm(dim=-1)
         for output in outputs.unbind(1)
     ]
     return torch.stack(rows)
-
-
-def _of_tokens(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    embedded: list[Tensor] = []
-    hook = model.get_submodule("embedding").register_forward_hook(
-        lambda module, args, output: embedded.append(output)
-    )
-    logits = model(tokens).gather(2, targets[..., None])
-    hook.remove()
-    return _through_time(logits, embedded[0])
-
-
-def _of_steps(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    inputs = inputs.clone().requires_grad_()
-    return _through_time(model(inputs), inputs)
-
-
-def _of_rows(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-    images = images.clone().requires_grad_()
-    logits = model(images)
-    (gradient,) = torch.autograd.grad((logits[:, 0] - logits[:, 1]).sum(), images)
-    # Images are ordered by the row of the shape.
-    return gradient[:, 0].norm(dim=-1).view(6, -1, 8).mean(1)

@@ -375,7 +375,7 @@ def budget(options: argparse.Namespace) -> None:
     found = AdvancedAutogradExamples.demonstrate_performance_optimization()
     plan = found["plan"]
     fields = ("budget", "predicted_bytes", "predicted_time", "plain_bytes", "plain_time")
-    figures = {field: getattr(plan, field) for field in (*fields, "rules", "curve")}
+    figures = {field: getattr(plan, field) for field in (*fields, "curve")}
     save(options, "demonstrations_budget", {"tuning": asdict(found["tuning"]), "plan": figures})
 
 

@@ -448,8 +448,9 @@ def overflow_on_a_rank(rank: int, strategy: str, _: Path) -> None:
     halved = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
     learnable = CustomLossFunction()
     if strategy == "fsdp2":
-        with pytest.raises(ValueError, match="takes no sharded parameters beside others"):
-            system(strategy, None, learnable, performance=Settings("fp16"))
+        mixed = system(strategy, None, learnable, performance=Settings("fp16"))
+        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+            mixed.train_step(*of_rank(samples(10), rank, 5))
     for loss_fn in (nn.MSELoss(), *([learnable] if strategy == "ddp" else [])):
         for clip_norm in (None, 1.0):
             trained = system(

@@ -149,9 +149,9 @@ def test_the_command_in_two_processes(
     assert [each.status for each in ended] == [0, 0], [each.err for each in ended]
     printed = "".join(each.out for each in ended)
     assert f"cpu, 2 processes ({strategy})" in printed
-    assert printed.count("test loss") == printed.count("\nwritten:\n") == 1
+    assert printed.count("test loss") == printed.count("\nwritten to ") == 1
     files = sorted(path.name for path in directory.iterdir())
-    assert files == ["best.pt", "config.yaml", "gradients.csv", "last.pt", "training.png"]
+    assert files == ["best.pt", "config.yaml", "gradients.csv", "gradients.png", "last.pt"]
     check_same(directory, by_one)
 
 

@@ -703,12 +703,9 @@ def test_each_learns():
 
 OPTIONS = [
     (lambda: transformer(num_heads=3), "num_heads to divide d_model=8, got 3; None takes the lar"),
-    (lambda: cnn(channels=(4,)), r"channels to be a sequence, .* at least one block, got \(4,\)"),
-    (lambda: cnn(channels=4), "channels to be a sequence, .* got 4"),
     (lambda: rnn(dropout=1.5), "between 0 and 1, but got 1.5"),  # as PyTorch says it
 ]
 INPUTS = [
-    (lambda: transformer()(torch.randn(2, 5)), TypeError, "tokens of torch.int64, got torch.float"),
     (
         lambda: transformer()(tokens(5)),
         ValueError,
@@ -722,10 +719,6 @@ INPUTS = [
     ),
     (lambda: transformer()(-1 - tokens(2, 5)), IndexError, r"tokens in \[0, 11\), got -\d+ to -\d"),
     (
-        lambda: cnn()(torch.zeros(2, 2, 4, 4, dtype=torch.uint8)),
-        *(TypeError, r"floating point, got torch.uint8; .* images.float\(\) / 255"),
-    ),
-    (
         lambda: cnn()(torch.randn(2, 4, 4)),
         *(ValueError, r"\(batch, 2, height, width\), got \(2, 4, 4\); images\[None\] is a batch"),
     ),
@@ -735,14 +728,7 @@ INPUTS = [
         r"got \(2, 4, 4, 2\);.*permute\(0, 3, 1, 2",
     ),
     (lambda: cnn()(torch.randn(2, 2, 0, 4)), ValueError, r"expected images .* got \(2, 2, 0, 4\)"),
-    (lambda: rnn()(torch.randn(2, 7)), ValueError, r"\(batch, seq, 3\) .*got \(2, 7\); x\[None\]"),
-    (lambda: rnn()(torch.randn(2, 7, 4)), ValueError, r"\(batch, seq, 3\) .* got \(2, 7, 4\)"),
-    (lambda: rnn()(torch.randn(2, 0, 3)), ValueError, r"with seq >= 1, got \(2, 0, 3\)"),
-    (
-        lambda: rnn()(torch.ones(2, 7, 3, dtype=torch.int64)),
-        TypeError,
-        "floating point, got torch.i",
-    ),
+    (lambda: rnn()(torch.randn(2, 7, 4)), RuntimeError, "Expected 3, got 4"),  # as PyTorch says it
 ]
 
 

@@ -95,16 +95,14 @@ def pick_device(name: str) -> torch.device:
     """The device of a configuration; of "auto" the accelerator, if there is one."""
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = torch.device(name)
     try:
-        torch.empty(1, device=device)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"training.device: expected a device that works here, got {name!r} ({reason}); 'auto' "
             "takes what there is, `python -m autograd_lib doctor` lists it"
         ) from error
-    return device
 
 
 def _make_model(config: AutogradConfig, task: Task) -> nn.Module:
@@ -124,12 +122,6 @@ def _make(
     section: str, kind: type[Any], options: Mapping[str, Any], given: Mapping[str, Any]
 ) -> Any:
     """Call a class with the options of a section, and with what they may not set."""
-    for name in options:
-        if name in given:
-            raise ValueError(
-                f"{section}.options.{name}: expected none, as the data or another key of the "
-                "configuration sets it; leave it out"
-            )
     known = [name for name in inspect.signature(kind).parameters if name not in given]
     check_options(section, kind.__name__, options, known)
     try:

@@ -79,7 +79,6 @@ def load_data(name: str, **options: Any) -> Task:
     Raises:
         ValueError: No such option, or an option is out of its range.
         ImportError: scikit-learn is not installed, for "digits" and "rows".
-        FileNotFoundError: This Python has no sources of its standard library.
 
     Example:
         >>> task = load_data("source", length=16, windows=10)
@@ -100,10 +99,9 @@ def check_options(section: str, owner: str, names: Iterable[str], known: Iterabl
     known = list(known)
     for name in names:
         if name not in known:
-            expected = f"one of {', '.join(known)}" if known else "none"
             raise ValueError(
-                f"{section}.options.{name}: {owner} has no such option, expected {expected}"
-                f"{nearest(name, known)}"
+                f"{section}.options.{name}: the options of {owner} that nothing else sets are "
+                f"{', '.join(known) or 'none'}{nearest(name, known)}"
             )
 
 
@@ -144,18 +142,13 @@ def _source(length: int = 128, windows: int = 4000, test_windows: int = 500) -> 
         for of_kind, part in zip(found.values(), parts, strict=True):
             if len(part) > length:  # one more character than a window has: the last one's target
                 of_kind.append(part.unfold(0, length + 1, length))
-    if not found["windows"]:
-        raise FileNotFoundError(
-            f"data: expected the sources of the standard library in {folder}, found none; this "
-            "Python comes without them, use data.name: digits"
-        )
     datasets = []
     for option, count in {"windows": windows, "test_windows": test_windows}.items():
-        every = torch.cat(found[option])
+        every = torch.cat([torch.empty(0, length + 1, dtype=torch.uint8), *found[option]])
         if count > len(every):
             raise ValueError(
-                f"data.options.{option}: expected at most {len(every)}, as many as the sources "
-                f"have of that length, got {count}"
+                f"data.options.{option}: expected at most {len(every)}, as many as {folder} has of "
+                f"that length, got {count}"
             )
         taken = every[torch.arange(count) * len(every) // count].long()  # evenly over all files
         datasets.append(TensorDataset(taken[:, :-1], taken[:, 1:]))

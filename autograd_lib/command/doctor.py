@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -34,12 +33,10 @@ def diagnose(*, compile: bool = False) -> tuple[str, bool]:
     if compile:
         probes["torch.compile"] = _compiled
     rows = [(name, *_tried(probe)) for name, probe in probes.items()]
-    tables = [
-        text_table("Versions", ("package", "version"), _versions()),
-        text_table("Machine", ("part", "what it is"), _machine()),
-        text_table("What works here", ("feature", "result", "time"), rows),
-    ]
-    return "\n\n".join(tables), rows[0][1] == "works"
+    versions = text_table("Versions", ("package", "version"), _versions())
+    machine = text_table("Machine", ("part", "what it is"), _machine())
+    works = text_table("What works here", ("feature", "result", "time"), rows)
+    return f"{versions}\n\n{machine}\n\n{works}", rows[0][1] == "works"
 
 
 def _versions() -> list[Row]:
@@ -54,21 +51,16 @@ def _versions() -> list[Row]:
 
 def _machine() -> list[Row]:
     found = collect_env.get_env_info()._asdict()
-    rows: list[Row] = [
-        (name.replace("_", " "), " | ".join(str(found[name]).splitlines()))
-        for name in ("python_version", "os", "nvidia_gpu_models", "nvidia_driver_version")
-        if found.get(name)
-    ]
-    return [*rows, ("threads", str(torch.get_num_threads())), ("device", str(_device()))]
+    found |= {"device": _device(), "threads": torch.get_num_threads()}
+    names = ("python_version", "os", "nvidia_gpu_models", "nvidia_driver_version")
+    return [(name, " ".join(str(found[name]).split())) for name in (*names, "device", "threads")]
 
 
 def _tried(probe: Callable[[], object]) -> tuple[str, str]:
     """The outcome of a probe, and the time it took."""
     start, outcome = time.perf_counter(), "works"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            probe()
+        probe()
     except Exception as error:  # whatever it is, the table is to say so
         outcome = f"fails: {type(error).__name__}: {error}".partition("\n")[0]
     return outcome, f"{time.perf_counter() - start:.1f} s"
@@ -96,8 +88,6 @@ def _compiled() -> None:
 
 
 def _gloo() -> None:
-    if distributed.is_initialized():
-        raise RuntimeError("there is a process group already")
     store = distributed.HashStore()  # type: ignore[attr-defined]
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

@@ -1,14 +1,12 @@
-"""The command `autograd-lib`, or `python -m autograd_lib`: train, config, doctor, demo."""
+"""The command `autograd-lib`, or `python -m autograd_lib`: train, config, doctor."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,24 +14,13 @@ import torch
 from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import autograd_lib
 from autograd_lib.command.build import Run, build, pick_device
 from autograd_lib.command.doctor import diagnose
-from autograd_lib.command.picture import draw_training
-from autograd_lib.config.reading import config_yaml, default_yaml, load_config
+from autograd_lib.config.reading import config_yaml, load_config
 from autograd_lib.config.records import AutogradConfig
 from autograd_lib.core.names import nearest
-from autograd_lib.examples import AdvancedAutogradExamples, AutogradExamples
+from autograd_lib.monitor.figures import plot_gradient_heatmap
 from autograd_lib.report.tables import text_table
-
-_EPILOG = """\
-examples:
-  {command} train digits_cnn
-  {command} train digits_cnn --set optimizer.lr=3e-3 --directory runs/b
-  torchrun --nproc-per-node 2 -m autograd_lib train digits_cnn
-  {command} config > my.yaml
-"""
-_WRITTEN = ("config.yaml", "last.pt", "best.pt", "gradients.csv", "training.png")
 
 
 class _RefusedError(Exception):
@@ -67,25 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _command() -> str:
-    """How this process was started, for messages that say what to type."""
-    installed = Path(sys.argv[0]).stem == "autograd-lib"
-    return "autograd-lib" if installed else "python -m autograd_lib"
-
-
 def _parser() -> argparse.ArgumentParser:
-    command, names = _command(), ", ".join(_shipped())
+    names = ", ".join(_shipped())
     parser = argparse.ArgumentParser(
-        prog=command,
+        prog="autograd-lib",
         description="Train models by a configuration, and find out what works on this machine.",
-        epilog=_EPILOG.format(command=command),
+        epilog="examples:\n  autograd-lib train digits_cnn --set optimizer.lr=3e-3\n"
+        "  torchrun --nproc-per-node 2 -m autograd_lib train digits_cnn",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--version",
-        action="version",
-        version=f"autograd-lib {autograd_lib.__version__} (torch {torch.__version__}, "
-        f"Python {platform.python_version()})",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -112,13 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         help="where the run is kept (default: training.directory, or runs/NAME for NAME.yaml)",
     )
     argument = add(
-        _config, "print the default configuration with comments, or a given one completed"
+        _config, "print a configuration, by default of all defaults, with every key explained"
     )
     argument("config", metavar="CONFIG", nargs="?", help=f"a YAML file, or one of {names}")
     argument("--set", metavar="a.b=VALUE", **override)
     argument = add(_doctor, "say what is installed, and try what training may use")
     argument("--compile", action="store_true", help="try torch.compile too, for a while")
-    add(_demo, "run the demonstrations, which take about a minute")
     return parser
 
 
@@ -127,20 +102,16 @@ def _refusing() -> Iterator[None]:
     """Turn errors that are the user's to mend into a message."""
     try:
         yield
-    except OSError as error:
-        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        raise _RefusedError(named) from error
-    except (ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         raise _RefusedError(str(error)) from error
 
 
 def _shipped() -> dict[str, Path]:
     """The configurations that come with the library, by name."""
     package = Path(__file__).parents[1]
-    folder = package / "configs"  # where the wheel has them; a checkout has them beside the package
-    if not folder.is_dir():
-        folder = package.with_name("configs")
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    # The wheel has them in the package, a checkout has them beside it.
+    folders = package / "configs", package.with_name("configs")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def _found(given: str) -> Path:
@@ -156,16 +127,13 @@ def _found(given: str) -> Path:
     return shipped[given]
 
 
-# config, doctor, demo
+# config, doctor
 
 
 def _config(arguments: argparse.Namespace) -> None:
     with _refusing():
-        if arguments.config is None and not arguments.overrides:
-            text = default_yaml()
-        else:
-            source = _found(arguments.config) if arguments.config else dict[str, object]()
-            text = config_yaml(load_config(source, arguments.overrides))
+        source = _found(arguments.config) if arguments.config else dict[str, object]()
+        text = config_yaml(load_config(source, arguments.overrides), comments=True)
     print(text, end="")
 
 
@@ -173,11 +141,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     report, sound = diagnose(compile=arguments.compile)
     print(report)
     return 0 if sound else 1
-
-
-def _demo(_: argparse.Namespace) -> None:
-    AutogradExamples.demonstrate_autograd_system()
-    AdvancedAutogradExamples.run_all_advanced_examples()
 
 
 # train
@@ -199,14 +162,8 @@ def _train(arguments: argparse.Namespace) -> None:
             _fit(run)
         except (KeyboardInterrupt, SystemExit):
             if first:
-                words = ["train", arguments.config]
-                words += [word for override in arguments.overrides for word in ("--set", override)]
-                words += ["--directory", str(directory), "--resume"]
-                print(
-                    f"\nInterrupted after step {run.system.step}. To go on:\n"
-                    f"  {_command()} {shlex.join(words)}",
-                    file=sys.stderr,
-                )
+                step = run.system.step
+                print(f"\nInterrupted after step {step}; --resume goes on.", file=sys.stderr)
             raise
         results = run.system.evaluate(run.test)
         if first:
@@ -216,8 +173,8 @@ def _train(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> tuple[AutogradConfig, Path]:
     """The configuration, and its directory, in which there may be a run to go on with."""
     config = load_config(_found(arguments.config), arguments.overrides)
-    stem = Path(arguments.config).stem
-    directory = Path(arguments.directory or config.training.directory or Path("runs") / stem)
+    default = Path("runs", Path(arguments.config).stem)
+    directory = Path(arguments.directory or config.training.directory or default)
     config = replace(config, training=replace(config.training, directory=str(directory)))
     if (directory / "last.pt").exists():
         if not arguments.resume:
@@ -268,21 +225,18 @@ def _begin(run: Run, directory: Path) -> None:
     """Say what will be trained, and keep the whole configuration with it."""
     system, task = run.system, run.task
     config, processes = system.config, system.peers.world
-    parameters = list(system.module.parameters())
+    kind, size = type(system.module).__name__, sum(p.numel() for p in system.module.parameters())
     strategy = f", {processes} processes ({config.distributed.strategy})" if processes > 1 else ""
-    said = {
-        "model": f"{type(system.module).__name__}, {sum(p.numel() for p in parameters):,} "
-        f"parameters in {len(parameters)} tensors",
-        "data": f"{config.data.name}, {len(task.train):,} samples to learn from and "
-        f"{len(task.test):,} to judge by",
-        "training": f"{config.training.epochs} epochs of {len(run.train)} steps, batches of "
-        f"{config.data.batch_size}, {system.settings}",
-        "device": f"{system.device}{strategy}",
-    }
+    batch, epochs = config.data.batch_size, config.training.epochs
+    print(f"model: {kind}, {size:,} parameters")
+    print(
+        f"data: {config.data.name}, {len(task.train):,} samples to learn from and "
+        f"{len(task.test):,} to judge by"
+    )
+    print(f"training: {epochs} epochs of {len(run.train)} steps, batches of {batch}")
+    print(f"device: {system.device}{strategy}, {system.settings}")
     if system.step:
-        said["going on from"] = f"{directory / 'last.pt'}, epoch {system.epoch}, step {system.step}"
-    for name, text in said.items():
-        print(f"{name + ':':<15}{text}")
+        print(f"going on from epoch {system.epoch}, step {system.step}")
     print(flush=True)
     with _refusing():
         directory.mkdir(parents=True, exist_ok=True)
@@ -319,10 +273,11 @@ def _finish(run: Run, directory: Path, results: dict[str, float]) -> None:
     print(f"\n{text_table(title, ('metric', 'value'), rows)}")
     if system.reports:
         print(f"{len(system.reports)} steps were skipped, the last one for:\n{system.reports[-1]}")
-    try:
-        if system.history:
-            draw_training(system, directory / "training.png")
-    except ImportError as error:
-        print(f"No picture: {error}")
-    written = [str(directory / name) for name in _WRITTEN if (directory / name).exists()]
-    print("\nwritten:", *written, sep="\n  ")
+    if system.monitor is not None and system.history:
+        with suppress(ImportError):  # then there is no picture
+            from matplotlib.figure import Figure  # noqa: PLC0415 - an optional dependency
+
+            figure = Figure(layout="constrained")
+            plot_gradient_heatmap(system.monitor, figure.subplots())
+            figure.savefig(directory / "gradients.png", dpi=150)
+    print(f"\nwritten to {directory}: {', '.join(sorted(os.listdir(directory)))}")

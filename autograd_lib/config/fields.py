@@ -10,7 +10,7 @@ from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-MAX_DEPTH = 40  # of lists and mappings within each other
+_MAX_DEPTH = 40  # of lists and mappings within each other
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
@@ -114,8 +114,8 @@ def stored(value: Any, where: tuple[Any, ...] = ()) -> Any:
     Raises:
         RefusedError: The value holds something else, or is too deep.
     """
-    if len(where) > MAX_DEPTH:
-        raise RefusedError(f"at most {MAX_DEPTH} levels", value, where[:1])
+    if len(where) > _MAX_DEPTH:
+        raise RefusedError(f"at most {_MAX_DEPTH} levels", value, where[:1])
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise RefusedError("a mapping with strings as keys", value, where, mistyped=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autograd_lib.config.fields import MAX_DEPTH, RefusedError, dotted, kinds, shown
+from autograd_lib.config.fields import RefusedError, dotted, kinds, shown
 from autograd_lib.config.records import AutogradConfig
 from autograd_lib.core.names import nearest
 
@@ -58,47 +58,42 @@ def load_config(
             ...
         ValueError: configuration: training.epoch: unknown key; did you mean 'epochs'?
     """
-    if not isinstance(source, (str, os.PathLike, Mapping)):
-        raise TypeError(
-            f"load_config: expected the path of a YAML file or a mapping, got {shown(source)}"
-        )
     if isinstance(overrides, str):
         raise TypeError(
             f"load_config: expected overrides to be a sequence of 'key=value', got {overrides!r}"
         )
-    from_file = not isinstance(source, Mapping)
-    name = str(source) if from_file else "configuration"
-    try:
-        tree = _parse(Path(name).read_text(encoding="utf-8-sig")) if from_file else source
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    problems: list[str] = []
+    name, tree = "configuration", source
+    if not isinstance(source, Mapping):
+        name = str(source)
+        try:
+            tree = _parse(Path(source).read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     setters: list[tuple[_Path, str]] = []  # the path that each override sets, and its name
     for text in overrides:
+        setter = f"override {shown(text)}"
         try:
             path, value = _override(text)
         except ValueError as error:
-            problems.append(f"override {shown(text)}: {error}")
-        else:
-            tree = _replaced(tree, path, value)
-            setters.append((path, f"override {shown(text)}"))
+            raise ValueError(f"{setter}: {error}") from error
+        tree = _replaced(tree, path, value)
+        setters.append((path, setter))
     tree = _filled(AutogradConfig, tree)
-    if not from_file and not problems:
+    if isinstance(source, Mapping):
         try:
             return _built(AutogradConfig, tree)  # right values need no package
         except (TypeError, ValueError, AttributeError):
             pass  # pydantic names all that is wrong
     pydantic = _require("pydantic")
     try:
-        config: AutogradConfig = pydantic.TypeAdapter(AutogradConfig).validate_python(tree)
+        return pydantic.TypeAdapter(AutogradConfig).validate_python(tree)
     except pydantic.ValidationError as error:
+        problems = []
         for found in error.errors(include_url=False):
             path, text = _explained(found)
             by = [setter for at, setter in setters if path[: len(at)] == at] or [name]
             problems.append(": ".join(filter(None, [by[-1], dotted(path), text])))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return config
+        raise ValueError("\n".join(problems)) from error
 
 
 # reading
@@ -108,25 +103,16 @@ def _parse(text: str) -> Any:
     """Return what YAML text says, as Python objects."""
     ruamel = _require("ruamel.yaml")
     try:
-        _check_events(ruamel.YAML(typ="safe", pure=True).parse(text))
+        # Refuse what makes a large object of a small file, and objects other than plain values.
+        for event in ruamel.YAML(typ="safe", pure=True).parse(text):
+            if getattr(event, "anchor", None) or getattr(event, "tag", None):
+                raise ValueError(f"an anchor, alias or tag in line {event.start_mark.line + 1}")
         return ruamel.YAML(typ="safe", pure=True).load(text)
     except (ruamel.error.YAMLError, ValueError, OverflowError) as error:
         mark, problem = (getattr(error, f"problem{part}", None) for part in ("_mark", ""))
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         said = textwrap.shorten(str(problem or error), 200, placeholder=" ...")
         raise ValueError(f"not plain YAML: {said}{where}") from error
-
-
-def _check_events(events: Iterator[Any]) -> None:
-    """Refuse what makes a large object of a small file, and objects other than plain values."""
-    depth = -2  # of a value at the top, within stream and document
-    for event in events:
-        name, line = type(event).__name__, event.start_mark.line + 1
-        if getattr(event, "anchor", None) or getattr(event, "tag", None):
-            raise ValueError(f"an anchor, alias or tag in line {line}")
-        depth += name.endswith("StartEvent") - name.endswith("EndEvent")
-        if depth > MAX_DEPTH:
-            raise ValueError(f"more than {MAX_DEPTH} levels in line {line}")
 
 
 def _require(name: str) -> Any:
@@ -215,19 +201,8 @@ def _explained(found: Mapping[str, Any]) -> tuple[_Path, str]:
 
 def _unknown(section: type, key: Any) -> str:
     """Say what could be meant by a key that a section does not have."""
-    homes = [dotted(path) for path in _paths(AutogradConfig) if path[-1] == key]
-    if homes:
-        return f"unknown key; it belongs to {' or '.join(homes)}"
     known = kinds(section)
     return f"unknown key{nearest(str(key), known) or '; known here are ' + ', '.join(known)}"
-
-
-def _paths(section: type, path: _Path = ()) -> Iterator[_Path]:
-    """Yield the paths of all keys."""
-    for key, kind in kinds(section).items():
-        yield (*path, key)
-        if isinstance(kind, type):
-            yield from _paths(kind, (*path, key))
 
 
 def _in_yaml(text: str) -> str:
@@ -239,15 +214,12 @@ def _in_yaml(text: str) -> str:
 # printing
 
 
-def default_yaml() -> str:
-    """Return the file of all defaults, each key under a comment from its record's docstring."""
-    intro = "# Every key with its default. A file needs only those that differ.\n\n"
-    return intro + "\n".join(_lines(AutogradConfig(), comments=True)) + "\n"
+def config_yaml(config: AutogradConfig, *, comments: bool = False) -> str:
+    """Return the YAML that `load_config` reads as this configuration.
 
-
-def config_yaml(config: AutogradConfig) -> str:
-    """Return the YAML that `load_config` reads as this configuration, without comments."""
-    return "\n".join(_lines(config, comments=False)) + "\n"
+    With comments each key is explained by its record's docstring.
+    """
+    return "\n".join(_lines(config, comments=comments)) + "\n"
 
 
 def _lines(record: Any, *, comments: bool, indent: str = "") -> Iterator[str]:

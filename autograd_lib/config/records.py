@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -39,17 +39,8 @@ def _check_step(step: Step, where: tuple[str | int, ...]) -> None:
         raise RefusedError(expected, step, where)
 
 
-def _is_device(name: str) -> bool:
-    try:
-        return name == "auto" or bool(torch.device(name))
-    except (RuntimeError, ValueError):
-        return False
-
-
 def _number(text: str, test: Callable[[float], bool]) -> Kind:
-    kind = Kind(f"a number {text}", (int, float), read=float)
-    # An integer may be larger than any float.
-    return replace(kind, test=lambda x: test(x) and not 2**1023 < x < math.inf)
+    return Kind(f"a number {text}", (int, float), test, float)
 
 
 # What fields may hold, for `Record` and for pydantic.
@@ -66,9 +57,7 @@ _NotNegative = Annotated[float, _number(">= 0", lambda x: 0 <= x < math.inf)]
 _Share = Annotated[float, _number(">= 0 and < 1", lambda x: 0 <= x < 1)]
 _Threshold = Annotated[float, _number(">= 0", lambda x: x >= 0)]  # an infinite one is never reached
 _Seed = Annotated[int, Kind("an integer of 64 bits", (int,), lambda n: -(2**63) <= n < 2**64)]
-_Device = Annotated[
-    str, Kind("'auto' or a device of torch such as 'cpu' or 'cuda:0'", (str,), _is_device)
-]
+_Text = Annotated[str, Kind("a string", (str,), read=stored)]
 _Options = Annotated[
     Mapping[str, Any], Kind("a mapping of names to values", (Mapping,), read=stored)
 ]
@@ -308,8 +297,6 @@ class TrainingConfig(Record):
             torch such as "cpu" or "cuda:0".
         clip_norm: Norm, above 0, to which larger gradients are scaled down, of all parameters
             together; None for no clipping.
-        patience: Epochs, at least 1, without a smaller validation loss after which training stops;
-            None to go on to the end.
         max_nonfinite: Steps in a row with a NaN or an Inf, which are skipped and reported, after
             which training stops; 0 does without the guard.
         directory: Where checkpoints and histories are written; None writes nothing.
@@ -318,9 +305,8 @@ class TrainingConfig(Record):
 
     epochs: _Natural = 10
     seed: _Seed = 0
-    device: _Device = "auto"
+    device: _Text = "auto"
     clip_norm: _PositiveOrNone = None
-    patience: _CountOrNone = None
     max_nonfinite: _Natural = 3
     directory: _TextOrNone = None
     save_every: _Natural = 0

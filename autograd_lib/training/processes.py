@@ -111,10 +111,11 @@ class Peers:
                 with self.raise_on_all():
                     if failed is not None:
                         raise failed
-            if any(present) and not all(present):
+            if not all(present):
                 raise ValueError(
-                    f"the loader of rank {present.index(False)} gives no batch, those of others "
-                    "do; every process needs at least one"
+                    f"the loader of rank {present.index(False)} gives no batch; expected one that "
+                    "can be gone through in each epoch, as a list or a DataLoader, and at least "
+                    "one batch for every process"
                 )
             if not any(counted):
                 return

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autograd_lib.config.records import AutogradConfig, Settings
@@ -27,25 +27,16 @@ def check_arguments(
     metrics: Iterable[str],
 ) -> None:
     """Raise for what cannot be trained, would fail in the middle, or would change nothing."""
-    expected: dict[str, tuple[object, type, str]] = {
-        "model": (model, nn.Module, "an nn.Module"),
-        "optimizer": (optimizer, Optimizer, "a torch.optim.Optimizer"),
-        "config": (config, AutogradConfig, "what load_config returns, or None"),
-    }
-    for name, (value, kind, text) in expected.items():
+    given: dict[type, object] = {nn.Module: model, Optimizer: optimizer, AutogradConfig: config}
+    for kind, value in given.items():
         if not isinstance(value, kind):
             raise TypeError(
-                f"AutogradTrainingSystem: expected {name} to be {text}, got {type(value).__name__}"
+                f"AutogradTrainingSystem: expected {kind.__name__}, got {type(value).__name__}"
             )
     if (reduction := getattr(loss_fn, "reduction", "mean")) != "mean":
         raise ValueError(
             f"AutogradTrainingSystem: expected a loss that is a mean, got reduction={reduction!r}; "
             "micro-batches and processes are weighted by what its mean counts"
-        )
-    if isinstance(optimizer, LBFGS):
-        raise TypeError(
-            "AutogradTrainingSystem: LBFGS calls the step itself, several times; expected an "
-            "optimizer whose step needs no closure"
         )
     if set(model.parameters()).isdisjoint(optimized(optimizer)):
         raise ValueError(
@@ -73,13 +64,10 @@ def check_trains(operation: str, config: AutogradConfig) -> None:
         )
 
 
-def check_fit(config: AutogradConfig, validation: object, *, owns_files: bool) -> None:
-    """Raise if `fit` cannot do what the configuration says, or would overwrite another run."""
+def check_fit(config: AutogradConfig, new_directory: Path | None) -> None:
+    """Raise if the configuration is for evaluation only, or a new directory holds another run."""
     check_trains("fit", config)
-    if config.training.patience is not None and validation is None:
-        raise ValueError("fit: training.patience is about the validation loss; pass validation=")
-    last = Path(config.training.directory or "", "last.pt")
-    if config.training.directory is not None and not owns_files and last.exists():
+    if new_directory is not None and (last := new_directory / "last.pt").exists():
         raise ValueError(
             f"fit: {str(last)!r} is from another run, and would be overwritten; load() it to go "
             "on, or set another training.directory"
@@ -115,20 +103,6 @@ def settings_of(config: AutogradConfig, model: nn.Module) -> Settings:
     # Each by its own name, not as steps of an nn.Sequential: the model may loop over them itself.
     names = [f"blocks.{name}" for name, _ in blocks.named_children()]
     return replace(settings, checkpoint=dict.fromkeys(names, "recompute"))
-
-
-def scaler_of(
-    settings: Settings, device: torch.device, optimizer: Optimizer
-) -> torch.amp.GradScaler:
-    """A scaler of the loss, which does nothing but in fp16."""
-    fp16 = settings.precision == "fp16"
-    if fp16 and len({is_distributed(p) for p in optimized(optimizer)}) > 1:
-        raise ValueError(
-            "AutogradTrainingSystem: precision 'fp16' needs a GradScaler, which takes no "
-            "sharded parameters beside others, as those of a loss; set precision to 'bf16', "
-            "or distributed.strategy to 'ddp'"
-        )
-    return torch.amp.GradScaler(device.type, enabled=fp16)
 
 
 def monitor_of(

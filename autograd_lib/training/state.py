@@ -111,12 +111,12 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def signature(
-    model: nn.Module, loss_fn: object, optimizer: Optimizer, scheduler: object
+    model: nn.Module, loss: nn.Module, optimizer: Optimizer, scheduler: object
 ) -> dict[str, Any]:
     """What a checkpoint must agree with, by name: kinds, and the shapes of all tensors."""
     found: dict[str, Any] = {"optimizer": _kind(optimizer), "scheduler": _kind(scheduler)}
-    for what, module in (("model", model), ("loss", loss_fn)):
-        for name, value in module.state_dict().items() if isinstance(module, nn.Module) else ():
+    for what, module in (("model", model), ("loss", loss)):
+        for name, value in module.state_dict().items():
             if isinstance(value, Tensor):
                 found[f"{what} {name}"] = tuple(value.shape)
     for i, group in enumerate(optimizer.param_groups):  # whose state goes by positions

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from autograd_lib.config.records import AutogradConfig, Settings
 from autograd_lib.core.batches import Count, Piece, check_counted, pair, split, terms_of
@@ -25,32 +25,9 @@ from autograd_lib.core.snapshot import drop_gradients, random_state, seed_all, s
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
 from autograd_lib.nonfinite.guard import NonFinite, NonFiniteGuard
 from autograd_lib.report.progress import progress
+from autograd_lib.training import processes, setup
+from autograd_lib.training import state as checkpoint
 from autograd_lib.training.loop import Stop, begin_epoch, evaluating, resume_epoch, stop_requested
-from autograd_lib.training.processes import (
-    Peers,
-    clip_gradients,
-    module_of,
-    optimized,
-    parallelize,
-)
-from autograd_lib.training.setup import (
-    check_arguments,
-    check_fit,
-    check_higher_order,
-    check_trains,
-    monitor_of,
-    scaler_of,
-    settings_of,
-)
-from autograd_lib.training.state import (
-    check_signature,
-    full_tensors,
-    load_module,
-    load_optimizer,
-    read,
-    signature,
-    write,
-)
 from autograd_lib.training.step import ForwardBackward, micro_batches, move
 
 __all__ = ["AutogradTrainingSystem"]
@@ -82,8 +59,7 @@ class AutogradTrainingSystem:
         optimizer: Of its parameters, and of those of `loss_fn` if it has some.
         loss_fn: ``loss_fn(output, targets)`` is a mean.
         config: What `load_config` returns; by default a monitor and a guard, in fp32.
-        scheduler: Steps after each step of the optimizer; a `ReduceLROnPlateau` after each epoch,
-            by the validation loss.
+        scheduler: Steps after each step of the optimizer.
         count: ``count(targets)`` is how many terms that mean has. By default the number of
             samples; for `nn.CrossEntropyLoss` and `nn.NLLLoss` the targets that are not ignored,
             by their weights.
@@ -127,32 +103,36 @@ class AutogradTrainingSystem:
     ) -> None:
         self.config = AutogradConfig() if config is None else config
         self.metrics = dict(metrics or {})
-        check_arguments(
+        setup.check_arguments(
             *(model, optimizer, loss_fn, self.config), scheduler=scheduler, metrics=self.metrics
         )
-        self.settings = settings_of(self.config, module_of(model))
-        self.peers = Peers()
-        loss_parameters = list(loss_fn.parameters()) if isinstance(loss_fn, nn.Module) else []
-        self._loss_parameters = [p for p in loss_parameters if p.requires_grad]
+        self.settings = setup.settings_of(self.config, processes.module_of(model))
+        self.peers = processes.Peers()
+        self._loss_module = loss_fn if isinstance(loss_fn, nn.Module) else nn.Module()
+        self._loss_parameters = [p for p in self._loss_module.parameters() if p.requires_grad]
         self.device = next(model.parameters()).device
         if replace(self.settings, precision="fp32", micro_batch=None) != Settings():
-            self.settings.apply(module_of(model))
-        self.model = parallelize(model, optimizer, self.peers, self.config.distributed)
-        if isinstance(loss_fn, nn.Module):
-            self.peers.broadcast([*loss_fn.parameters(), *loss_fn.buffers()])
+            self.settings.apply(processes.module_of(model))
+        self.model = processes.parallelize(model, optimizer, self.peers, self.config.distributed)
+        self.peers.broadcast([*self._loss_module.parameters(), *self._loss_module.buffers()])
         # Also those that nobody optimizes: their gradients would add up until they overflow.
-        everything = [*optimized(optimizer), *self.model.parameters(), *self._loss_parameters]
+        everything = [
+            *processes.optimized(optimizer),
+            *self.model.parameters(),
+            *self._loss_parameters,
+        ]
         self._parameters = list(dict.fromkeys(everything))
         self.optimizer, self.loss_fn, self.scheduler = optimizer, loss_fn, scheduler
         self.count = terms_of(loss_fn) if count is None else count
         # What metrics average over: the weights of classes are the business of the loss.
         weighted = count is None and getattr(loss_fn, "weight", None) is not None
         self._terms = terms_of(loss_fn, weighted=False) if weighted else self.count
-        self.scaler = scaler_of(self.settings, self.device, optimizer)
+        fp16 = self.settings.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.guard: NonFiniteGuard | None = None
         if self.config.training.max_nonfinite:
             self.guard = NonFiniteGuard(self.model, scaler=self.scaler)
-        self.monitor = monitor_of(self.config, self.module, optimizer, self.scaler)
+        self.monitor = setup.monitor_of(self.config, self.module, optimizer, self.scaler)
         self.step = self.epoch = 0
         self.history: list[_Row] = []
         self.reports: list[NonFinite] = []
@@ -166,12 +146,11 @@ class AutogradTrainingSystem:
     @property
     def module(self) -> nn.Module:
         """The model without its `DistributedDataParallel`."""
-        return module_of(self.model)
+        return processes.module_of(self.model)
 
     def __repr__(self) -> str:
-        processes = f", {self.peers.world} processes" if self.peers.world > 1 else ""
         return (
-            f"AutogradTrainingSystem({type(self.module).__name__} on {self.device}{processes}, "
+            f"AutogradTrainingSystem({type(self.module).__name__} on {self.device}, "
             f"{self.settings}; {self.epoch} epochs, {self.step} steps, "
             f"{len(self.reports)} skipped)"
         )
@@ -196,7 +175,7 @@ class AutogradTrainingSystem:
             FloatingPointError: `training.max_nonfinite` steps in a row were not finite.
             ValueError: The batch is empty, or `count` gives zero for all of it.
         """
-        check_trains("train_step", self.config)
+        setup.check_trains("train_step", self.config)
         return self._train((inputs, targets))
 
     def _train(self, batch: tuple[Any, Any], counts: bool = True) -> Tensor:
@@ -233,12 +212,13 @@ class AutogradTrainingSystem:
         limit, scale = self.config.training.clip_norm, self.scaler.get_scale()
         if limit is not None:
             self.scaler.unscale_(self.optimizer)
-            self.gradient_norm = clip_gradients(optimized(self.optimizer), limit)
+            self.gradient_norm = processes.clip_gradients(
+                processes.optimized(self.optimizer), limit
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         skipped = self.scaler.get_scale() < scale
-        plateau = isinstance(self.scheduler, ReduceLROnPlateau)  # steps by epochs
-        if self.scheduler is not None and not skipped and not plateau:
+        if self.scheduler is not None and not skipped:
             self.scheduler.step()
 
     def _skip(self, report: NonFinite) -> None:
@@ -277,7 +257,7 @@ class AutogradTrainingSystem:
             loader: Gives ``(inputs, targets)``, the same number each time; a sampler with
                 `set_epoch` is told the epoch. Processes may have numbers of batches that differ.
             epochs: Number of epochs, in all.
-            validation: What `evaluate` takes, after each epoch; `training.patience` needs it.
+            validation: What `evaluate` takes, after each epoch.
             on_epoch: Called with the row of each epoch.
 
         Returns:
@@ -294,14 +274,13 @@ class AutogradTrainingSystem:
             KeyboardInterrupt: Ctrl-C; SIGTERM is a SystemExit.
         """
         with self.peers.raise_on_all():
-            check_fit(self.config, validation, owns_files=self._owns_files)
+            setup.check_fit(self.config, None if self._owns_files else self.directory)
             if self.directory is not None and self.peers.rank == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
         with stop_requested() as stop, progress("fit") as show:
             if self.step == 0:
                 self._write("last.pt")  # so that there is one, whenever a process is killed
-            patience = self.config.training.patience or math.inf
-            while self.epoch < epochs and self._epochs_since_best() < patience:
+            while self.epoch < epochs:
                 row = self._run_epoch(loader, validation, stop, show)
                 if on_epoch is not None:
                     on_epoch(row)
@@ -325,11 +304,6 @@ class AutogradTrainingSystem:
             self._check_stop(stop)
             if (every := self.config.training.save_every) and self.step % every == 0:
                 self._write("last.pt")
-        if not self._losses:
-            raise ValueError(
-                "fit: the loader gives no batch; expected one that can be gone through in each "
-                "epoch, as a list or a DataLoader, with more samples than drop_last drops"
-            )
         losses = torch.stack(self._losses)
         row: _Row = {
             "epoch": self.epoch + 1,
@@ -349,23 +323,14 @@ class AutogradTrainingSystem:
         # Only now, for evaluation may raise: then it is what the next fit begins with.
         self.epoch += 1
         self._position, self._losses, self._epoch_start = 0, [], None
-        self._conclude(row)
-        return row
-
-    def _conclude(self, row: _Row) -> None:
-        """Record an epoch; tell the scheduler, and write files."""
+        loss = row.get("validation_loss", math.inf)
+        best = not any(past.get("validation_loss", math.inf) <= loss for past in self.history)
         self.history.append(row)
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(_judged(row))
         # The best one first: who is killed in between resumes before it, and writes it again.
-        if "validation_loss" in row and self._epochs_since_best() == 0:
+        if loss < math.inf and best:
             self._write("best.pt")
         self._write("last.pt")
-
-    def _epochs_since_best(self) -> int:
-        losses = [_judged(row) for row in self.history]
-        best = min((loss for loss in losses if loss < math.inf), default=math.nan)
-        return len(losses) - 1 - losses.index(best) if best in losses else len(losses)
+        return row
 
     def _batches(self, loader: Any) -> Iterable[tuple[Any, bool]]:
         """What is left of the epoch, and whether it counts."""
@@ -389,12 +354,10 @@ class AutogradTrainingSystem:
         if not number:
             return
         self._write("last.pt")
-        where = "set training.directory to have a checkpoint written"
-        if self.directory is not None:
-            where = f"load({str(self.directory / 'last.pt')!r}) and fit go on from here"
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt(f"fit: interrupted after step {self.step}; {where}")
-        raise SystemExit(128 + number)
+        if number != signal.SIGINT:
+            raise SystemExit(128 + number)
+        last = "" if self.directory is None else f"; load {self.directory / 'last.pt'} to go on"
+        raise KeyboardInterrupt(f"fit: interrupted after step {self.step}{last}")
 
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Average the loss and the metrics over all batches of a loader, without gradients.
@@ -412,11 +375,10 @@ class AutogradTrainingSystem:
             ValueError: There is no batch, or nothing in them counts.
         """
         run = self._run("evaluate", self.module)
-        batches, sums = 0, [torch.zeros(len(self.metrics) + 3, device=self.device)]
+        sums = [torch.zeros(len(self.metrics) + 3, device=self.device)]
         self.peers.broadcast(self.module.buffers())
         with evaluating(self.module):
             for batch, counts in self.peers.even_batches(loader):
-                batches += 1
                 (piece,) = split("evaluate", pair(batch), None, self.count)
                 share = piece.share * counts
                 terms = share
@@ -429,11 +391,6 @@ class AutogradTrainingSystem:
                     values = [loss * share, *judged, share, terms]
                     on_device = [torch.as_tensor(v, device=self.device).float() for v in values]
                     sums.append(torch.stack(on_device))
-        if not batches:
-            raise ValueError(
-                "evaluate: the loader gives no batch; expected one that can be gone through again "
-                "and again, as a list or a DataLoader"
-            )
         total = self.peers.sum(torch.stack(sums).cpu().double().sum(0))
         loss_sum, *metric_sums, share, terms = total.tolist()
         check_counted("evaluate", share)
@@ -453,14 +410,14 @@ class AutogradTrainingSystem:
 
         Sharded tensors are gathered in the first process alone, in others they are empty.
         """
-        loss, first = self.loss_fn, self.peers.rank == 0
+        first = self.peers.rank == 0
         self.peers.broadcast(self.module.buffers())  # one set is kept, that of the first process
         random = {"now": random_state(), "epoch_start": self._epoch_start}
         return {
             "signature": self._signature(),
-            "model": full_tensors(self.module.state_dict(), first),
-            "optimizer": full_tensors(self.optimizer.state_dict(), first),
-            "loss": loss.state_dict() if isinstance(loss, nn.Module) else {},
+            "model": checkpoint.full_tensors(self.module.state_dict(), first),
+            "optimizer": checkpoint.full_tensors(self.optimizer.state_dict(), first),
+            "loss": self._loss_module.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
@@ -481,13 +438,12 @@ class AutogradTrainingSystem:
         Raises:
             ValueError: It is of another model, loss, optimizer or scheduler. Nothing is changed.
         """
-        check_signature(self._signature(), state["signature"])
+        checkpoint.check_signature(self._signature(), state["signature"])
         if self.monitor is not None and state["monitor"] is not None:
             self.monitor.load_state_dict(state["monitor"])  # of other parameters: changes nothing
-        load_module(self.module, state["model"])
-        if isinstance(self.loss_fn, nn.Module):
-            load_module(self.loss_fn, state["loss"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        checkpoint.load_module(self.module, state["model"])
+        checkpoint.load_module(self._loss_module, state["loss"])
+        checkpoint.load_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -505,7 +461,7 @@ class AutogradTrainingSystem:
         drop_gradients(self._parameters)
 
     def _signature(self) -> dict[str, Any]:
-        return signature(self.module, self.loss_fn, self.optimizer, self.scheduler)
+        return checkpoint.signature(self.module, self._loss_module, self.optimizer, self.scheduler)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all that training goes on from, in one file.
@@ -522,7 +478,7 @@ class AutogradTrainingSystem:
         state = self.state_dict()
         with self.peers.raise_on_all():
             if self.peers.rank == 0:
-                write(state, Path(path))
+                checkpoint.write(state, Path(path))
 
     def load(self, path: str | PathLike[str]) -> None:
         """Go on from a file that `save` wrote, in the middle of an epoch if that is where it was.
@@ -541,7 +497,7 @@ class AutogradTrainingSystem:
                 or scheduler. Nothing is changed.
         """
         with self.peers.raise_on_all():
-            state = read(Path(path))
+            state = checkpoint.read(Path(path))
         self.load_state_dict(state)
         if self.directory is not None and Path(path).resolve().parent == self.directory.resolve():
             self._owns_files = True
@@ -583,11 +539,6 @@ class AutogradTrainingSystem:
             ValueError: `order` or `direction` do not fit.
             NotImplementedError: An operation has no rule.
         """
-        check_higher_order(self.config, self.module)
+        setup.check_higher_order(self.config, self.module)
         input, target = move((input, target), self.device)
         return derivative_tower(self.module, self.loss_fn, input, target, order, direction)
-
-
-def _judged(row: _Row) -> float:
-    """The loss of an epoch by which training stops and keeps the best."""
-    return row.get("validation_loss", row["loss"])

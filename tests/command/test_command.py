@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import os
-import platform
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +17,6 @@ import pytest
 import torch
 from environments import PROJECT, run_with
 
-import autograd_lib
 from autograd_lib.command import doctor as _doctor
 from autograd_lib.command.main import main
 from autograd_lib.config import AutogradConfig, load_config
@@ -101,10 +98,10 @@ def test_training_prints_what_it_does_and_writes_what_it_says(
     accuracy = float(re.search(r"accuracy +(0\.\d+)$", output, re.M)[1])
     assert dict(zip(names, rows[-1], strict=True))["test accuracy"] == pytest.approx(accuracy, 1e-3)
     directory = Path("runs/tiny")
-    names = {"config.yaml", "last.pt", "best.pt", "gradients.csv", "training.png"}
+    names = {"config.yaml", "last.pt", "best.pt", "gradients.csv", "gradients.png"}
     assert {path.name for path in directory.iterdir()} == names
-    assert all(str(directory / name) in output for name in names)
-    assert (directory / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert f"written to {directory}: {', '.join(sorted(names))}\n" in output
+    assert (directory / "gradients.png").read_bytes().startswith(b"\x89PNG")
     with (directory / "gradients.csv").open() as file:
         assert {row["step"] for row in csv.DictReader(file)} == {str(n) for n in range(1, 34)}
     kept = load_config(directory / "config.yaml")
@@ -141,7 +138,7 @@ def test_resuming_gives_what_training_at_once_gives(
     capsys.readouterr()
     assert main(short) == 0
     output = capsys.readouterr().out
-    assert re.search(r"going on from: +twice/last.pt, epoch 1, step 11\n", output)
+    assert re.search(r"going on from epoch 1, step 11\n", output)
     assert [row[:2] for row in rows_of(output)] == [[2, 22]]
     for one, two in zip(weights(Path("once/last.pt")), weights(Path("twice/last.pt")), strict=True):
         assert torch.equal(one, two)
@@ -179,10 +176,11 @@ def test_evaluation_only_trains_nothing(config: Path, capsys: pytest.CaptureFixt
     assert Path("runs/tiny/last.pt").read_bytes() == before
 
 
-def test_without_a_monitor_there_is_a_picture_all_the_same(config: Path) -> None:
+def test_without_a_monitor_there_is_no_picture(config: Path) -> None:
     off = ["--set", "autograd_system.gradient_monitoring.enabled=false"]
     assert main(["train", str(config), *off]) == 0
-    assert Path("runs/tiny/training.png").exists()
+    names = {"config.yaml", "last.pt", "best.pt"}
+    assert {path.name for path in Path("runs/tiny").iterdir()} == names
 
 
 def test_too_many_nonfinite_steps_end_the_run_with_the_report(
@@ -205,9 +203,9 @@ def test_too_many_nonfinite_steps_end_the_run_with_the_report(
         (["tiny.yaml", "--set", "training.epoch=3"], r"error: .*did you mean 'epochs'\?"),
         (["tiny.yaml", "--set", "training.epochs"], r"error: .*training\.epochs.*"),
         (["tiny.yaml", "--set", "data.name=source"], r"error: model\.name: 'cnn' does not fit"),
-        (["tiny.yaml", "--set", "data.options.x=1"], r"error: data\.options\.x: .* no such option"),
+        (["tiny.yaml", "--set", "data.options.x=1"], r"error: data\.options\.x: .* are none"),
         (["tiny.yaml", "--set", "model.options.chanels=[8]"], r"error: .*mean 'channels'\?"),
-        (["tiny.yaml", "--directory", "tiny.yaml/x"], r"error: tiny\.yaml/x: .*irectory"),
+        (["tiny.yaml", "--directory", "tiny.yaml/x"], r"error: .*irectory: 'tiny\.yaml/x'"),
     ],
 )  # fmt: skip
 def test_what_is_the_user_s_to_mend_is_one_message(
@@ -226,10 +224,10 @@ def test_a_wrong_command_line_exits_with_2(
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
     assert exit_info.value.code == 2
-    assert "usage: python -m autograd_lib" in capsys.readouterr().err
+    assert "usage: autograd-lib" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["config"], ["doctor"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["config"], ["doctor"]])
 def test_help_explains_every_argument(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,7 +242,7 @@ def test_help_explains_every_argument(
     if command in (["train"], ["config"]):
         assert all(path.stem in output for path in CONFIGS)
     if not command:
-        assert all(word in output for word in ("train", "config", "doctor", "demo", "torchrun"))
+        assert all(word in output for word in ("train", "config", "doctor", "torchrun"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
@@ -264,12 +262,11 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_gives_the_same(config: Path) -> N
         error = process.communicate(timeout=100)[1]
     assert process.returncode == 130
     assert "Traceback" not in error
-    found = re.search(r"Interrupted after step (\d+)\. To go on:\n  python (.+)$", error, re.M)
+    found = re.search(r"Interrupted after step (\d+); --resume goes on\.$", error, re.M)
     assert found, error
     epochs = ["--set", f"training.epochs={-(-int(found[1]) // 11) + 1}"]
     # The schedule is constant, so that the number of epochs changes nothing before their end.
-    assert found[2].endswith("--set training.epochs=10000 --directory twice --resume")
-    assert main([*shlex.split(found[2])[2:], *epochs]) == 0
+    assert main([*many[2:], "--resume", *epochs]) == 0
     assert main(["train", str(config), "--directory", "once", *epochs]) == 0
     for one, two in zip(weights(Path("once/last.pt")), weights(Path("twice/last.pt")), strict=True):
         assert torch.equal(one, two)
@@ -359,7 +356,7 @@ def test_the_doctor_tries_everything(
     assert "torch.compile" not in capsys.readouterr().out
     assert main(["doctor", "--compile"]) == 0  # a compiler is not essential
     output = capsys.readouterr().out
-    for package in ("python version", "torch", "numpy", "matplotlib", "pydantic", "jax"):
+    for package in ("python_version", "torch", "numpy", "matplotlib", "pydantic", "jax"):
         assert re.search(rf"^{package} +\S", output, re.M)
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", output, re.M)
     for name in ("autograd", "gloo, one process"):
@@ -384,41 +381,9 @@ def test_the_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.Monk
     assert rows["no-such-package"] == "missing; pip install no-such-package"
 
 
-def test_the_demonstrations_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have tests of their own."""
-    called = []
-    examples = "autograd_lib.examples"
-    for name in (
-        "AutogradExamples.demonstrate_autograd_system",
-        "AdvancedAutogradExamples.run_all_advanced_examples",
-    ):
-        monkeypatch.setattr(f"{examples}.{name}", lambda name=name: called.append(name))
-    assert main(["demo"]) == 0
-    assert len(called) == 2
-
-
-def test_the_command_is_installed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_is_installed() -> None:
     module, _, name = PROJECT["scripts"]["autograd-lib"].partition(":")
     assert getattr(importlib.import_module(module), name) is main
-    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/autograd-lib", "--help"])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == 0
-    output = capsys.readouterr().out
-    assert output.startswith("usage: autograd-lib ")
-    assert "\n  autograd-lib train digits_cnn\n" in output
-    assert "python -m" not in output
-
-
-def test_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(["--version"])
-    assert exit_info.value.code == 0
-    library, python = autograd_lib.__version__, platform.python_version()
-    expected = f"autograd-lib {library} (torch {torch.__version__}, Python {python})\n"
-    assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from autograd_lib.config import (
     TrainingConfig,
     load_config,
 )
-from autograd_lib.config.reading import config_yaml, default_yaml
+from autograd_lib.config.reading import config_yaml
 
 PLAN = {"layers": ["save", ["recompute", "save", ["selective"]]], "head": "recompute"}
 FULL = Settings("bf16", 4, PLAN, "channels_last", True)
@@ -318,7 +318,6 @@ DEFAULTS = {
         "seed": 0,
         "device": "auto",
         "clip_norm": None,
-        "patience": None,
         "max_nonfinite": 3,
         "directory": None,
         "save_every": 0,
@@ -386,7 +385,7 @@ autograd_system:
 data: {name: source, batch_size: 32, options: {length: 64}}
 model: {name: transformer, options: {d_model: 32, heads: [1, 2], deep: {er: null}}}
 optimizer: {name: sgd, lr: 1e-1, options: {momentum: 0.9}, schedule: cosine, warmup: .05}
-training: {epochs: 0, seed: -1, device: 'cuda:1', clip_norm: 1, patience: 2, directory: "runs/ä"}
+training: {epochs: 0, seed: -1, device: 'cuda:1', clip_norm: 1, directory: "runs/ä"}
 distributed: {strategy: fsdp2, find_unused_parameters: true}
 """
     read = load_config(write(text))
@@ -399,9 +398,7 @@ distributed: {strategy: fsdp2, find_unused_parameters: true}
         DataConfig("source", 32, options={"length": 64}),
         ModelConfig("transformer", {"d_model": 32, "heads": [1, 2], "deep": {"er": None}}),
         OptimizerConfig("sgd", 0.1, options={"momentum": 0.9}, schedule="cosine", warmup=0.05),
-        TrainingConfig(
-            epochs=0, seed=-1, device="cuda:1", clip_norm=1, patience=2, directory="runs/ä"
-        ),
+        TrainingConfig(epochs=0, seed=-1, device="cuda:1", clip_norm=1, directory="runs/ä"),
         DistributedConfig("fsdp2", True),
     )
     assert read == expected
@@ -453,17 +450,9 @@ def test_values_are_of_yaml_1_2(write, text, value):
         ("training: {epochs: }", ["training.epochs: expected an integer >= 0, got null"]),
         ("training: {epochs: -1}", ["training.epochs: expected an integer >= 0, got -1"]),
         ("training: {epochs: [1]}", ["training.epochs: expected an integer >= 0, got [1]"]),
-        ("training: {patience: 0}", ["training.patience: expected an integer >= 1 or null, got 0"]),
         (
             "training: {seed: 18446744073709551616}",
             ["training.seed: expected an integer of 64 bits, got 18446744073709551616"],
-        ),
-        (
-            "training: {seed: -9223372036854775808, device: gpu}",
-            [
-                "training.device: expected 'auto' or a device of torch such as 'cpu' or 'cuda:0', "
-                "got 'gpu'"
-            ],
         ),
         ("optimizer: {lr: 0}", ["optimizer.lr: expected a number > 0, got 0"]),
         ("optimizer: {lr: .nan}", ["optimizer.lr: expected a number > 0, got nan"]),
@@ -509,15 +498,6 @@ def test_values_are_of_yaml_1_2(write, text, value):
         # unknown keys
         ("training: {epoch: 3}", ["training.epoch: unknown key; did you mean 'epochs'?"]),
         ("TRAINING: {}", ["TRAINING: unknown key; did you mean 'training'?"]),
-        ("training: {lr: 3}", ["training.lr: unknown key; it belongs to optimizer.lr"]),
-        ("seed: 3", ["seed: unknown key; it belongs to training.seed"]),
-        (
-            "training: {options: {}}",
-            [
-                "training.options: unknown key; it belongs to data.options or model.options or "
-                "optimizer.options"
-            ],
-        ),
         ("model: {x y: 1}", ["model.'x y': unknown key; known here are name, options"]),
         (
             "autograd_system: {performance: {amp: true}}",
@@ -595,19 +575,16 @@ def test_values_are_of_yaml_1_2(write, text, value):
             + "".join(f"{b}: &{b} {{<<: [*{a}, *{a}]}}\n" for a, b in pairwise(ascii_letters)),
             ["not plain YAML: an anchor, alias or tag in line 1"],
         ),
-        ("[" * 1000, ["not plain YAML: more than 40 levels in line 1"]),
-        ("- " * 1000 + "a", ["not plain YAML: more than 40 levels in line 1"]),
-        ("a:\n " + 50 * "[" + 50 * "]", ["not plain YAML: more than 40 levels in line 2"]),
+        (
+            "model: {options: {a: " + 50 * "[" + 50 * "]" + "}}",
+            ["model.options.a: expected at most 40 levels, got [[[[[[[...]]]]]]]"],
+        ),
         (
             f"training: {{seed: {5000 * '1'}}}",
             [
                 "not plain YAML: Exceeds the limit (4300 digits) for integer string conversion: "
                 "value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit"
             ],
-        ),
-        (
-            f"optimizer: {{lr: {400 * '1'}}}",
-            [f"optimizer.lr: expected a number > 0, got {18 * '1'}...{19 * '1'}"],
         ),
         # not YAML
         (
@@ -667,8 +644,6 @@ def test_files_that_cannot_be_read(tmp_path, write):
 @pytest.mark.parametrize(
     ("source", "overrides", "message"),
     [
-        (3, (), "expected the path of a YAML file or a mapping, got 3"),
-        (["a"], (), "expected the path of a YAML file or a mapping, got \\['a'\\]"),
         ({}, "a.b=3", "expected overrides to be a sequence of 'key=value', got 'a.b=3'"),
     ],
 )
@@ -737,8 +712,8 @@ def test_overrides(override, path, value):
 
 def test_the_last_override_counts():
     assert load_config({}, ["training.seed=1", "training.seed=2"]).training.seed == 2
-    read = load_config({}, ["training.seed=1", "training={epochs: 2}", "training.patience=3"])
-    assert read.training == TrainingConfig(epochs=2, patience=3)
+    read = load_config({}, ["training.seed=1", "training={epochs: 2}", "training.save_every=3"])
+    assert read.training == TrainingConfig(epochs=2, save_every=3)
 
 
 @pytest.mark.parametrize(
@@ -748,7 +723,7 @@ def test_the_last_override_counts():
         ("training={epochs: x}", "training.epochs: expected an integer >= 0, got 'x'"),
         ("training.epoch=3", "training.epoch: unknown key; did you mean 'epochs'?"),
         ("training={epoch: 3}", "training.epoch: unknown key; did you mean 'epochs'?"),
-        ("epochs=3", "epochs: unknown key; it belongs to training.epochs"),
+        ("epochs=3", "epochs: unknown key; known here are " + ", ".join(DEFAULTS)),
         ("training.epochs.x=3", "training.epochs: expected no key below, got 'x'"),
         ("training", "expected 'key=value'"),
         ("", "expected 'key=value'"),
@@ -820,7 +795,6 @@ def test_an_override_does_not_hide_a_mistake_of_the_file(write):
         (ModelConfig, {"options": {"\ud800": 1}}, ValueError, "to be text without lone surrog"),
         (OptimizerConfig, {"lr": 0}, ValueError, "lr to be a number > 0, got 0"),
         (OptimizerConfig, {"lr": float("inf")}, ValueError, "lr to be a number > 0"),
-        (OptimizerConfig, {"lr": 10**400}, ValueError, "lr to be a number > 0"),
         (OptimizerConfig, {"lr": "1"}, TypeError, "lr to be a number > 0, got '1'"),
         (OptimizerConfig, {"weight_decay": -1}, ValueError, "weight_decay to be a number"),
         (OptimizerConfig, {"warmup": 1.0}, ValueError, ">= 0 and < 1, got 1.0"),
@@ -828,15 +802,13 @@ def test_an_override_does_not_hide_a_mistake_of_the_file(write):
         (TrainingConfig, {"epochs": -1}, ValueError, "epochs to be an integer >= 0"),
         (TrainingConfig, {"epochs": True}, TypeError, "epochs to be an integer >= 0"),
         (TrainingConfig, {"seed": 2**64}, ValueError, "seed to be an integer of 64 bits"),
-        (TrainingConfig, {"device": "gpu"}, ValueError, "'auto' or a device of torch"),
         (
             TrainingConfig,
             {"device": torch.device("cpu")},
             TypeError,
-            "device to be 'auto' or a device of torch",
+            "device to be a string, got device",
         ),
         (TrainingConfig, {"clip_norm": 0.0}, ValueError, "a number > 0 or None, got 0.0"),
-        (TrainingConfig, {"patience": 0}, ValueError, "an integer >= 1 or None, got 0"),
         (TrainingConfig, {"max_nonfinite": -1}, ValueError, "max_nonfinite to be an int"),
         (TrainingConfig, {"directory": Path()}, TypeError, "a string or None, got "),
         (TrainingConfig, {"save_every": -1}, ValueError, "save_every to be an integer"),
@@ -891,7 +863,7 @@ def test_options_are_copied_and_plain():
 
 
 def test_the_default_file_is_complete_and_explained(write):
-    text = default_yaml()
+    text = config_yaml(AutogradConfig(), comments=True)
     assert load_config(write(text)) == AutogradConfig()
     assert YAML(typ="safe", pure=True).load(text) == DEFAULTS
     lines = text.splitlines()
@@ -1012,7 +984,7 @@ PIECES = st.sampled_from([*"{}[]:,-&*!|>'\"%@`#?\n\t \0", "\n---\n", "&a ", "*a"
 
 @FUZZ
 @hypothesis.given(
-    st.sampled_from([SPECIFIED, default_yaml().split("\n\n", 1)[1]]),
+    st.sampled_from([SPECIFIED, config_yaml(AutogradConfig(), comments=True)]),
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 30), PIECES | TEXT), min_size=1, max_size=6),
 )
 def test_mutated_files(write, text, edits):

@@ -617,18 +617,16 @@ def test_what_does_not_fit_is_refused():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     make = AutogradTrainingSystem
-    with pytest.raises(TypeError, match=r"expected model to be an nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"expected Module, got function"):
         make(mlp, optimizer, nn.MSELoss())
-    with pytest.raises(TypeError, match=r"optimizer to be a torch.optim.Optimizer, got generator"):
+    with pytest.raises(TypeError, match=r"expected Optimizer, got generator"):
         make(model, model.parameters(), nn.MSELoss())
-    with pytest.raises(TypeError, match="config to be what load_config returns, or None, got dict"):
+    with pytest.raises(TypeError, match="expected AutogradConfig, got dict"):
         make(model, optimizer, nn.MSELoss(), {})
     with pytest.raises(
         ValueError, match=r"a loss that is a mean, got reduction='sum'; micro-batch"
     ):
         make(model, optimizer, nn.MSELoss(reduction="sum"))
-    with pytest.raises(TypeError, match="LBFGS calls the step itself"):
-        make(model, torch.optim.LBFGS(model.parameters()), nn.MSELoss())
     for other in (mlp(), nn.Tanh()):
         with pytest.raises(ValueError, match="the optimizer holds no parameter of the model; make"):
             make(other, optimizer, nn.MSELoss())
@@ -915,9 +913,11 @@ def test_loaders_without_batches_and_with_wrong_ones():
     model, optimizer, _, _ = twins(mlp)
     system = AutogradTrainingSystem(model, optimizer, nn.CrossEntropyLoss())
     good = batches_of((8,), 8)
-    with pytest.raises(ValueError, match=r"^fit: the loader gives no batch; expected one that can"):
+    with pytest.raises(
+        ValueError, match=r"^the loader of rank 0 gives no batch; expected one that can"
+    ):
         system.fit([], 1)
-    with pytest.raises(ValueError, match=r"^evaluate: the loader gives no batch; expected one"):
+    with pytest.raises(ValueError, match=r"^the loader of rank 0 gives no batch; expected one"):
         system.evaluate(iter(()))
     ignored = [(x, torch.full_like(y, -100)) for x, y in good]
     with pytest.raises(ValueError, match=r"^evaluate: count gives 0 for the whole batch"):
@@ -929,7 +929,7 @@ def test_loaders_without_batches_and_with_wrong_ones():
     assert (system.step, system.epoch, system.history) == (0, 0, [])
     spent = iter(good)
     assert len(system.fit(spent, 1)) == 1
-    with pytest.raises(ValueError, match="the loader gives no batch"):
+    with pytest.raises(ValueError, match="the loader of rank 0 gives no batch"):
         system.fit(spent, 2)
     assert system.epoch == 1
 
@@ -942,22 +942,18 @@ class Told:
         system.evaluate = lambda _: {"loss": next(self.losses)}
 
 
-def test_early_stopping_and_the_best_checkpoint(tmp_path: Path):
+def test_the_best_checkpoint(tmp_path: Path):
     model, optimizer, _, _ = twins(mlp)
-    config = configured(training={"patience": 2, "directory": str(tmp_path / "run" / "a")})
+    config = configured(training={"directory": str(tmp_path / "run" / "a")})
     system = AutogradTrainingSystem(model, optimizer, nn.CrossEntropyLoss(), config)
     batches = batches_of((8,), 8)
-    with pytest.raises(ValueError, match=r"training.patience is about the validation loss; pass"):
-        system.fit(batches, 10)
-    Told(system, [3.0, NAN, 2.0, 2.0, 2.5, 1.0])
+    Told(system, [NAN, 3.0, 2.0, 2.0, 2.5])
     models = []
     rows = system.fit(
-        *(batches, 10, batches),
+        *(batches, 5, batches),
         on_epoch=lambda row: models.append(copy.deepcopy(dict(model.state_dict()))),
     )
     assert [row["validation_loss"] for row in rows[2:]] == [2.0, 2.0, 2.5]
-    assert len(rows) == 5
-    assert len(system.fit(batches, 10, batches)) == 5  # it has stopped
     files = sorted(path.name for path in system.directory.iterdir())
     assert files == ["best.pt", "gradients.csv", "last.pt"]
     for name, epoch in {"best.pt": 3, "last.pt": 5}.items():
@@ -968,24 +964,6 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path):
         assert_same(dict(twin.state_dict()), models[epoch - 1])
     lines = (system.directory / "gradients.csv").read_text().splitlines()
     assert len(lines) == 1 + 30 * len(list(model.parameters()))
-
-
-def test_a_plateau_scheduler_steps_by_the_validation_loss():
-    model, optimizer, _, other = twins(mlp)
-    losses = [3.0, 3.5, 3.6, 2.0, 2.1]
-    options = {"factor": 0.5, "patience": 0}
-    scheduler, reference = (
-        lr_scheduler.ReduceLROnPlateau(o, **options) for o in (optimizer, other)
-    )
-    loss_fn = nn.CrossEntropyLoss()
-    system = AutogradTrainingSystem(model, optimizer, loss_fn, scheduler=scheduler)
-    Told(system, losses)
-    batches = batches_of((8,), 8)
-    system.fit(batches, 5, batches)
-    for loss in losses:
-        reference.step(loss)
-    assert_same(scheduler.state_dict(), reference.state_dict())
-    assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"] < 1e-2
 
 
 def test_no_history_of_gradients_where_none_is_wanted(tmp_path: Path):
@@ -1133,7 +1111,7 @@ def test_what_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path, name
     assert system.step == 7 if kind == "exception" else system.step in (7, 8)
     assert (system.epoch, len(system.history)) == (1, 1)
     if kind == "Ctrl-C":
-        assert f"load({str(tmp_path / 'last.pt')!r}) and fit go on from here" in str(error)
+        assert f"; load {tmp_path / 'last.pt'} to go on" in str(error)
     if kind == "SIGTERM":
         assert error.code == 128 + 15
     system, loader, validation = run_of(LOADERS[name], tmp_path)
@@ -1203,9 +1181,7 @@ def test_a_second_interrupt_does_not_wait():
 def test_without_a_directory_an_interrupt_says_so():
     system, loader, _ = run_of({}, None, data_trap=at(8, "Ctrl-C"))
     error = interrupted(lambda: system.fit(loader, 1), "Ctrl-C")
-    assert str(error) == (
-        "fit: interrupted after step 2; set training.directory to have a checkpoint written"
-    )
+    assert str(error) == "fit: interrupted after step 2"
     assert len(system.fit(loader, 1)) == 1  # the same system goes on with the third batch
     assert system.step == 5
 
@@ -1599,7 +1575,6 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
     "chained": lambda o: lr_scheduler.ChainedScheduler([linear(o), cosine(o)]),
     "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    "plateau": lr_scheduler.ReduceLROnPlateau,
 }
 
 
@@ -1661,7 +1636,7 @@ def test_checkpoints_every_few_steps(tmp_path: Path):
         steps.append(state["progress"]["step"])
         write(state, path)
 
-    with mock.patch("autograd_lib.training.system.write", noting):
+    with mock.patch("autograd_lib.training.state.write", noting):
         system.fit(loader, 2)
     assert steps == [0, 4, 5, 8, 10]
 
