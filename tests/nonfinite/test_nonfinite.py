@@ -1458,6 +1458,25 @@ def test_the_very_draw_that_failed_is_replayed():
     assert all(f.op == "aten.div.Tensor" for f in found if f is not None)
 
 
+def test_a_step_that_runs_elsewhere_has_a_beginning_and_an_end():
+    model = chain(lambda x: (-x.abs()).log())
+    guard, step = NonFiniteGuard(model), run(model, X)
+    guarded = guard.begin(keep_gradients=False)
+    loss = step()
+    first, last = [*model[0].parameters()], [*model[2].parameters()]
+    bad = [p.grad for p in first + last]
+    assert guarded.end(loss, step).op == "aten.log.default"
+    assert all(p.grad is g for p, g in zip(first + last, bad, strict=True))  # for the caller
+    found = guarded.end(loss.detach(), None)
+    assert (found.kind, found.op) == ("nan", "")
+    assert "does not allow to run the step again" in found.detail
+    for parameter in last:
+        parameter.grad.zero_()
+    assert guarded.end(None, step, owned=last) is None
+    assert guarded.end(None, step, owned=first) is not None
+    assert hooks_left(model) == []
+
+
 def test_python_errors_pass_through_the_guard_and_the_step_stands():
     model = Drawing()
 
