@@ -80,8 +80,8 @@ class Recurrence(Elementary):
 
     def slope(self, stack: Tensor, length: int) -> Tensor:
         if self.from_value:
-            known = {"y": stack.unbind()}
-            return torch.stack([_coefficient(self.terms, known, k) for k in range(length)])
+            rows = {"y": stack.unbind()}
+            return torch.stack([_coefficient(self.terms, rows, k) for k in range(length)])
         _, slopes, known = self._solve(stack, length)
         return torch.stack([*slopes, _coefficient(self.terms, known, length - 1)])
 

@@ -185,8 +185,8 @@ def lift(x: Tensor, ndim: int | None = None) -> tuple[Tensor, int]:
     return stack, live
 
 
-def aligned(x: Tensor, y: Tensor) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+def aligned(x: Tensor, y: Tensor, ndim: int = 0) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
     """Lift two values to stacks of one dtype with as many dimensions as broadcasting needs."""
-    ndim, dtype = max(x.ndim, y.ndim), torch.result_type(primal(x), primal(y))
+    ndim, dtype = max(ndim, x.ndim, y.ndim), torch.result_type(primal(x), primal(y))
     (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
     return (a.to(dtype), live_a), (b.to(dtype), live_b)

@@ -23,7 +23,7 @@ from torch.autograd.function import Function
 from autograd_lib.higher_order.algebra import Elementary, Taylor
 from autograd_lib.higher_order.dispatch import RULES, Jet, lift
 from autograd_lib.higher_order.inputs import Inputs, check_tensor, check_uncompiled, follow
-from autograd_lib.higher_order.series import derivative
+from autograd_lib.higher_order.series import derivative, pad
 
 __all__ = ["jet", "jet_rule"]
 
@@ -140,6 +140,4 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
     algebra = Taylor(order + 1)
     inputs = follow("jet", x, v, lambda x, v: Jet(torch.stack([x, v])[: order + 1], algebra))
     stack, _ = lift(check_tensor("jet", f(inputs)))
-    derivatives = [derivative(c, k) for k, c in enumerate(stack)]
-    zeros = [torch.zeros_like(stack[0])] * (order + 1 - len(stack))
-    return (*derivatives, *zeros)
+    return tuple(derivative(c, k) for k, c in enumerate(pad(stack, order + 1)))

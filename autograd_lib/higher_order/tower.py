@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from autograd_lib.higher_order.algebra import Taylor
 from autograd_lib.higher_order.dispatch import Jet, lift
@@ -19,7 +20,7 @@ from autograd_lib.higher_order.inputs import (
     map_tensors,
     sum_dtype,
 )
-from autograd_lib.higher_order.series import derivative
+from autograd_lib.higher_order.series import derivative, pad
 from autograd_lib.report.tables import Row, Table
 
 __all__ = ["DerivativeTower", "derivative_tower"]
@@ -47,13 +48,7 @@ class DerivativeTower(Table, Sequence[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self._vectors)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Tensor]]: ...
-
-    def __getitem__(self, index: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    def __getitem__(self, index: Any) -> Any:
         return self._vectors[index]
 
     def _table(self) -> tuple[str, Row, list[Row]]:
@@ -131,12 +126,9 @@ def derivative_tower(
 
     def inside(values: Mapping[str, Tensor], action: Callable[[Tensor], Any]) -> Any:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-        def run(model: nn.Module) -> Any:
+        # The backward of the action runs inside, too: it computes a checkpointed block again.
+        with _reparametrize_module(model, {**buffers, **values}, tie_weights=True):
             return action(check_scalar("derivative_tower", loss_fn(model(input), target)))
-
-        swapped = {f"model.{name}": tensor for name, tensor in {**buffers, **values}.items()}
-        return torch.func.functional_call(_Inside(model, run), swapped, ())
 
     with torch.enable_grad():
         v = _direction(inside, parameters) if direction is None else direction
@@ -166,25 +158,9 @@ def derivative_tower(
     ]
     with torch.no_grad():
         last = sum(torch.vdot(vectors[-1][k].flatten(), v[k].flatten()) for k in parameters)
-        known = [derivative(c, k) for k, c in enumerate(stack.detach())]
-        known += [torch.zeros_like(stack[0])] * (order - len(stack))
+        known = [derivative(c, k) for k, c in enumerate(pad(stack.detach(), order))]
         values = torch.stack([*known, cast(Tensor, last).to(stack.dtype)])
     return DerivativeTower(vectors, values, {k: v[k].detach().clone() for k in parameters})
-
-
-class _Inside(nn.Module):
-    """Call a function with the model while `functional_call` replaces its parameters.
-
-    The backward runs there, too: it computes a checkpointed block again.
-    """
-
-    def __init__(self, model: nn.Module, action: Callable[[nn.Module], Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.action = action
-
-    def forward(self) -> Any:
-        return self.action(self.model)
 
 
 def _direction(inside: Callable[..., Any], parameters: dict[str, Tensor]) -> dict[str, Tensor]:

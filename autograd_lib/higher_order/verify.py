@@ -49,14 +49,13 @@ class DerivativeReport(Table):
     errors: dict[str, str]
     rtol: float
 
-    @functools.cached_property
+    @property
     def first_wrong(self) -> dict[str, int | None]:
-        return {name: self._first_wrong(name) for name in self.values}
+        def first(found: list[float]) -> int | None:
+            wrong = (k for k in range(len(found)) if self._verdict(found, k) == "wrong")
+            return next(wrong, len(found) if len(found) < len(self.fit) else None)
 
-    def _first_wrong(self, name: str) -> int | None:
-        found = self.values[name]
-        wrong = (k for k in range(len(found)) if self._verdict(found, k) == "wrong")
-        return next(wrong, len(found) if len(found) < len(self.fit) else None)
+        return {name: first(found) for name, found in self.values.items()}
 
     @property
     def ok(self) -> bool:

@@ -51,9 +51,7 @@ def _sub(x: Any, other: Any, *, alpha: float = 1) -> Tensor:
     return torch.add(x, -alpha * other if alpha != 1 else -other)
 
 
-@jet_rule(torch.rsub, Tensor.__rsub__)
-def _rsub(x: Any, other: Any, alpha: float = 1) -> Tensor:
-    return torch.add(-x if alpha == 1 else -alpha * x, other)
+jet_rule(torch.rsub, Tensor.__rsub__)(lambda x, other, alpha=1: _sub(other, x, alpha=alpha))
 
 
 @jet_rule(torch.mul, torch.multiply)

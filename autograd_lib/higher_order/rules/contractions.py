@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets
+from autograd_lib.higher_order.dispatch import Jet
+from autograd_lib.higher_order.rules.registration import contract, named
 from autograd_lib.higher_order.series import Operation
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -102,7 +103,7 @@ def _matmul(x: Tensor, other: Tensor) -> Tensor:
         return torch.matmul(other.mT, x.mT).mT
     if x.ndim < other.ndim and other.ndim > 2:
         x = x.expand(*[1] * (other.ndim - x.ndim), *x.shape)
-    return algebra_of(x, other).contract(_MATMUL, x, other)
+    return contract(_MATMUL, x, other)
 
 
 def _live(x: Tensor) -> int:
@@ -146,7 +147,7 @@ class _Einsum(Operation):
         return torch.einsum(f"Z{self.out},Z{self.a}->{self.b}", grad, a.conj())
 
 
-@jet_rule(torch._VF.einsum)
+@jet_rule(*named("einsum", torch._VF))
 def _einsum(equation: str, operands: Any, path: Any = None) -> Tensor:
     equation = equation.replace(" ", "")
     left, arrow, out = equation.partition("->")
@@ -163,16 +164,11 @@ def _einsum(equation: str, operands: Any, path: Any = None) -> Tensor:
         rest = "".join(terms[2:]) + out
         a, x = _reduced(terms[0], values[0], terms[1] + rest)
         b, y = _reduced(terms[1], values[1], terms[0] + rest)
-        if len(values) > 2:
-            target = "".join(dict.fromkeys(letter for letter in a + b if letter in rest))
-        else:
-            target = out
-        if jets((x, y)):
-            if _live(y) > _live(x):
-                a, b, x, y = b, a, y, x
-            product: Tensor = algebra_of(x, y).contract(_Einsum(a, b, target), x, y)
-        else:
-            product = torch.einsum(f"{a},{b}->{target}", x, y)
+        target = "".join(dict.fromkeys(letter for letter in a + b if letter in rest))
+        target = target if len(values) > 2 else out
+        if _live(y) > _live(x):
+            a, b, x, y = b, a, y, x
+        product = contract(_Einsum(a, b, target), x, y)
         terms, values = [target, *terms[2:]], [product, *values[2:]]
     return _reduce_to(terms[0], values[0], out)
 
@@ -191,7 +187,7 @@ def _reduce_to(term: str, x: Tensor, kept: str) -> Tensor:
     return x.map(lambda c: torch.einsum(f"Z{term}->Z{kept}", c))
 
 
-@jet_rule(torch._VF.tensordot)
+@jet_rule(*named("tensordot", torch._VF))
 def _tensordot(x: Tensor, y: Tensor, *dims: Any) -> Tensor:
     a, b = ([d % t.ndim for d in ds] for t, ds in zip((x, y), dims, strict=True))
     kept_x, kept_y = ([d for d in range(t.ndim) if d not in ds] for t, ds in ((x, a), (y, b)))

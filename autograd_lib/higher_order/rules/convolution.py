@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, primal
-from autograd_lib.higher_order.rules.registration import family
+from autograd_lib.higher_order.dispatch import Jet, primal
+from autograd_lib.higher_order.rules.registration import contract, family
 from autograd_lib.higher_order.series import Operation
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -63,35 +63,25 @@ _ORDER_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation"
 def _convolution(n: int, function: Any, order: tuple[str, ...]) -> None:
     """A convolution over n dimensions that takes its options in this order."""
 
-    def several(value: Any) -> list[int]:
-        return [value] * n if isinstance(value, int) else list(value)
-
     @jet_rule(function)
     def rule(
         input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any
     ) -> Tensor:
         if input.ndim == n + 1:
             return rule(input.unsqueeze(0), weight, bias, *options, **named).squeeze(0)
-        chosen = {**_OPTIONS, **dict(zip(order, options, strict=False)), **named}
-        dilation, padding = several(chosen["dilation"]), chosen["padding"]
+        given = {**_OPTIONS, **dict(zip(order, options, strict=False)), **named}
+        groups, padding = given.pop("groups"), given["padding"]
+        if isinstance(padding, str):
+            given["padding"] = 0
+        lists = {k: [v] * n if isinstance(v, int) else list(v) for k, v in given.items()}
         if padding == "same":
-            total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            total = [d * (k - 1) for d, k in zip(lists["dilation"], weight.shape[2:], strict=True)]
             ends = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
-            input, padding = F.pad(input, ends), 0
-        whole = (
-            several(chosen["stride"]),
-            several(0 if padding == "valid" else padding),
-            dilation,
-            order is _ORDER_TRANSPOSED,
-            several(chosen["output_padding"]),
-            chosen["groups"],
-        )
-        if jets((input, weight)):
-            product: Tensor = algebra_of(input, weight).contract(
-                _Convolution(*whole), input, weight
-            )
-        else:
-            product = torch.convolution(input, weight, None, *whole)
+            input = F.pad(input, ends)
+        stride, padding, dilation, output_padding = lists.values()
+        transposed = order is _ORDER_TRANSPOSED
+        operation = _Convolution(stride, padding, dilation, transposed, output_padding, groups)
+        product = contract(operation, input, weight)
         return product if bias is None else product + bias.reshape(-1, *[1] * n)
 
 

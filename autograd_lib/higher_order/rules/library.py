@@ -46,10 +46,8 @@ def _safe_sqrt(x: Jet) -> Tensor:
 
 @jet_rule(_SafeNorm)
 def _safe_norm(x: Jet) -> Tensor:
-    norm = safe_norm(primal(x), -1, keepdim=True)
-    zero = norm == 0
-    squares = torch.where(zero, 1.0, x).square().sum(-1, keepdim=True)
-    return torch.where(zero, 0.0, torch.sqrt(squares))
+    zero = safe_norm(primal(x), -1, keepdim=True) == 0
+    return torch.where(zero, 0.0, torch.linalg.vector_norm(torch.where(zero, 1.0, x), 2, -1, True))
 
 
 jet_rule(_LowMemoryReLU)(F.relu)

@@ -12,7 +12,7 @@ from torch import Tensor
 from autograd_lib.higher_order.dispatch import primal
 from autograd_lib.higher_order.taylor import jet_rule
 
-_nn = torch._C._nn
+_nn: Any = torch._C._nn
 _NONE, _MEAN, _SUM = range(3)
 
 

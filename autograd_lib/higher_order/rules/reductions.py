@@ -16,15 +16,15 @@ from autograd_lib.higher_order.taylor import jet_rule
 
 @jet_rule(torch.logsumexp, torch.special.logsumexp)
 def _logsumexp(x: Jet, dim: Any, keepdim: bool = False) -> Tensor:
-    dims = [dim] if isinstance(dim, int) else list(dim)
+    dims = sorted(d % x.ndim for d in ([dim] if isinstance(dim, int) else dim))
+    rows: Any = x
     if len(dims) > 1:
-        kept = [d for d in range(x.ndim) if d not in [d % x.ndim for d in dims]]
-        rows = x.permute(*kept, *dims).flatten(len(kept))
-        total = torch.logsumexp(rows, -1)
-        shape = [1 if d not in kept else n for d, n in enumerate(x.shape)]
-        return total.reshape(shape) if keepdim else total
-    total = x.algebra.logsumexp(x, from_right(x, dims[0]))[0]
-    return total if keepdim else total.squeeze(dims[0])
+        rows = x.movedim(dims, list(range(len(dims)))).flatten(0, len(dims) - 1)
+    at = (0 if len(dims) > 1 else dims[0]) - rows.ndim
+    total: Tensor = x.algebra.logsumexp(rows, at)[0].squeeze(at)
+    for d in dims if keepdim else ():
+        total = total.unsqueeze(d)
+    return total
 
 
 @jet_rule(torch.softmax, torch.special.softmax)
@@ -45,12 +45,11 @@ def _var(
 ) -> Tensor:
     if isinstance(dim, bool):
         dim, unbiased = None, dim
-    dims = from_right(x, [dim] if isinstance(dim, int) else dim)
     if correction is None:
         correction = 0 if unbiased is False else 1
-    n = math.prod(x.shape[d] for d in dims)
-    centered = x - x.mean(dims, keepdim=True)
-    return centered.square().sum(dims, keepdim) / (n - correction)
+    squares = (x - x.mean(dim, keepdim=True)).square()
+    total = squares.sum(dim, keepdim)
+    return total / (x.numel() / total.numel() - correction)
 
 
 jet_rule(torch.std)(lambda *args, **kwargs: torch.var(*args, **kwargs).sqrt())
@@ -81,18 +80,14 @@ def _vector_norm(
     x: Jet, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
     x = cast(Jet, widened(x, dtype))
-    dims = from_right(x, [dim] if isinstance(dim, int) else dim)
-    if ord == 2:
-        return x.square().sum(dims, keepdim).sqrt()
-    if ord == 1:
-        return x.abs().sum(dims, keepdim)
-    if ord == math.inf:
-        return x.abs().amax(dims, keepdim)
-    if ord == -math.inf:
-        return x.abs().amin(dims, keepdim)
+    if abs(ord) == math.inf:
+        extremum = torch.amax if ord > 0 else torch.amin
+        return extremum(x.abs(), () if dim is None else dim, keepdim)
     if ord == 0:
-        return torch.linalg.vector_norm(primal(x), 0, dims, keepdim)
-    return (x.abs() ** ord).sum(dims, keepdim) ** (1 / ord)
+        return torch.linalg.vector_norm(primal(x), 0, dim, keepdim)
+    if ord == 2 and not x.is_complex():
+        return x.square().sum(dim, keepdim).sqrt()
+    return (x.abs() ** ord).sum(dim, keepdim) ** (1 / ord)
 
 
 @jet_rule(torch.linalg.norm)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as _vmap
-from torch._functorch.vmap import lazy_load_decompositions
+from torch._functorch.predispatch import lazy_load_decompositions
 
-from autograd_lib.higher_order.dispatch import Jet, jets, primal, unchecked
+from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, primal, unchecked
+from autograd_lib.higher_order.series import Operation
 from autograd_lib.higher_order.taylor import jet_rule
 
 
@@ -62,7 +63,9 @@ def linear(function: Any) -> None:
     """Functions linear in their first argument, applied to each coefficient."""
     name = function.__name__
     # The method takes sizes one by one, too.
-    called = getattr(Tensor, name, function) if function is getattr(torch, name, 0) else function
+    called: Any = (
+        getattr(Tensor, name, function) if function is getattr(torch, name, 0) else function
+    )
 
     @jet_rule(function)
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,11 +107,15 @@ def _followed(stack: Tensor, like: Jet) -> Tensor:
     return Jet(stack, like.algebra, like.live)
 
 
-def from_right(x: Tensor, dim: Any) -> Any:
-    """A dimension, several, or with None or () all of them, counted from the last."""
-    if isinstance(dim, int):
-        return dim if dim < 0 else dim - x.ndim
-    return tuple(from_right(x, d) for d in (dim or range(x.ndim)))
+def contract(operation: Operation, x: Tensor, y: Tensor) -> Tensor:
+    """Combine two values by a bilinear function; with neither followed, as plain tensors."""
+    if jets((x, y)):
+        return cast(Tensor, algebra_of(x, y).contract(operation, x, y))
+    return operation.apply(x[None], y)[0]
+
+
+def from_right(x: Tensor, dim: int) -> int:
+    return dim % max(x.ndim, 1) - max(x.ndim, 1)
 
 
 def widened(x: Tensor, dtype: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, lift, primal
+from autograd_lib.higher_order.dispatch import Jet, algebra_of, aligned, jets, primal
 from autograd_lib.higher_order.rules.registration import family
 from autograd_lib.higher_order.series import pad
 from autograd_lib.higher_order.taylor import jet_rule
@@ -21,10 +21,9 @@ def _where(condition: Tensor, x: Any, other: Any) -> Any:
         t if isinstance(t, Tensor) else torch.tensor(t, dtype=like.dtype, device=like.device)
         for t in (x, other)
     )
-    ndim, dtype = max(condition.ndim, x.ndim, y.ndim), torch.result_type(primal(x), primal(y))
-    (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
+    (a, live_a), (b, live_b) = aligned(x, y, condition.ndim)
     size = max(len(a), len(b))
-    a, b = (pad(c.to(dtype), size) for c in (a, b))
+    a, b = pad(a, size), pad(b, size)
     return Jet(torch.where(condition, a, b), algebra, max(live_a, live_b))
 
 
@@ -75,10 +74,8 @@ def _extremum(name: str) -> None:
         if dim is None:
             return getattr(torch, f"a{name}")(x)
         found = function(primal(x), dim, True)
-        values = x.gather(dim, found.indices)
-        if keepdim:
-            return type(found)((values, found.indices))
-        return type(found)((values.squeeze(dim), found.indices.squeeze(dim)))
+        parts = x.gather(dim, found.indices), found.indices
+        return type(found)(parts if keepdim else [part.squeeze(dim) for part in parts])
 
     @jet_rule(getattr(torch, f"a{name}"))
     def all_of(x: Jet, dim: Any = (), keepdim: bool = False) -> Tensor:

@@ -49,10 +49,8 @@ def _sgn(x: Jet) -> Any:
 
 
 @jet_rule(Tensor.type)
-def _type(x: Jet, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-    if dtype is None:
-        return primal(x).type()
-    return by_coefficient(Tensor.type, x, dtype, *args, **kwargs)
+def _type(x: Jet, *dtype: Any, **kwargs: Any) -> Any:
+    return by_coefficient(Tensor.type, x, *dtype, **kwargs) if dtype or kwargs else primal(x).type()
 
 
 @jet_rule(getter("data"))
