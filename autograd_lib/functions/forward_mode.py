@@ -51,12 +51,8 @@ def primals(ctx: Any) -> list[Any]:
     return [None if t is None else unpack_dual(t).primal for t in ctx.saved_tensors]
 
 
-def is_floating(x: object) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
 def check_floating(operation: str, x: object) -> None:
-    if not is_floating(x):
+    if not isinstance(x, Tensor) or not x.is_floating_point():
         got = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(
             f"{operation}: expected a floating-point tensor, got {got}; convert it first, as in "

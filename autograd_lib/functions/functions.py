@@ -16,12 +16,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function
 
-from autograd_lib.functions.forward_mode import (
-    applier,
-    check_floating,
-    is_floating,
-    primals,
-)
+from autograd_lib.functions.forward_mode import applier, check_floating, primals
 
 
 class CustomAutogradFunction(Function):
@@ -95,11 +90,11 @@ class _StraightThrough(Function):
     def forward(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.no_grad():  # torch.func switches the recording of graphs back on
             output = f(x)
-        if not isinstance(output, Tensor) or output.shape != x.shape or not is_floating(output):
-            got = f"{output.dtype}, {tuple(output.shape)}" if isinstance(output, Tensor) else output
+        if output.shape != x.shape or not output.is_floating_point():
             raise ValueError(
                 f"straight_through: expected f to return a floating-point tensor of the shape "
-                f"{tuple(x.shape)} of x, got {got}; convert it inside f, as in (x > 0).to(x.dtype)"
+                f"{tuple(x.shape)} of x, got {output.dtype}, {tuple(output.shape)}; convert it "
+                "inside f, as in (x > 0).to(x.dtype)"
             )
         return output
 

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.func import functional_call
 
-from autograd_lib.functions.forward_mode import (
-    check_floating,
-    transforming,
-)
+from autograd_lib.functions.forward_mode import check_floating, transforming
 
 __all__ = ["fixed_point"]
 
@@ -36,8 +33,6 @@ def _partials(f: _Step, tensors: Sequence[Tensor]) -> Callable[..., tuple[Tensor
 
     def products(u: Tensor, first: bool = False) -> tuple[Tensor, ...]:
         of = wanted[:1] if first else wanted
-        if not y.requires_grad:  # f ignores z, and everything else is frozen
-            return tuple(torch.zeros_like(t) for t in of)
         create = torch.is_grad_enabled()
         return torch.autograd.grad(
             y, of, u.to(y.dtype), retain_graph=True, create_graph=create, materialize_grads=True
@@ -109,16 +104,6 @@ def _anderson(step: _Step, z: Tensor, tol: float, max_iter: int) -> Tensor:
     )
 
 
-def _functional(module: nn.Module, names: list[str]) -> _Step:
-    """The module as a function of z, its parameters and its other arguments."""
-
-    def step(z: Tensor, *tensors: Tensor) -> Tensor:
-        parameters = dict(zip(names, tensors, strict=False))
-        return functional_call(module, parameters, (z, *tensors[len(names) :]))
-
-    return step
-
-
 def fixed_point(
     f: Callable[..., Tensor],
     z0: Tensor,
@@ -171,7 +156,12 @@ def fixed_point(
     step, tensors = f, args
     if isinstance(f, nn.Module):
         parameters = dict(f.named_parameters())
-        step, tensors = _functional(f, list(parameters)), (*parameters.values(), *args)
+        tensors = (*parameters.values(), *args)
+
+        def step(z: Tensor, *tensors: Tensor) -> Tensor:
+            own = dict(zip(parameters, tensors, strict=False))
+            return functional_call(f, own, (z, *tensors[len(own) :]))
+
     first = step(z0.detach(), *(t.detach() for t in tensors))
     if first.shape != z0.shape:
         raise ValueError(

@@ -11,7 +11,7 @@ from autograd_lib.config.records import Settings
 from autograd_lib.tuning.candidates import Candidates
 
 _PLANS = 4  # how many candidates a plan is tried for
-_REVISIONS = 4  # of a plan; the last one is the plan of the least peak
+_REVISIONS = 4
 
 
 def planned(candidates: Candidates, over: list[Settings], limit: float | None) -> list[Settings]:
@@ -25,24 +25,30 @@ def planned(candidates: Candidates, over: list[Settings], limit: float | None) -
     least, found = limit or math.inf, list[Settings]()
     for settings in order[:_PLANS]:
         ahead = (trials[settings].time or 0.0) < least
-        if ahead and (fitting := _within_budget(candidates, settings)):
+        if ahead and (fitting := _within_budget(candidates, settings, limit is None)):
             found += candidates.fast([fitting], math.inf)
             least = min(least, trials[fitting].time or math.inf)
     return found
 
 
-def _within_budget(candidates: Candidates, settings: Settings) -> Settings | None:
+def _within_budget(
+    candidates: Candidates, settings: Settings, nothing_fits: bool
+) -> Settings | None:
     """The settings with a plan whose measured peak is within the budget, if there is one.
 
-    By as much as that peak is above the predicted one, the next plan is made for less. In the end
-    the plan of the least peak is tried: an error can then name a peak that was reached.
+    By as much as that peak is above the predicted one, the next plan is made for less. Where
+    nothing fits, the last one is the plan of the least peak: an error can then name that peak.
     """
     plan, budget = _plan(candidates, settings), candidates.budget
     if plan is None:
         return None
     model, last = candidates.bench.copy_for(settings).model, None
     for left in reversed(range(_REVISIONS)):
-        plan = plan.within(max(budget if left else 0, plan.curve[0][0]))
+        if nothing_fits:
+            budget = max(budget if left else 0, plan.curve[0][0])
+        elif budget < plan.curve[0][0]:
+            return None
+        plan = plan.within(budget)
         found = settings
         if any(step != "save" for step in plan.steps):  # else it is no other candidate
             found = replace(settings, checkpoint=plan.locate(model))

@@ -10,15 +10,13 @@ import itertools
 from dataclasses import replace
 from typing import Literal
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from autograd_lib.config.records import Settings
 from autograd_lib.report.tables import readable_bytes
 from autograd_lib.tuning.candidates import Candidates
 from autograd_lib.tuning.plans import planned
 from autograd_lib.tuning.race import Race
-from autograd_lib.tuning.workbench import Workbench
 
 _PRECISIONS: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16", "fp16")
 _SIZES = 4  # the whole batch, a half, a quarter, an eighth; smaller ones only where nothing fits
@@ -55,12 +53,11 @@ def _sizes(candidates: Candidates) -> list[int | None]:
     bench = candidates.bench
     error = bench.measure_reference()
     if not error <= _SEPARABLE:
-        norms = [
-            f"{name!r} is a {type(m).__name__}"
-            for name, m in bench.model.named_modules()
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
-        ]
-        why = norms[0] if norms else "loss_fn is no mean over samples, or needs count"
+        why = "loss_fn is no mean over samples, or needs count"
+        for name, m in bench.model.named_modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
+                why = f"{name!r} is a {type(m).__name__}"
+                break
         candidates.note(
             f"Micro-batches left out: the gradient of two halves differs by {error:.1e} "
             f"from that of the batch ({why})."
@@ -77,7 +74,9 @@ def _sizes(candidates: Candidates) -> list[int | None]:
 def _accurate(candidates: Candidates, sizes: list[int | None]) -> list[Settings]:
     """Precisions and memory formats within the tolerance, in smaller sizes if memory runs out."""
     found = []
-    for precision, memory_format in itertools.product(_PRECISIONS, _formats(candidates.bench)):
+    for precision, memory_format in itertools.product(
+        _PRECISIONS, _formats(candidates.bench.model)
+    ):
         for size in sizes:
             candidates.starved = False
             settings = Settings(precision, size, memory_format=memory_format)
@@ -109,11 +108,9 @@ def _affordable(
     return [s for s in found if candidates.is_accurate(s)]
 
 
-def _formats(bench: Workbench) -> list[Literal["contiguous_format", "channels_last"]]:
+def _formats(model: nn.Module) -> list[Literal["contiguous_format", "channels_last"]]:
     """Memory formats worth a try: the other one matters to convolutions of images alone."""
-    images = any(t.dim() == 4 for t in tree_leaves(bench.batch[0]) if isinstance(t, Tensor))
-    kinds = (nn.Conv2d, nn.ConvTranspose2d)
-    if images and any(isinstance(module, kinds) for module in bench.model.modules()):
+    if any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules()):
         return ["contiguous_format", "channels_last"]
     return ["contiguous_format"]
 
