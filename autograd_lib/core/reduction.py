@@ -1,7 +1,7 @@
 """Statistics of many tensors at once: the engine of `gradients` and of the monitor.
 
-A tensor is cut into rows, rows of equal length are reduced together in a block, and what is known
-of the rows is merged (Chan, Golub & LeVeque 1983), in float64 where the device has it. So two
+A tensor is cut into rows, rows of equal length are reduced together in a block, and the statistics
+of the rows are merged (Chan, Golub & LeVeque 1983), in float64 where the device has it. So two
 hundred small tensors cost a handful of kernels, and a large one is never copied.
 
 A `Reduction` runs within every training step: it is planned once and never waits for the device.
@@ -49,13 +49,13 @@ class Reduction:
     the mesh joins what they found: every rank must then call, with a gradient or without.
 
     Args:
-        tensors: a list such as will be reduced; None stands for a tensor that is not there, and
-            has no elements in the result.
-        likes: what each of `tensors` is laid out like, those included that are None.
+        tensors: An example of the lists that will be reduced. None stands for a tensor that is not
+            there; in the result it has no elements.
+        likes: A tensor with the layout of each of `tensors`, for those that are None too.
     """
 
-    # Within a training step everything is cold, the interpreter too. So what can be prepared is,
-    # down to the views that results are written through: a small model pays for twenty kernels.
+    # In a small model the monitor's time is that of launching its kernels. So everything that can
+    # be prepared is, down to the views through which results are written.
 
     def __init__(self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> None:
         self.device = home(likes)
@@ -171,7 +171,7 @@ class Reduction:
 
 
 class _Block:
-    """Rows that are reduced at once: one row of elements of `shape` for each of `owners`."""
+    """Rows that are reduced at once: for each of `owners` one row, of elements of `shape`."""
 
     def __init__(self, owners: list[int], like: Tensor, shape: Sequence[int]) -> None:
         self.owners, self.shape, self.device = owners, torch.Size(shape), like.device
@@ -207,7 +207,7 @@ class _Block:
         return self._rows
 
     def represent(self, rows: Tensor, numel: int, counts: bool, scaled: bool) -> None:
-        """Reduce rows of any length that stand for `numel` elements like theirs, or for none."""
+        """Reduce rows of any length, and count their elements as `numel` like them."""
         self._numel.fill_(numel)
         self._space = None
         if numel:
@@ -218,10 +218,10 @@ class _Block:
                 result.fill_(nothing)
 
     def reduce(self, rows: Tensor, counts: bool, scaled: bool, norms: Tensor | None = None) -> None:
-        """Write what there is to know of `rows`, overwriting them if they come from `pile`.
+        """Write the statistics of `rows`; rows that come from `pile` are overwritten.
 
-        Unless `scaled`, no square of an element may over- or underflow. `norms` [2, rows] receives
-        the norms of the real and of the imaginary parts, which are else left to be derived.
+        Unless `scaled`, no square of an element may over- or underflow. If `norms` [2, rows] is
+        given, it receives the norms of the real and of the imaginary parts.
         """
         if counts:
             self._counts.copy_(count(rows))

@@ -104,7 +104,7 @@ def cut(values: Tensor) -> Iterator[Tensor]:
 
 
 def is_moderate(low: np.ndarray, high: np.ndarray, largest: np.ndarray) -> bool:
-    """Tell whether no square over- or underflows; to look costs nothing where the host computes."""
+    """Tell whether no square over- or underflows; on the CPU the check takes hardly any time."""
     np.maximum(np.negative(low, out=largest), high, out=largest)
     if not np.maximum.reduce(largest) < 1e12:
         return False
@@ -153,7 +153,7 @@ def count(rows: Tensor) -> Tensor:
 
 
 def count_on_host(rows: Tensor, finite: bool) -> Tensor:
-    """The same for a tensor that is read once: NumPy counts booleans at the speed of memory."""
+    """The same on the CPU, by NumPy, which counts booleans at the speed of memory."""
     counts = np.zeros((3, len(rows)), dtype=np.int64)
     flags = [~rows.bool()] if finite else [~rows.bool(), rows.isnan(), rows.isinf()]
     for count, flag in zip(counts, flags, strict=False):
@@ -162,6 +162,7 @@ def count_on_host(rows: Tensor, finite: bool) -> Tensor:
 
 
 def histogram(values: Tensor) -> Tensor:
+    """How many magnitudes lie in each of the bins, [BINS]; the lowest bin counts zeros too."""
     values, zeros = stored(values)
     counts = torch.zeros(BINS, dtype=torch.int64, device=values.device)
     for part in values.reshape(-1).split(2**22):  # histc counts in the dtype of its input

@@ -1,4 +1,4 @@
-"""Tensors that are distributed over processes: what this one holds, and what all of them found."""
+"""Tensors that are distributed over processes: the shard of this one, and results merged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def find_meshes(tensors: Sequence[Tensor]) -> Meshes:
 
 
 def shard(tensor: Tensor, meshes: Meshes) -> Tensor:
-    """What this process contributes to `tensor`: of equal copies only the first one counts."""
+    """What this process contributes to `tensor`; of equal copies only the first contributes."""
     if not is_distributed(tensor):
         return tensor
     from torch.distributed.tensor import Replicate  # noqa: PLC0415

@@ -54,8 +54,8 @@ class Issue(NamedTuple):
 class Ring:
     """The last `capacity` records of one shape, each with the step it belongs to.
 
-    `append` copies a record to the host without waiting: on CUDA to pinned memory, in the order of
-    the device's work. Who reads `values` has waited for the device before.
+    `append` copies a record to the host without waiting, on CUDA to pinned memory. Before `values`
+    are read, the reader waits for the device.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Record:
         self.lasting = np.zeros((len(KINDS), len(self.names)), dtype=bool)
         self._fed = 0  # rows in which issues were looked for
         self._skips = 0  # in a row
-        self._mark: tuple[int, torch.Event] | None = None  # rows that will have come by the event
+        self._mark: tuple[int, torch.Event] | None = None  # after the event so many rows have come
 
     def keep(self, name: str, record: Tensor) -> None:
         """Keep a record of the current step in the ring of that name."""
@@ -146,7 +146,7 @@ class Record:
         ring.append(self.step, record)
 
     def look(self) -> None:
-        """Every so many rows look for issues in those that have arrived, without waiting."""
+        """Every so many rows, look for issues in the rows that have arrived, without waiting."""
         ring = self.rings["fields"]
         if ring.count % min(_LOOK_EVERY, max(self.capacity // 2, 1)):
             return

@@ -1,8 +1,8 @@
 """Every gradient at every step, seen without slowing training down.
 
-`GradientMonitor` reduces all gradients to a row of statistics within the step and leaves the row on
-the device; nothing waits until somebody reads. `core.reduction` says how gradients are reduced,
-`record` what is remembered, `history` how issues are found.
+`GradientMonitor` reduces all gradients to a row of statistics within the step; nothing waits for
+the device until somebody reads. `core.reduction` says how gradients are reduced, `history` what is
+remembered and how issues are found.
 """
 
 from __future__ import annotations

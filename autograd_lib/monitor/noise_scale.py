@@ -41,8 +41,9 @@ class NoiseScale(NamedTuple):
 def estimate(records: np.ndarray, micro_batch: int) -> NoiseScale:
     """Fit the two terms to records [n, 4]: step, k, variance of the sum in units of one, |sum|².
 
-    The noise is known well and the signal may not be told from zero, so the interval is that of
-    signal / noise (normal approximation), turned over; the other way round where there is no noise.
+    The estimate of the noise is far from zero, that of the signal may not be. So the interval is
+    computed for signal / noise (normal approximation) and inverted. Where no noise is found, it is
+    computed for noise / signal.
 
     Raises:
         ValueError: if fewer than two steps tell the terms apart.
