@@ -15,7 +15,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from autograd_lib.core.snapshot import torch_generators
 
 _KEPT = 0.7  # share of the bytes saved for backward without a budget; the rest is recomputed
-_SEEDED = {torch.Tag.nondeterministic_seeded}
 _RANDOM_MODULES = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
@@ -113,7 +112,8 @@ def _partitioner() -> Any:
 
 def _draws(node: fx.Node) -> bool:
     operator = node.target
-    if not isinstance(operator, OpOverload) or not _SEEDED & set(operator.tags):
+    seeded = torch.Tag.nondeterministic_seeded
+    if not isinstance(operator, OpOverload) or seeded not in operator.tags:
         return False
     names = [argument.name for argument in operator._schema.arguments]
     given = dict(zip(names, node.args, strict=False)) | node.kwargs

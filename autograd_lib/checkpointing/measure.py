@@ -82,10 +82,9 @@ def intercept(blocks: Blocks, handler: Callable[..., Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(blocks: Blocks) -> Iterator[None]:
-    """Restore, after the block, random states and what modules change as they run.
+    """Run without the steps of `apply_checkpoints`, and restore what running changes.
 
-    Run without the steps of `apply_checkpoints`. Restored are buffers and generators of every
-    module that runs.
+    That is random states, and buffers and generators of every module that runs.
     """
     states = {m: ModuleState([m]) for block in blocks for m in block.modules()}
 
@@ -139,8 +138,11 @@ def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> _Seen:
     visits: list[Visit] = []
     outputs: list[Tensor] = []
 
+    def place(x: Tensor) -> tuple[Any, ...]:  # hooks on modules may have wrapped an output
+        return x.data_ptr(), x.shape, x.stride()
+
     def handler(index: int, call: Call, x: Any, /, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(x, Tensor) or (outputs and not _is_same(x, outputs[-1])):
+        if not isinstance(x, Tensor) or (outputs and place(x) != place(outputs[-1])):
             raise ValueError(
                 f"plan_checkpoints: expected block {index} to take the output of the block before "
                 "it as its first argument; what happens between two blocks must be in one of them"
@@ -169,11 +171,6 @@ def _visit(blocks: Blocks, step: Callable[[], Tensor]) -> _Seen:
             f"gradient, got {got}; there is nothing to plan without a backward"
         )
     return visits, outputs[-1].detach(), leaves_of(loss)
-
-
-def _is_same(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are the same memory; hooks on modules may have wrapped one of them."""
-    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
 def leaves_of(loss: Tensor) -> list[Tensor]:

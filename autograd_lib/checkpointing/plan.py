@@ -127,12 +127,10 @@ class CheckpointPlan(Table):
         return {found[0]: self.steps}
 
     def _table(self) -> tuple[str, Row, list[Row]]:
+        ratio = self.predicted_time / self.plain_time
         rows: list[Row] = [
-            (name, readable_bytes(nbytes), f"{seconds / self.plain_time:.2f}")
-            for name, nbytes, seconds in (
-                ("save everything", self.plain_bytes, self.plain_time),
-                ("this plan", self.predicted_bytes, self.predicted_time),
-            )
+            ("save everything", readable_bytes(self.plain_bytes), "1.00"),
+            ("this plan", readable_bytes(self.predicted_bytes), f"{ratio:.2f}"),
         ]
         rows += [(f"  {line}", "", "") for line in self._lines(self.steps)]
         title = f"Checkpoint plan within {readable_bytes(self.budget)}"

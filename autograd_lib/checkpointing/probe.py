@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autograd_lib.checkpointing.recompute import Contexts
+from autograd_lib.checkpointing.recompute import Checkpoint
 from autograd_lib.checkpointing.solver import Block, Mode, Recomputation
 from autograd_lib.core.snapshot import (
     GLOBAL_GENERATORS,
@@ -64,7 +64,6 @@ class Outcome(NamedTuple):
 
     values: dict[str, Tensor]  # the output and all gradients
     output_bytes: int
-    aliases: bool
     overwrites: bool
 
 
@@ -84,8 +83,9 @@ class Probe:
         self.module, self.visit, self.gradient = block, visit, gradient
         self.parameters = [p for p in block.parameters() if p.requires_grad]
         self.made = [p for p in self.parameters if p in made]
-        self.state = ModuleState(block.modules(), generators=torch_generators())
-        self.contexts = Contexts([block])
+        devices = {visit.input.device} - {torch.device("cpu")}
+        self.state = ModuleState(block.modules(), generators=torch_generators(devices))
+        self.checkpoint = Checkpoint([block])
 
     def measure(self) -> tuple[Block, str, Tensor | None]:
         """Measure the block.
@@ -111,12 +111,11 @@ class Probe:
         if "recompute" in ways:
             again = self._recomputation(traces["recompute"], *seconds["recompute"])
         elif plain.overwrites and not why:
-            (forward, backward), save = seconds["save"], modes["save"]
-            peaks = save.forward_peak, save.backward_peak
-            again = Recomputation(forward, peaks[0], 0, forward + backward, peaks[1], peaks[0])
+            (forward, backward), peak = seconds["save"], modes["save"].forward_peak
+            again = Recomputation(forward, peak, 0, forward + backward, peak)
         block = Block(
             output=plain.output_bytes,
-            aliases=plain.aliases,
+            aliases=traces["save"].number["forward"] == traces["save"].number["forwarded"],
             overwrites=plain.overwrites,
             output_gradient=nbytes([self.gradient]),
             parameters=nbytes(p.grad for p in self.parameters if p not in set(self.made)),
@@ -131,7 +130,7 @@ class Probe:
         if way == "save":
             return self.module
         if way == "selective":
-            return partial(self.contexts.checkpoint, True, self.module)
+            return partial(self.checkpoint.run, True, self.module)
 
         def run(x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
             try:
@@ -139,7 +138,7 @@ class Probe:
             finally:  # the repetition ends in an exception, once it has what it needs
                 marks("again")
 
-        return partial(self.contexts.checkpoint, False, run)
+        return partial(self.checkpoint.run, False, run)
 
     def _run(self, way: str, marks: Marks | None = None) -> Outcome:
         """Run forward and backward in one way; parameters keep their gradients."""
@@ -171,12 +170,10 @@ class Probe:
         with torch.autocast(**visit.autocast):
             y = self._call(way, marks)(x, *args, **kwargs)
         marks("forwarded", y)
-        storages = x.untyped_storage(), y.untyped_storage()
-        aliases, size = storages[0].data_ptr() == storages[1].data_ptr(), storages[1].nbytes()
-        overwrites = x._version != version
+        size, overwrites = y.untyped_storage().nbytes(), x._version != version
         values["the output"] = y.detach().clone()
         loss = StandIn.apply(None, y, y.new_zeros(()), start)
-        del x, y, storages
+        del x, y
         marks("dropped")
         if loss.requires_grad:
             loss.backward()
@@ -185,12 +182,10 @@ class Probe:
                 marks(name)
         named = self.module.named_parameters()
         values |= {name: p.grad for name, p in named if p.grad is not None}
-        return Outcome(values, size, aliases, overwrites)
+        return Outcome(values, size, overwrites)
 
     def _refusal(self, way: str, plain: Outcome) -> str:
-        own = [
-            generator for module in self.module.modules() for generator in own_generators(module)
-        ]
+        own = [g for module in self.module.modules() for g in own_generators(module)]
         generators = [*GLOBAL_GENERATORS, *own]
         before = [generator.get_state() for generator in generators]
         try:
@@ -202,17 +197,17 @@ class Probe:
                 return f"draws from {generator.name}, which a checkpoint does not put back"
         if 0 < error <= _ROUNDING:
             # Kernels compiled anew round otherwise; some add in any order without a checkpoint too.
-            compiled = way == "selective" and self.contexts.compiled
-            if compiled or _error(self._run("save"), plain) > 0:
+            compiled = self.module._compiled_call_impl is not None
+            if (way == "selective" and compiled) or _error(self._run("save"), plain) > 0:
                 return ""
         if error:
             return f"has another gradient when its forward runs again (relative error {error:.2g})"
         return ""
 
     def _may_be_selective(self, plain: Outcome) -> bool:
-        """Whether it may, and would save memory: that it draws random numbers may show in a run."""
-        runs = self.contexts.may_be_selective
-        return runs() and not self._refusal("selective", plain) and runs()
+        """Whether it may, and would save memory; that a block is random may show as it runs."""
+        is_random = self.checkpoint.is_random_and_compiled
+        return not is_random() and not self._refusal("selective", plain) and not is_random()
 
     def _recomputation(self, trace: Trace, forward: float, backward: float) -> Recomputation:
         source = trace.number["forward"]
@@ -223,7 +218,6 @@ class Probe:
             forward_peak=trace.peak("forward", "forwarded"),
             left=max(0, left - checkpoint_bytes(self.visit.input.device)),
             seconds=backward,
-            alone_peak=trace.peak("gradient", "arrived", stays=source),
             again_peak=trace.peak("gradient", "again", stays=source) if repeated else 0,
         )
 
@@ -253,7 +247,7 @@ def median_seconds(
             marks = Marks()
             with no_collection():
                 run(marks)
-            samples[name].append([marks.seconds(*span) for span in spans])
+            samples[name].append([marks.times[end] - marks.times[start] for start, end in spans])
     return {
         name: [statistics.median(times) for times in zip(*rows, strict=True)]
         for name, rows in samples.items()

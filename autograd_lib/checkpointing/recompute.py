@@ -151,11 +151,11 @@ class _BlockForward:
     def __init__(self, block: nn.Module, step: str) -> None:
         self.replaced = vars(block).get(slot(block))  # compiled, or replaced by other code
         self.block, self.selective = block, step == "selective"
-        self.contexts = Contexts([block])
+        self.checkpoint = Checkpoint([block])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.replaced or type(self.block).forward.__get__(self.block)
-        return self.contexts.checkpoint(self.selective, forward, *args, **kwargs)
+        return self.checkpoint.run(self.selective, forward, *args, **kwargs)
 
 
 class _ChainForward:
@@ -164,13 +164,13 @@ class _ChainForward:
     def __init__(self, sequence: Any, steps: tuple[Step, ...]) -> None:
         self.replaced = vars(sequence).get(slot(sequence))
         self.sequence, self.steps = sequence, steps
-        self.contexts: dict[tuple[int, int], Contexts] = {}
+        self.checkpoints: dict[tuple[int, int], Checkpoint] = {}
         self._prepare(steps, 0)
 
     def _prepare(self, steps: tuple[Step, ...], start: int) -> None:
         for step in steps:
             end = start + length(step)
-            self.contexts[start, end] = Contexts(list(self.sequence)[start:end])
+            self.checkpoints[start, end] = Checkpoint(list(self.sequence)[start:end])
             if not isinstance(step, str):
                 self._prepare(step, start)
             start = end
@@ -186,12 +186,12 @@ class _ChainForward:
             else:
                 inner = ("save",) if isinstance(step, str) else step
                 run = partial(self._run, inner, start)
-                x = self.contexts[start, end].checkpoint(step == "selective", run, x)
+                x = self.checkpoints[start, end].run(step == "selective", run, x)
             start = end
         return x
 
 
-class Contexts:
+class Checkpoint:
     """The checkpoint of some blocks, and which of their buffers a forward changes.
 
     Selective checkpoints refuse compiled code: a compiled block runs as `Budgeted` instead. That
@@ -199,35 +199,32 @@ class Contexts:
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self.first, self.budgeted = blocks[0], Budgeted(blocks[0])
+        self.block, self.budgeted = blocks[0], Budgeted(blocks[0])
         self.modules = list(dict.fromkeys(m for block in blocks for m in block.modules()))
         # Which buffers a forward changes, by the training mode of each module. The first forward
         # in a mode copies all buffers to find out.
         self.changing: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
 
-    @property
-    def compiled(self) -> bool:
-        return self.first._compiled_call_impl is not None
+    def is_random_and_compiled(self) -> bool:
+        """Whether a selective step would save nothing, as far as is known."""
+        return self.block._compiled_call_impl is not None and self.budgeted.random
 
-    def may_be_selective(self) -> bool:
-        """Whether a selective step saves memory; that a block draws random numbers shows late."""
-        return not (self.compiled and self.budgeted.random)
-
-    def checkpoint(
-        self, selective: bool, run: Callable[..., Any], /, *args: Any, **kwargs: Any
+    def run(
+        self, selective: bool, function: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        selective = selective and self.may_be_selective()
-        if selective and self.compiled:
+        """Call a function that runs the blocks, under the checkpoint."""
+        selective = selective and not self.is_random_and_compiled()
+        if selective and self.block._compiled_call_impl is not None:
             return self.budgeted(*args, **kwargs)
         if torch.compiler.is_compiling():  # Dynamo traces checkpoints with dispatch modes only
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
         if not torch.is_grad_enabled():
-            return run(*args, **kwargs)
+            return function(*args, **kwargs)
         seen: list[_Tensors] = []  # by the first of the two runs: buffers and parameters
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with _no_cast_cache(self.modules), self._again(*seen) if seen else self._first(seen):
-                return run(*args, **kwargs)
+                return function(*args, **kwargs)
 
         selected = partial(create_selective_checkpoint_contexts, _policy)
         context_fn = selected if selective else noop_context_fn

@@ -63,7 +63,6 @@ class Recomputation:
         forward_peak: High-water mark of the first forward, its output included.
         left: What the first forward leaves until backward, without input and output.
         seconds: The repeated forward and the backward.
-        alone_peak: High-water mark of these two for a checkpoint around this block alone.
         again_peak: High-water mark of the repeated forward.
     """
 
@@ -71,7 +70,6 @@ class Recomputation:
     forward_peak: int
     left: int
     seconds: float
-    alone_peak: int
     again_peak: int
 
 
@@ -161,15 +159,11 @@ def frontier(chain: Chain, runs: bool) -> list[tuple[int, float, Steps]]:
     """
     # What stands and is allocated when the head goes backward.
     last = chain.head_kept + chain.input_gradient + chain.gradients[0] + chain.head_backward_peak
-    points = [
-        (
-            chain.gradients_before + max(chain.head_forward_peak, chain.head_kept + need, last),
-            chain.seconds + seconds,
-            linked,
-        )
-        for need, seconds, linked in _Solver(chain, runs).solve()
-    ]
-    return [(need, seconds, _steps(linked)) for need, seconds, linked in _prune(points)]
+    points: _Frontier = []
+    for need, seconds, linked in _Solver(chain, runs).solve():
+        peak = max(chain.head_forward_peak, chain.head_kept + need, last)
+        points.append((chain.gradients_before + peak, chain.seconds + seconds, linked))
+    return [(peak, seconds, _steps(linked)) for peak, seconds, linked in _prune(points)]
 
 
 def plain(chain: Chain) -> tuple[int, float]:
@@ -261,18 +255,9 @@ class _Solver:
                 for later, seconds, after in self.interval(start + 1, end, stays)
             ]
         for last, need, kept, seconds, aliased in self.runs(start, end - 1, waiting):
-            inner, rest = self.repeated(start, last), self.interval(last + 1, end, aliased)
+            inner, rest = self.interval(start, last, True), self.interval(last + 1, end, aliased)
             points += _run_before(base + need, kept, seconds, inner, rest)
         return _prune(points)
-
-    def repeated(self, start: int, last: int) -> _Frontier:
-        """A run in backward: forward again, and backward."""
-        block = self.blocks[last]
-        if start < last:
-            return self.interval(start, last, True)
-        assert block.recompute is not None
-        peak = self.gradients(last) + block.recompute.alone_peak
-        return [(peak, block.recompute.seconds, ("save", None))]
 
     def gradients(self, index: int) -> int:
         """Bytes of the gradients that stand as backward reaches a block, that of its output too."""

@@ -64,7 +64,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
     def run(marks: Marks) -> None:
         step()
         gc.collect()
-        for device in _cuda_devices():
+        for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
             if torch.cuda.memory_reserved(device):  # do not create a context on an unused device
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
@@ -87,13 +87,9 @@ def peak_bytes(step: Callable[[], object]) -> int:
             UserWarning,
             stacklevel=2,
         )
-    if any(device.type == "cuda" for device in trace.devices[first:]):
-        return sum(torch.cuda.max_memory_allocated(i) - before.get(i, 0) for i in _cuda_devices())
+    if used := {device.index for device in trace.devices[first:] if device.type == "cuda"}:
+        return sum(torch.cuda.max_memory_allocated(i) - before.get(i, 0) for i in used)
     return trace.peak("start", "end")
-
-
-def _cuda_devices() -> range:
-    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
 
 
 def _held_by_python() -> list[tuple[StorageWeakRef, int]]:

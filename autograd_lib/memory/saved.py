@@ -291,9 +291,7 @@ def _unpack(packed: tuple[Tensor, int]) -> Tensor:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an "
             f"inplace operation: [{tensor.type()} {list(tensor.shape)}] is at version "
-            f"{tensor._version}; expected version {version} instead. Hint: enable anomaly "
-            "detection to find the operation that failed to compute its gradient, with "
-            "torch.autograd.set_detect_anomaly(True)."
+            f"{tensor._version}; expected version {version} instead"
         )
     return tensor
 

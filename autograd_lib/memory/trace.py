@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,9 +39,6 @@ class Marks:
         self.times[name] = time.perf_counter()
         address = 0 if tensor is None else tensor.untyped_storage().data_ptr()
         self.marked.append((name, torch.empty(1, dtype=torch.uint8), address))
-
-    def seconds(self, start: str, end: str) -> float:
-        return self.times[end] - self.times[start]
 
 
 class Trace:
@@ -86,19 +84,13 @@ class Trace:
 
     def peak(self, start: str, end: str, *, stays: int = -1) -> int:
         """Return the high-water mark of a phase above its start, as if `stays` were not freed."""
-        standing = peak = 0
-        for number, nbytes in self.cut(start, end):
-            standing += 0 if number == stays and nbytes < 0 else nbytes
-            peak = max(peak, standing)
-        return peak
+        changes = (0 if n < 0 and number == stays else n for number, n in self.cut(start, end))
+        return max(accumulate(changes, initial=0))
 
     def standing(self, start: str, end: str, at: str) -> dict[int, int]:
         """Return number and bytes of what a phase allocated and was not freed by a later mark."""
-        found = {number: nbytes for number, nbytes in self.cut(start, end) if nbytes > 0}
-        for number, nbytes in self.cut(start, at):
-            if nbytes < 0:
-                found.pop(number, None)
-        return found
+        freed = {number for number, nbytes in self.cut(start, at) if nbytes < 0}
+        return {i: n for i, n in self.cut(start, end) if n > 0 and i not in freed}
 
 
 def _allocations(run: Callable[[], object]) -> list[_Event]:

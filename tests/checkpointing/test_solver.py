@@ -186,20 +186,14 @@ class Simulator:
     def again(self, steps: Any, start: int, x: Storage) -> None:
         block = self.chain.blocks[start + length(steps) - 1]
         gradient = self.new(block.output_gradient, "gradient")
-        if len(steps) == 1:
-            self.moment(block.recompute.alone_peak)
-            back = []
-            self.release("gradient")
-            self.new(block.parameters, "gradients")
-        else:
-            x.holders.append("current")
-            x, back = self.forward(steps[:-1], start, x)
-            self.moment(block.recompute.again_peak)
-            last = object()
-            self.keep(block.save, last, x, None)
-            self.release("current")
-            self.storages.remove(gradient)
-            self.backward(block.save, last, x, gradient.nbytes, block.parameters)
+        x.holders.append("current")
+        x, back = self.forward(steps[:-1], start, x)
+        self.moment(block.recompute.again_peak)
+        last = object()
+        self.keep(block.save, last, x, None)
+        self.release("current")
+        self.storages.remove(gradient)
+        self.backward(block.save, last, x, gradient.nbytes, block.parameters)
         self.seconds += block.recompute.seconds
         self.go_back(back)
 
@@ -239,8 +233,7 @@ def random_chain(draw: random.Random, count: int, *, easy: bool = False) -> Chai
             nbytes(60),
             nbytes(2),
             float(draw.randint(1, 30)),
-            nbytes(),
-            9,
+            nbytes(60),
         )
         blocks.append(
             Block(
@@ -342,7 +335,7 @@ def test_schedules_of_long_chains_cost_what_the_frontier_says() -> None:
 def homogeneous(count: int, tape: int) -> Chain:
     """A state of one byte; what one block saves fills the memory; only forwards cost time."""
     save = Mode(0.0, tape, tape, False, True, 0, 0)
-    again = Recomputation(1.0, 1, 0, 0.0, tape, tape)
+    again = Recomputation(1.0, 1, 0, 0.0, tape)
     block = Block(1, False, False, 0, 0, save, None, again)
     last = Block(0, False, False, 0, 0, save, None, again)
     tail = Mode(0.0, 0, 0, False, False, 0, 0)
