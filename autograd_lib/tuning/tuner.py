@@ -86,6 +86,9 @@ def autotune(
             gradient is random, zero or not finite in float64; the batch or an option is malformed.
         RuntimeError: Whatever the model raises in float64.
 
+    Warns:
+        UserWarning: As `plan_checkpoints` does, of a block that every plan saves.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
         >>> batch = torch.randn(16, 8), torch.randn(16, 1)
