@@ -193,16 +193,16 @@ def make_loaders(
             f"data.batch_size: expected at most {len(task.train)}, as many as there are training "
             f"samples, got {batch}; an incomplete batch is left out"
         )
-    # With one process too: what it deals out to many in turn is the order that one sees. Its
-    # sequence is that of the seed and the epoch, whatever was drawn before.
+    # Also with one process, whose order it deals out to several. Its order depends on the seed
+    # and the epoch, not on numbers drawn before.
     sampler: DistributedSampler[Any] = DistributedSampler(
         task.train, processes, rank, seed=config.training.seed, drop_last=True
     )
-    # Not by a sampler, which would repeat samples until all processes have the same number.
+    # Not a sampler, which would repeat samples until all processes have equally many.
     part = Subset(task.test, range(rank, len(task.test), processes))
     workers = config.data.workers
-    # A generator of their own, or each pass over a loader would draw from that of dropout. No
-    # pinned memory: it turns the tuple of arguments of the model into a list.
+    # The loaders have generators of their own, or each pass would draw from that of dropout.
+    # Pinned memory would turn the tuple of arguments of the model into a list.
     make = partial(
         DataLoader,
         batch_size=batch // processes,

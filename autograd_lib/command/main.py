@@ -24,7 +24,7 @@ from autograd_lib.report.tables import text_table
 
 
 class _RefusedError(Exception):
-    """The request is wrong: its message is all there is to say."""
+    """The request is wrong; the message says what to change."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Turn errors that are the user's to mend into a message."""
+    """Turn errors that the user can fix into a message."""
     try:
         yield
     except (OSError, ValueError, TypeError, ImportError) as error:
@@ -187,7 +187,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[AutogradConfig, Path]:
 
 
 def _check_same(config: AutogradConfig, recorded: AutogradConfig) -> None:
-    """Refuse what a run that goes on would not heed: it has its optimizer and its data already."""
+    """Refuse changes that a resumed run would ignore: its optimizer and its data are given."""
     before, now = asdict(recorded), asdict(config)
     keys = [(section, key) for section in ("data", "model", "optimizer") for key in now[section]]
     for section, key in [*keys, ("training", "seed")]:
@@ -212,12 +212,12 @@ def _process_group(device_name: str) -> Iterator[None]:
     distributed.init_process_group(distributed.get_default_backend_for_device(device.type))
     try:
         yield
-        # Without it one may be gone while another still talks to it, which aborts now and then.
+        # Otherwise one process may leave while another still talks to it, which sometimes aborts.
         distributed.barrier()
     except (_RefusedError, KeyboardInterrupt, SystemExit):
         distributed.destroy_process_group()
         raise
-    # After any other error the peers may wait for this process: it leaves, and torchrun ends them.
+    # After any other error the process leaves its peers waiting, and torchrun ends them.
     distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""What a loop over a loader needs: to stop between steps, and to resume within an epoch."""
+"""Stopping a loop between steps, and resuming it within an epoch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Stop = Callable[[], int]
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Stop]:
-    """Note Ctrl-C and SIGTERM instead of being ended by them; a second one interrupts at once.
+    """Record Ctrl-C and SIGTERM instead of stopping; a second signal interrupts at once.
 
-    Gives a function that returns the signal that came, or 0. Outside of the main thread, where
-    Python allows no handlers, nothing is noted.
+    Yields a function that returns the signal that was received, or 0. Outside of the main thread,
+    where Python allows no handlers, it always returns 0.
     """
     received: list[int] = []
 

@@ -38,7 +38,7 @@ def read(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:  # what cannot be opened is an OSError
         try:
             with zipfile.ZipFile(file) as archive:
-                # torch.load looks at no checksum, and leaves memory as it is for a directory.
+                # torch.load checks no checksum, and for a directory it leaves memory uninitialized.
                 folders = [info.filename for info in archive.infolist() if info.external_attr & 16]
                 damaged = archive.testzip() or next(iter(folders), None)
             if damaged is not None:
@@ -50,7 +50,7 @@ def read(path: Path) -> dict[str, Any]:
                     f"expected {_FORMAT!r}, got {found!r}; weights alone go into the model by "
                     "model.load_state_dict(torch.load(path))"
                 )
-        except Exception as error:  # whatever damaged files and those of others may provoke
+        except Exception as error:  # damaged files and files of others raise anything
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(
                 f"load: {path} is not a whole file that save() wrote: {reason}"
@@ -61,7 +61,7 @@ def read(path: Path) -> dict[str, Any]:
 # Sharded tensors
 
 
-# Not written by `torch.distributed.checkpoint`: its `save` leaves a directory that each process
+# Not `torch.distributed.checkpoint`: its `save` leaves a directory that each process
 # writes a part of and that is unpickled without `weights_only`. What its `state_dict` module
 # gathers could go into one file, but `get_optimizer_state_dict` lets an optimizer without state
 # step, which step hooks mistake for a real step, and fails on parameters that are not the model's,

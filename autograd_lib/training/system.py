@@ -115,7 +115,7 @@ class AutogradTrainingSystem:
             self.settings.apply(processes.module_of(model))
         self.model = processes.parallelize(model, optimizer, self.peers, self.config.distributed)
         self.peers.broadcast([*self._loss_module.parameters(), *self._loss_module.buffers()])
-        # Also those that nobody optimizes: their gradients would add up until they overflow.
+        # Parameters that are not optimized too: their gradients would add up until they overflow.
         everything = [
             *processes.optimized(optimizer),
             *self.model.parameters(),
@@ -124,7 +124,7 @@ class AutogradTrainingSystem:
         self._parameters = list(dict.fromkeys(everything))
         self.optimizer, self.loss_fn, self.scheduler = optimizer, loss_fn, scheduler
         self.count = terms_of(loss_fn) if count is None else count
-        # What metrics average over: the weights of classes are the business of the loss.
+        # What metrics average over: class weights apply to the loss only.
         weighted = count is None and getattr(loss_fn, "weight", None) is not None
         self._terms = terms_of(loss_fn, weighted=False) if weighted else self.count
         fp16 = self.settings.precision == "fp16"
@@ -139,7 +139,7 @@ class AutogradTrainingSystem:
         self.gradient_norm: Tensor | None = None
         self._loss = torch.zeros(())
         self._position = self._failed = 0
-        self._owns_files = False  # what is in the directory is of this run
+        self._owns_files = False  # whether the directory holds this run
         self._losses: list[Tensor] = []  # of the epoch
         self._epoch_start: dict[str, Any] | None = None  # random states when the epoch began
 
@@ -268,8 +268,8 @@ class AutogradTrainingSystem:
 
         Raises:
             RuntimeError: The configuration says `enable_gradients: false`.
-            ValueError: An argument is out of range, the directory holds another run, or the loader
-                is not the one that was interrupted.
+            ValueError: The directory holds another run, or the loader is not the one that was
+                interrupted.
             FloatingPointError: Too many steps in a row were not finite.
             KeyboardInterrupt: Ctrl-C; SIGTERM is a SystemExit.
         """
@@ -279,7 +279,7 @@ class AutogradTrainingSystem:
                 self.directory.mkdir(parents=True, exist_ok=True)
         with stop_requested() as stop, progress("fit") as show:
             if self.step == 0:
-                self._write("last.pt")  # so that there is one, whenever a process is killed
+                self._write("last.pt")  # to resume from if the process is killed in this epoch
             while self.epoch < epochs:
                 row = self._run_epoch(loader, validation, stop, show)
                 if on_epoch is not None:
@@ -320,13 +320,13 @@ class AutogradTrainingSystem:
             found = self.evaluate(validation)
             row |= {f"validation_{name}": value for name, value in found.items()}
         row["seconds"] = time.perf_counter() - began
-        # Only now, for evaluation may raise: then it is what the next fit begins with.
+        # Not before the evaluation: if that raises, the next fit repeats it.
         self.epoch += 1
         self._position, self._losses, self._epoch_start = 0, [], None
         loss = row.get("validation_loss", math.inf)
         best = not any(past.get("validation_loss", math.inf) <= loss for past in self.history)
         self.history.append(row)
-        # The best one first: who is killed in between resumes before it, and writes it again.
+        # The best one first: a run killed in between resumes before it and writes it again.
         if loss < math.inf and best:
             self._write("best.pt")
         self._write("last.pt")
@@ -406,9 +406,9 @@ class AutogradTrainingSystem:
         return None if directory is None else Path(directory)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training resumes from, as tensors and plain values; a collective.
+        """Return all that training resumes from, as tensors and plain values; a collective.
 
-        Sharded tensors are gathered in the first process alone, in others they are empty.
+        Sharded tensors are gathered in the first process; in the others they are empty.
         """
         first = self.peers.rank == 0
         self.peers.broadcast(self.module.buffers())  # one set is kept, that of the first process
@@ -433,14 +433,14 @@ class AutogradTrainingSystem:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from what `state_dict` returned; all that can be wrong is found before a change.
+        """Resume from what `state_dict` returned; everything is checked before anything changes.
 
         Raises:
             ValueError: It is of another model, loss, optimizer or scheduler. Nothing is changed.
         """
         checkpoint.check_signature(self._signature(), state["signature"])
         if self.monitor is not None and state["monitor"] is not None:
-            self.monitor.load_state_dict(state["monitor"])  # of other parameters: changes nothing
+            self.monitor.load_state_dict(state["monitor"])  # or raises and changes nothing
         checkpoint.load_module(self.module, state["model"])
         checkpoint.load_module(self._loss_module, state["loss"])
         checkpoint.load_optimizer(self.optimizer, state["optimizer"])
@@ -464,7 +464,7 @@ class AutogradTrainingSystem:
         return checkpoint.signature(self.module, self._loss_module, self.optimizer, self.scheduler)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write all that training goes on from, in one file.
+        """Write all that training resumes from to one file.
 
         That is the model, the optimizer, the parameters of the loss, scaler, scheduler, the
         random states of all processes, the place in the epoch, the history and that of the
@@ -481,7 +481,7 @@ class AutogradTrainingSystem:
                 checkpoint.write(state, Path(path))
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Go on from a file that `save` wrote, in the middle of an epoch if that is where it was.
+        """Resume from a file that `save` wrote, also in the middle of an epoch.
 
         Optimizer and scheduler go on with the values that were saved, the learning rate included,
         whatever they were made with. Files are read with ``weights_only=True`` after a look at
