@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autograd_lib.higher_order.rules.registration import plus
 from autograd_lib.higher_order.taylor import jet_rule
 
 
@@ -35,5 +36,5 @@ def _attention(
     if attn_mask is not None:
         boolean = attn_mask.dtype == torch.bool
         mask = mask.masked_fill(~attn_mask, -math.inf) if boolean else mask + attn_mask
-    weights = torch.softmax(query * scale @ key.mT + mask, -1)
+    weights = torch.softmax(plus(query * scale @ key.mT, mask), -1)
     return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet
-from autograd_lib.higher_order.rules.registration import contract, named
+from autograd_lib.higher_order.rules.registration import contract, named, plus
 from autograd_lib.higher_order.series import Operation
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -120,7 +120,7 @@ def _inner(x: Tensor, other: Tensor) -> Tensor:
 @jet_rule(F.linear)
 def _linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     product = torch.matmul(input, weight.mT if weight.ndim > 1 else weight)
-    return product if bias is None else product + bias
+    return product if bias is None else plus(product, bias)
 
 
 @jet_rule(torch.addmm, torch.baddbmm, torch.addmv)

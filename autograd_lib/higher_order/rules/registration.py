@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C import _functorch as _vmap
 from torch._functorch.predispatch import lazy_load_decompositions
 
-from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, primal, unchecked
+from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, lift, primal, unchecked
 from autograd_lib.higher_order.series import Operation
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -112,6 +112,20 @@ def contract(operation: Operation, x: Tensor, y: Tensor) -> Tensor:
     if jets((x, y)):
         return cast(Tensor, algebra_of(x, y).contract(operation, x, y))
     return operation.apply(x[None], y)[0]
+
+
+def plus(product: Tensor, addend: Tensor) -> Tensor:
+    """Add to a matrix product that nothing else holds: in place where that is possible."""
+    stack, live = lift(addend, product.ndim)
+    shared = torch._C._are_functorch_transforms_active() or stack.dtype != product.dtype
+    if shared or not isinstance(product, Jet) or len(stack) > len(product.stack):
+        return product + addend
+    if torch.broadcast_shapes(addend.shape, product.shape) != product.shape:
+        return product + addend
+    algebra_of(product, addend)
+    product.stack[: len(stack)] += stack
+    product.live = max(product.live, live)
+    return product
 
 
 def from_right(x: Tensor, dim: int) -> int:
