@@ -105,7 +105,7 @@ def _affordable(
                 over.append(settings)
     found = candidates.fast(fits, _SLOW)
     found += planned(candidates, over, candidates.trials[found[0]].time if found else None)
-    return [s for s in found if candidates.is_accurate(s)]
+    return [s for s in found if not candidates.has_failed(s) and candidates.is_accurate(s)]
 
 
 def _formats(model: nn.Module) -> list[Literal["contiguous_format", "channels_last"]]:

@@ -633,6 +633,33 @@ def test_a_candidate_that_fails_in_the_race_is_dropped(told, monkeypatch):
     assert not any("bf16" in race for race in races[1:])
 
 
+def test_a_plan_that_fails_in_the_race_is_not_tried_again(told, monkeypatch):
+    told(by_precision, real=True)
+    model = chain(norm=True)
+    budget = int(0.7 * measured(model, FP32, WIDE))
+    step, racing = Workbench.step, []
+    compare = _race.compare
+
+    def racy(*args, **kwargs):
+        racing.append(True)
+        return compare(*args, **kwargs)
+
+    def broken(bench: Workbench, settings: Settings) -> Callable[[], None]:
+        run = step(bench, settings)
+
+        def maybe() -> None:
+            run()
+            if racing and settings.checkpoint:
+                raise torch.OutOfMemoryError("fragmented")
+
+        return maybe
+
+    monkeypatch.setattr(_race, "compare", racy)
+    monkeypatch.setattr(Workbench, "step", broken)
+    with pytest.raises(ValueError, match="nothing fits"):
+        autotune(model, WIDE, nn.MSELoss(), budget, 1e-4, compile=False)
+
+
 def test_error_outside_the_candidates_is_raised(told, monkeypatch):
     told(by_precision)
 
