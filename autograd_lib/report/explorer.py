@@ -52,19 +52,22 @@ class Interactive:
 
 
 class Control(NamedTuple):
-    """A menu of strings, or a slider over numbers."""
+    """A menu of strings, which starts at the first, or a slider, which starts in the middle."""
 
     name: str
     labels: list[str]
-    start: int
     is_menu: bool
+
+    @property
+    def start(self) -> int:
+        return 0 if self.is_menu else len(self.labels) // 2
 
 
 class Explorer(Interactive):
     """A figure with controls, as `explore` makes it; a notebook displays it by itself.
 
     Attributes:
-        controls: name, labels, position at the start, and kind of each.
+        controls: name, labels and kind of each.
         frames: the pictures as SVG text, in the order of `itertools.product` over the controls.
         alts: what one sees in each picture, in words, in the same order.
     """
@@ -191,9 +194,7 @@ def _control(name: str, values: list[Any]) -> Control:
         raise TypeError(
             f"explore: expected {name!r} to be numbers or strings, at least one, got {values!r}"
         )
-    if is_menu:
-        return Control(name, values, 0, is_menu)
-    return Control(name, [f"{value:.10g}" for value in values], len(values) // 2, is_menu)
+    return Control(name, [v if is_menu else f"{v:.10g}" for v in values], is_menu)
 
 
 def _svg(figure: Figure) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from operator import itemgetter
 from typing import Literal
 
 from torch import nn
@@ -105,7 +106,7 @@ def _affordable(
                 over.append(settings)
     found = candidates.fast(fits, _SLOW)
     found += planned(candidates, over, candidates.trials[found[0]].time if found else None)
-    return [s for s in found if not candidates.has_failed(s) and candidates.is_accurate(s)]
+    return [s for s in found if candidates.is_accurate(s)]
 
 
 def _formats(model: nn.Module) -> list[Literal["contiguous_format", "channels_last"]]:
@@ -118,17 +119,17 @@ def _formats(model: nn.Module) -> list[Literal["contiguous_format", "channels_la
 def _impossible(candidates: Candidates) -> str:
     """Say what is missing, and the least of it that can be had."""
     trials = candidates.trials.values()
-    peaks = [(t.peak_bytes, t.settings) for t in trials if t.verdict.startswith("peak")]
+    over = [(t.peak_bytes or 0, t.settings) for t in trials if t.verdict.startswith("peak")]
     errors = [(t.gradient_error, t.settings) for t in trials if t.gradient_error is not None]
-    if peaks:
-        peak, settings = min(peaks, key=lambda found: found[0] or 0)
+    if over:
+        peak, settings = min(over, key=itemgetter(0))
         return (
             f"autotune: nothing fits memory_budget={readable_bytes(candidates.budget)}; the least "
-            f"attainable peak is {peak} bytes ({readable_bytes(peak or 0)}), with {settings}; "
-            "raise the budget or use a smaller batch"
+            f"attainable peak is {peak} bytes ({readable_bytes(peak)}), with {settings}; raise the "
+            "budget or use a smaller batch"
         )
-    if errors and not min(errors, key=lambda found: found[0])[0] <= candidates.tolerance:
-        error, settings = min(errors, key=lambda found: found[0])
+    error, settings = min(errors, key=itemgetter(0), default=(0.0, Settings()))
+    if not error <= candidates.tolerance:
         return (
             f"autotune: no gradient is within tolerance={candidates.tolerance:.2g}; the least "
             f"attainable error is {error:.2g}, with {settings}; raise the tolerance"
