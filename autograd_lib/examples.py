@@ -243,7 +243,7 @@ def _monitor() -> Results:
             optimizer.step()
             losses.append(loss.item())
     found = {"summary": monitor.get_gradient_summary(), "history": monitor.history}
-    print(f"Monitor, over {len(losses)} steps\n{found['summary']}\n")
+    print(f"Monitor: over {len(losses)} steps\n{found['summary']}\n")
     return {"model": model, "losses": losses, **found, "issues": monitor.issues}
 
 
