@@ -19,5 +19,6 @@ from autograd_lib.higher_order.rules import (  # noqa: F401
     reductions,
     selection,
     shapes,
+    softmax,
     values,
 )
