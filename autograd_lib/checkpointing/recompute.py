@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -220,29 +220,24 @@ class Checkpoint:
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        seen: list[_Tensors] = []  # by the first of the two runs: buffers and parameters
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with _no_cast_cache(self.modules), self._again(*seen) if seen else self._first(seen):
-                return function(*args, **kwargs)
-
-        selected = partial(create_selective_checkpoint_contexts, _policy)
-        context_fn = selected if selective else noop_context_fn
-        return checkpoint(call, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
-
-    @contextlib.contextmanager
-    def _first(self, seen: list[_Tensors]) -> Iterator[None]:
-        """Record, around the first forward, the buffers that it changes and all parameters."""
         mode = tuple(module.training for module in self.modules)
         known = self.changing.get(mode)
         names = known if known is not None else [(m, n) for m in self.modules for n in m._buffers]
         before = [(m, n, b) for m, n in names if (b := m._buffers[n]) is not None]
         buffers = [(m, n, b.detach().clone()) for m, n, b in before]
-        seen += (
-            buffers,
-            [(m, n, p) for m in self.modules for n, p in m._parameters.items() if p is not None],
-        )
-        yield
+        parameters = [
+            (m, n, p) for m in self.modules for n, p in m._parameters.items() if p is not None
+        ]
+        contexts = [contextlib.nullcontext()]  # of the first run
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            context = contexts.pop() if contexts else self._again(buffers, parameters)
+            with _no_cast_cache(self.modules), context:
+                return function(*args, **kwargs)
+
+        selected = partial(create_selective_checkpoint_contexts, _policy)
+        context_fn = selected if selective else noop_context_fn
+        result = checkpoint(call, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
         if known is None:
             # Compare values: batch_norm of PyTorch 2.13 does not raise the version of its
             # statistics. Those are kept in any case, as a batch of zeros may leave them unchanged.
@@ -254,9 +249,10 @@ class Checkpoint:
                 or not torch.equal(buffer, value)
             ]
             self.changing[mode] = [(m, n) for m, n, _ in buffers]
+        return result
 
     @contextlib.contextmanager
-    def _again(self, buffers: _Tensors, parameters: _Tensors) -> Iterator[None]:
+    def _again(self, buffers: _Tensors, parameters: Sequence[Any]) -> Iterator[None]:
         """Recompute on copies of the recorded buffers, with the recorded parameters."""
         # After a `torch.func.functional_call` the module holds other parameters. Leave those of
         # FSDP alone: it sets views of a flat parameter, or unshards what it had sharded.
@@ -267,7 +263,8 @@ class Checkpoint:
             and isinstance(now, nn.Parameter)
             and not any(map(is_traceable_wrapper_subclass, (now, used)))
         ]
-        tables += [(module._buffers, name, buffer.clone()) for module, name, buffer in buffers]
+        with _disable_current_modes():  # a selective checkpoint knows the block's operations only
+            tables += [(module._buffers, name, b.clone()) for module, name, b in buffers]
         before = [(table, name, table[name]) for table, name, _ in tables]
         for table, name, tensor in tables:
             table[name] = tensor
