@@ -49,7 +49,13 @@ from autograd_lib.higher_order import (
     top_eigenvalues,
     verify_derivatives,
 )
-from autograd_lib.memory import SavedTensors, peak_bytes, saved_tensors
+from autograd_lib.memory import (
+    SavedTensors,
+    peak_bytes,
+    plot_graph,
+    plot_memory,
+    saved_tensors,
+)
 from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransformerModel
 from autograd_lib.monitor import (
     GradientMonitor,
@@ -127,6 +133,8 @@ __all__ = [
     "plot_gradient_flow",
     "plot_gradient_heatmap",
     "plot_gradient_histograms",
+    "plot_graph",
+    "plot_memory",
     "reverse_gradient",
     "safe_norm",
     "safe_sqrt",

@@ -6,7 +6,8 @@ saves. *How much does one whole step need at its worst moment?* `peak_bytes` fol
 allocations themselves, so it also sees gradients, temporaries and what checkpointing recomputes.
 """
 
+from autograd_lib.memory.figures import plot_graph, plot_memory
 from autograd_lib.memory.peak import peak_bytes
 from autograd_lib.memory.saved import SavedTensors, saved_tensors
 
-__all__ = ["SavedTensors", "peak_bytes", "saved_tensors"]
+__all__ = ["SavedTensors", "peak_bytes", "plot_graph", "plot_memory", "saved_tensors"]
