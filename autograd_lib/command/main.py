@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ import torch
 from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import record
 
+import autograd_lib
 from autograd_lib.command.build import Run, build, pick_device
 from autograd_lib.command.doctor import diagnose
 from autograd_lib.config.reading import config_yaml, load_config
@@ -62,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n  autograd-lib train digits_cnn --set optimizer.lr=3e-3\n"
         "  torchrun --nproc-per-node 2 -m autograd_lib train digits_cnn",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"autograd-lib {autograd_lib.__version__} (torch {torch.__version__}, "
+        f"Python {platform.python_version()})",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 from environments import PROJECT, run_with
 
+import autograd_lib
 from autograd_lib.command import doctor as _doctor
 from autograd_lib.command.main import main
 from autograd_lib.config import AutogradConfig, load_config
@@ -384,6 +386,15 @@ def test_the_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.Monk
 def test_the_command_is_installed() -> None:
     module, _, name = PROJECT["scripts"]["autograd-lib"].partition(":")
     assert getattr(importlib.import_module(module), name) is main
+
+
+def test_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    library, python = autograd_lib.__version__, platform.python_version()
+    expected = f"autograd-lib {library} (torch {torch.__version__}, Python {python})\n"
+    assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize(
