@@ -129,14 +129,48 @@ class ModuleState:
         for table, name, buffer in self._buffers:
             table[name] = buffer
         for tensor, value in self._values:
-            # Through .data, so that a graph from before does not count it as a change.
-            tensor.data.copy_(value)
+            try:
+                # Through .data, so that a graph from before does not count it as a change.
+                tensor.data.copy_(value)
+            except RuntimeError:
+                if is_writable(tensor):
+                    raise
+                _write(tensor, value)
 
     def restore(self) -> None:
         """Set the values and the states of the generators."""
         self.restore_buffers()
         for set_state, state in self._generators:
             set_state(state)
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether PyTorch writes into `tensor` in place.
+
+    It refuses where several elements share memory (`expand`), and tensors of `inference_mode`.
+    """
+    if nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided:
+        return not tensor.is_inference()
+    places = zip(tensor.stride(), tensor.shape, strict=True)
+    shares = any(stride == 0 and size > 1 for stride, size in places)
+    return not (shares or tensor.is_inference())
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    """Write into a tensor that is not writable, into shared memory once: it stays the same one."""
+    with torch.inference_mode(tensor.is_inference()):
+        for dim, stride in enumerate(tensor.stride()):
+            if stride == 0 and tensor.shape[dim]:
+                tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+        tensor.data.copy_(value)
+
+
+def replace_unwritable_buffers(modules: Iterable[nn.Module]) -> None:
+    """Put a copy in the place of each buffer that `load_state_dict` could not write into."""
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not is_writable(buffer):
+                module._buffers[name] = buffer.clone()
 
 
 @contextlib.contextmanager

@@ -7,34 +7,29 @@ is not finite. `find_nonfinite` observes at once.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
-import operator
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from types import NoneType
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from autograd_lib.core.rows import CPU_SIZES, divide
-from autograd_lib.core.shards import find_meshes
-from autograd_lib.core.snapshot import ModuleState, torch_generators, without_gradients
+from autograd_lib.core.snapshot import ModuleState, without_gradients
 from autograd_lib.gradients import check_module
-from autograd_lib.nonfinite.observer import observe, outcome
+from autograd_lib.nonfinite.observer import observe, outcome, readable
+from autograd_lib.nonfinite.parts import GRAD, Parts, gather, norm_of
 from autograd_lib.nonfinite.report import UNLINKED, NonFinite
-from autograd_lib.nonfinite.values import real_values
+from autograd_lib.nonfinite.spikes import Spikes
 
 __all__ = ["NonFinite", "NonFiniteGuard", "find_nonfinite"]
 
 Step = Callable[[], object]  # runs forward and backward
 
-_GRAD = operator.attrgetter("grad")
 _RENEWED_EVERY = 50  # steps after which a guard notices a parameter that was added
 
 
@@ -89,12 +84,14 @@ def find_nonfinite(model: nn.Module, step: Step) -> NonFinite | None:
     """
     check_module("find_nonfinite", model)
     _check_step("find_nonfinite", step)
-    parts = _Parts(model)
-    before = GuardedStep(parts, parts.parameters(), True, more=parts.parameters())
+    parts = Parts(model)
+    parameters = parts.parameters() or []
+    before = GuardedStep(parts, parameters, True, more=parameters)
     try:
         compiled = None
         if _is_compiled(model):
-            compiled = outcome(model, step())
+            with before.explained(step):
+                compiled = outcome(model, step())
             before.restore()
         return _explain(model, step, compiled, parts.groups)
     finally:
@@ -113,8 +110,18 @@ class NonFiniteGuard:
 
     If it is not, the guard restores all that, replays the step as `find_nonfinite` does, restores
     it again and returns the report; the caller then skips the optimizer. If every element is finite
-    and only the sum overflows, the step stands and nothing is reported. If `step` raises, nothing
-    is restored or explained.
+    and only the sum overflows, the step stands and nothing is reported.
+
+    If `step` raises, the guard restores all that and replays the step once. If a NaN was made or
+    given before the same exception came again, the report is a note on the exception, which passes
+    on. Other processes know nothing of it, so the replay ends before its first collective
+    operation; a `DistributedDataParallel` wrapper is passed by.
+
+    With `spike_above` the guard reads the norm of the gradient instead of a sum, of what this step
+    added to it, unscaled and over all processes. A step whose norm is more than so many times the
+    median of the last 100 finite norms is refused too: it is restored, not replayed, and reported
+    with kind "spike". Nothing is refused before the median has seen 20 steps. The norms of spikes
+    count, so that the median follows when larger gradients are there to stay.
 
     Not restored: the gradients of other models (of a GAN guard a module that holds both),
     parameters that the step itself changes (`nn.Embedding` with `max_norm`, an optimizer inside
@@ -125,17 +132,23 @@ class NonFiniteGuard:
     look only when the loss is not finite (let `step` return the loss unscaled) or when the scale
     is down to 1 or less and cannot be what is wrong. `step` may call `unscale_`.
 
-    The guard keeps no hook and only weak references. A parameter that is added later is watched
-    at most 50 steps late. A step that draws from generators other than PyTorch's global ones, or
-    draws its batch, is not replayed bit by bit. With a distributed model (DDP, FSDP2, `DTensor`
-    parameters) each call is a collective of one number, and every rank returns the same report.
+    The guard keeps no hook, and of the model only weak references to modules. A parameter that is
+    added later is watched at most 50 steps late. A step that draws from generators other than
+    PyTorch's global ones, or draws its batch, is not replayed bit by bit. With a distributed model
+    (DDP, FSDP2, `DTensor` parameters) each call is a collective of one number, and every rank
+    returns the same report.
 
     Args:
         model: The module whose gradients are watched, with its wrapper if it has one.
+        spike_above: Refuse a step whose gradient is more than so many times as large as usual.
         scaler: The `GradScaler` that scales the loss in `step`.
+
+    Attributes:
+        result: What the last `step` returned, with its tensors detached; None if it raised.
 
     Raises:
         TypeError: If `model` is not a module.
+        ValueError: If `spike_above` is not a number above 1.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -145,8 +158,8 @@ class NonFiniteGuard:
         ...     loss.backward()
         ...     return loss
         >>> batch = torch.ones(3, 2)
-        >>> guard(step), model.weight.grad is None
-        (None, False)
+        >>> guard(step), model.weight.grad is None, guard.result.isfinite().item()
+        (None, False, True)
         >>> model.zero_grad()
         >>> batch[1, 1] = torch.nan
         >>> found = guard(step)
@@ -154,9 +167,17 @@ class NonFiniteGuard:
         ('input', 'input', None)
     """
 
-    def __init__(self, model: nn.Module, *, scaler: GradScaler | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spike_above: float | None = None,
+        *,
+        scaler: GradScaler | None = None,
+    ) -> None:
         check_module("NonFiniteGuard", model)
-        self._parts, self._steps = _Parts(model, scaler), itertools.count(1)
+        self._spikes = None if spike_above is None else Spikes(spike_above)
+        self._parts, self._steps = Parts(model, scaler), itertools.count(1)
+        self.result: Any = None
 
     def __call__(self, step: Step) -> NonFinite | None:
         """Run `step` (forward and backward, not the optimizer); explain it if it went wrong.
@@ -165,12 +186,15 @@ class NonFiniteGuard:
             RuntimeError: If the model no longer exists.
             TypeError: If `step` is not a function without arguments.
         """
-        guarded = self.begin()
+        guarded, self.result = self.begin(), None
         try:
-            return guarded.end(step(), step)
+            with guarded.explained(step):
+                # Detached, so that neither a graph nor parameters live on with the guard.
+                self.result = tree_map_only(Tensor, Tensor.detach, step())
         except TypeError:
             _check_step("NonFiniteGuard", step)  # if that is what is wrong, it says the remedy
             raise
+        return guarded.end(self.result, step)
 
     def begin(self, *, keep_gradients: bool = True) -> GuardedStep:
         """Keep what a step changes. For those whose step runs elsewhere, as in a framework's loop.
@@ -182,20 +206,26 @@ class NonFiniteGuard:
             raise RuntimeError(
                 "NonFiniteGuard: expected the model to exist, but it was deleted; make a new guard"
             )
-        if next(self._steps) % _RENEWED_EVERY == 0 or NoneType in {*map(type, parameters)}:
-            self._parts = _Parts(model, self._parts.scaler)
-            parameters = self._parts.parameters()
-        return GuardedStep(self._parts, parameters, keep_gradients)
+        if next(self._steps) % _RENEWED_EVERY == 0 or parameters is None:
+            self._parts = Parts(model, self._parts.scaler)
+            parameters = self._parts.parameters() or []
+        return GuardedStep(self._parts, parameters, keep_gradients, spikes=self._spikes)
 
 
 class GuardedStep(ModuleState):
     """What a step changes, as it was before the step, and the judgement of the step after it."""
 
     def __init__(
-        self, parts: _Parts, parameters: Sequence[Tensor], keep: bool, more: Sequence[Tensor] = ()
+        self,
+        parts: Parts,
+        parameters: Sequence[Tensor],
+        keep: bool,
+        more: Sequence[Tensor] = (),
+        spikes: Spikes | None = None,
     ) -> None:
         self._model, self._parts, self.parameters = parts.model(), parts, parameters
-        self._kept = [*map(_GRAD, parameters)] if keep else []
+        self._spikes = spikes
+        self._kept = [*map(GRAD, parameters)] if keep else []
         gradients = [grad for grad in self._kept if grad is not None]
         super().__init__(parts.modules(), [*gradients, *more], parts.generators)
         # Which optimizers were unscaled; a disabled scaler has no such table.
@@ -209,6 +239,21 @@ class GuardedStep(ModuleState):
             parameter.grad = grad
         self._unscaled.clear()
         self._unscaled.update((key, {**state}) for key, state in self._stages.items())
+
+    @contextlib.contextmanager
+    def explained(self, replay: Step | None) -> Iterator[None]:
+        """Put everything back if the block raises; note a NaN that `replay` comes upon."""
+        try:
+            yield
+        except BaseException as error:
+            with without_gradients([] if self._kept else self.parameters):
+                self.restore()
+                if replay is not None and isinstance(error, Exception):
+                    try:
+                        observe(self._model, replay, error)
+                    finally:
+                        self.restore()
+            raise
 
     def end(
         self, result: object, replay: Step | None, owned: Iterable[Tensor] | None = None
@@ -225,17 +270,23 @@ class GuardedStep(ModuleState):
         """
         parts, groups = self._parts, self._parts.groups
         losses = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor | float)]
-        grads = [*map(_GRAD, self.parameters)]
+        grads = [*map(GRAD, self.parameters)]
         if owned is not None:
             own = {*map(id, owned)}
             grads = [p.grad if id(p) in own else None for p in self.parameters]
-        total = parts.total(grads, losses)
-        for group in groups:
-            torch.distributed.all_reduce(total, group=group)
-        if math.isfinite(total.item()):
+        if self._spikes is None:
+            number, spike = parts.total(grads, losses).item(), ""
+        else:
+            number = parts.norm(self._added(grads), losses).item()
+            spike = self._spikes.judge(number)
+        if math.isfinite(number) and not spike:
             return None
         wrong = outcome(self._model, losses)
-        everywhere = [w for w in _gather(groups, wrong) if w is not None]
+        everywhere = [w for w in gather(groups, wrong) if w is not None]
+        if spike and not everywhere:
+            refused = self._spike(spike)
+            self.restore()
+            return refused
         scale = 1.0 if parts.scaler is None else parts.scaler.get_scale()  # 1 if it is disabled
         if not everywhere or (scale > 1 and all(w.phase == "backward" for w in everywhere)):
             return None
@@ -253,6 +304,22 @@ class GuardedStep(ModuleState):
                 return found._also(more)
             finally:
                 self.restore()
+
+    @torch.no_grad()
+    def _added(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """What the step added to the gradients that were there."""
+        before = {id(tensor): value for tensor, value in self._values}
+        kept = self._kept or [None] * len(grads)
+        pairs = zip(grads, kept, strict=True)
+        return [g if g is None or k is None else g - before[id(k)] for g, k in pairs]
+
+    def _spike(self, detail: str) -> NonFinite:
+        """The report of a spike, with the parameter whose gradient is the largest."""
+        named = [(readable(n), p.grad) for n, p in self._model.named_parameters()]
+        largest = max((norm_of(g).item(), name) for name, g in named if g is not None)
+        _, name = max(gather(self._parts.groups, largest))
+        detail += "; the largest part of it is that of this parameter"
+        return NonFinite("backward", "spike", name.rpartition(".")[0], name=name, detail=detail)
 
     def _versions(self) -> list[int]:
         """Numbers that grow when a parameter is changed in place."""
@@ -292,7 +359,7 @@ def _explain(
     if culprit is not None and groups:
         culprit = culprit._also(f"on rank {torch.distributed.get_rank()}")
     found = None if culprit is None else culprit._located()
-    everywhere = [report for report in _gather(groups, found) if report is not None]
+    everywhere = [report for report in gather(groups, found) if report is not None]
     # A rank on which no operation made the value received it from another rank.
     return min(everywhere, key=_doubt, default=None)
 
@@ -303,91 +370,3 @@ def _doubt(report: NonFinite) -> int:
     if UNLINKED not in report.detail:
         return 0
     return 1 if report.phase == "parameter" else 2  # a target may be masked out
-
-
-class _Parts:
-    """What a model consists of, by weak reference, and how its gradients are summed.
-
-    Walking a model costs as much as summing its gradients, so the guard does it rarely.
-    """
-
-    def __init__(self, model: nn.Module, scaler: GradScaler | None = None) -> None:
-        self.model: Callable[[], Any] = weakref.ref(model)
-        self.scaler = scaler
-        parameters = [*model.parameters()]
-        self._buffered = [weakref.ref(module) for module in model.modules() if module._buffers]
-        wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-        self.groups = [wrapper.process_group for wrapper in wrappers]
-        for mesh in find_meshes(parameters):
-            self.groups += [mesh.get_group(dim) for dim in range(mesh.ndim)]
-        devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
-        self.device = min(devices, key=str, default=torch.device("cpu"))
-        self.generators = torch_generators(devices)
-
-        # Small gradients of one shape are copied into one tensor: less work than a sum of each.
-        # The memory for it is always the same one: no fresh pages.
-        small = [p if type(p) is nn.Parameter and p.is_cpu else None for p in parameters]
-        _, piles = divide(small)
-        alike: dict[Any, list[int]] = {}
-        for i in {*range(len(parameters))}.difference(*piles):
-            alike.setdefault((parameters[i].device, parameters[i].dtype), []).append(i)
-        self._references: list[weakref.ref[nn.Parameter]] = []  # in the order of the piles
-        self._piles: list[tuple[slice, Tensor | None]] = []
-        rooms: dict[torch.dtype, Tensor] = {}
-        for number, index in enumerate([*piles, *alike.values()]):
-            first, start, room = parameters[index[0]], len(self._references), None
-            if number < len(piles):
-                shape = len(index), *first.shape
-                memory = rooms.setdefault(first.dtype, first.new_empty(CPU_SIZES[1]))
-                room = memory[: math.prod(shape)].view(shape)
-            self._references += [weakref.ref(parameters[i]) for i in index]
-            self._piles.append((slice(start, start + len(index)), room))
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [*map(operator.call, self._references)]  # type: ignore[list-item]
-
-    def modules(self) -> list[nn.Module]:
-        """Those that have buffers."""
-        return [module for reference in self._buffered if (module := reference()) is not None]
-
-    @torch.no_grad()
-    def total(self, grads: Sequence[Tensor | None], losses: Iterable[Tensor | float]) -> Tensor:
-        """A number that is finite only if every element is: a sum carries NaN and Inf.
-
-        It may overflow all the same.
-        """
-        sums = [_sum(loss) if isinstance(loss, Tensor) else torch.tensor(loss) for loss in losses]
-        for pile, room in self._piles:
-            sums += _sums([grad for grad in grads[pile] if grad is not None], room)
-        sums = [s.to(self.device, torch.float32) for s in sums]
-        return torch.stack(sums).sum() if sums else torch.zeros((), device=self.device)
-
-
-def _sums(grads: list[Tensor], room: Tensor | None) -> Iterable[Tensor]:
-    """Numbers of which one is not finite if an element of `grads` is not."""
-    try:
-        if grads and room is not None:
-            return [_sum(torch.stack(grads, out=room[: len(grads)]))]
-        if {*map(type, grads)} == {Tensor} and not grads[0].is_cpu:  # one kernel for many
-            wide = torch.promote_types(grads[0].dtype, torch.float32)
-            return torch._foreach_norm(grads, dtype=wide)
-    except RuntimeError:
-        pass  # a sparse gradient among dense ones, complex ones, what was lazy before
-    return map(_sum, grads)
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    if type(tensor) is Tensor and tensor.dtype in (torch.float32, torch.bfloat16):
-        return tensor.sum()
-    sums = [v.sum(dtype=torch.promote_types(v.dtype, torch.float32)) for v in real_values(tensor)]
-    return torch.stack(sums).sum() if sums else torch.zeros((), device=tensor.device)
-
-
-def _gather(groups: Sequence[Any], value: Any) -> list[Any]:
-    """What every process of `groups` has, in the order of ranks."""
-    values = [value]
-    for group in groups:
-        gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(gathered, values, group=group)
-        values = [entry for entries in gathered for entry in entries]
-    return values

@@ -17,8 +17,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from traceback import walk_stack
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ _ENGINE = _engine_run_backward.__code__
 _CHECKPOINT = checkpoint.__file__
 _PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _INTERNAL = os.path.dirname(torch.__file__) + os.sep, _PACKAGE + os.sep
+_COLLECTIVES = "c10d", "_c10d"  # what their names begin with
 _NO_TASK = -1  # the number of the backward that runs, if none does
 _UNINITIALIZED = re.compile(r"aten\.(new_)?(empty|resize)")  # memory that nobody has written yet
 _MADE, _DATA, _BEFORE = range(3)  # which to report first where several NaN meet
@@ -70,12 +73,20 @@ class _Input(NamedTuple):
     before: Operand | None  # taken in advance where the operation may overwrite it
 
 
-def observe(model: nn.Module, step: Callable[[], object]) -> NonFinite | None:
+class _CollectiveError(Exception):
+    """A step that this process runs alone asked others to take part."""
+
+
+def observe(
+    model: nn.Module, step: Callable[[], object], raised: Exception | None = None
+) -> NonFinite | None:
     """Run `step` once, uncompiled; name what first made a NaN, or an Inf with consequences.
 
-    If `step` raises, what was seen until then is noted on the exception.
+    If `step` raises, what was seen until then is noted on the exception, which passes. Given the
+    exception of an earlier run, that one gets the note if it comes again, and nothing passes; the
+    step then runs on this process alone, as far as it gets without another one.
     """
-    observer = _Observer(model)
+    observer = _Observer(model, raised is not None)
     inner, wrappers = model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(inner, wrappers) or "_orig_mod" in inner._modules:
         inner = next(inner.children())
@@ -85,15 +96,29 @@ def observe(model: nn.Module, step: Callable[[], object]) -> NonFinite | None:
     eager = torch.compiler.set_stance("force_eager") if dynamo else contextlib.nullcontext()
     try:
         # On one thread sequence numbers are unique, and the stack shows who called backward.
-        with eager, torch.autograd.set_multithreading_enabled(False), observer:
+        alone = contextlib.nullcontext() if raised is None else _alone(model)
+        with eager, torch.autograd.set_multithreading_enabled(False), alone, observer:
             result = step()
     except Exception as error:
-        if (guess := observer.guess) is not None:
-            error.add_note(str(guess.culprit._located()))
+        again = raised is None or isinstance(error, type(raised) | _CollectiveError)
+        if again and (guess := observer.guess) is not None:
+            (error if raised is None else raised).add_note(str(guess.culprit._located()))
+        if raised is not None:
+            return None
         raise
     finally:
         hook.remove()
     return observer.conclude(result)
+
+
+@contextlib.contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Pass by the forward of `DistributedDataParallel`, which needs the other processes."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                stack.enter_context(mock.patch.object(module, "forward", partial(module.module)))
+        yield
 
 
 def readable(name: str) -> str:
@@ -122,9 +147,9 @@ def _results(model: nn.Module, result: object) -> Iterator[tuple[str, Tensor]]:
 class _Observer(TorchDispatchMode):
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, alone: bool) -> None:
         super().__init__()
-        self._model = model
+        self._model, self._alone = model, alone
         self._names = {id(module): readable(name) for name, module in model.named_modules()}
         self.guess: _Origin | None = None  # where no loss and no gradient tells more
         self._order = itertools.count()
@@ -198,6 +223,8 @@ class _Observer(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._alone and str(func).startswith(_COLLECTIVES):
+            raise _CollectiveError
         task = torch._C._current_graph_task_id()
         if task not in self._roots:
             self._roots[task] = _roots()
@@ -272,7 +299,7 @@ class _Observer(TorchDispatchMode):
         culprit = site._replace(kind=kind, inputs=operands)
         if _UNINITIALIZED.match(_by(site)):
             culprit, literal = culprit._also(BLANK), True
-        elif site.op.startswith(("c10d", "_c10d")) or any(
+        elif site.op.startswith(_COLLECTIVES) or any(
             kind in kinds(entry.tensor) for entry in inputs if not entry.written
         ):
             culprit, literal = _unseen(culprit), True

@@ -21,7 +21,8 @@ class NonFinite(NamedTuple):
 
     Attributes:
         phase: "parameter" (buffers too), "input", "forward" or "backward".
-        kind: "nan" or "inf": what the culprit made or held.
+        kind: "nan" or "inf": what the culprit made or held; "spike" for gradients that are finite,
+            but far larger than before.
         module: Qualified name of the module in whose code it happened, "" outside any.
         op: ATen name of the forward operation, such as "aten.log.default"; the class's name if
             the backward of a custom Function failed; for a parameter or an input the operation
@@ -74,7 +75,7 @@ class NonFinite(NamedTuple):
         return self.phase in ("forward", "backward") and (not self.op or BLANK in self.detail)
 
     def _title(self) -> str:
-        kind = {"nan": "NaN", "inf": "Inf"}[self.kind]
+        kind = {"nan": "NaN", "inf": "Inf", "spike": "Spike"}[self.kind]
         if self.op and OUTSIDE in self.detail:
             return f"{kind} in argument {self.name!r} of {self.op}"
         if self.phase in ("parameter", "input"):

@@ -48,12 +48,14 @@ class Operand(NamedTuple):
 
 def real_values(tensor: Tensor) -> list[Tensor]:
     """The dense real tensors in which the floating-point values of `tensor` lie."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
         parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
         return [v for part in parts if isinstance(part, Tensor) for v in real_values(part)]
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
         return []
-    if nn.parameter.is_lazy(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if nn.parameter.is_lazy(tensor):
         return []
     # Zeros that autograd does not write out have no memory, nor has what FSDP has freed: to read
     # it would be a segmentation fault.

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.snapshot import (
     ModuleState,
+    is_writable,
     own_generators,
     preserved_random_state,
     random_state,
+    replace_unwritable_buffers,
     seed_all,
     set_random_state,
     torch_generators,
@@ -115,6 +118,49 @@ def test_given_tensors_generators_and_absent_buffers_are_restored() -> None:
     assert module.python.getstate() == own
     product.backward()  # raises if the restored tensor counted as modified
     assert other.grad.tolist() == [2, 2]
+
+
+class Unwritable(nn.Module):
+    """Buffers of which several elements share memory, and of inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("base", torch.tensor([[1.0], [2.0]]))
+        self.register_buffer("expanded", self.base.expand(2, 3))
+        self.register_buffer("scalar", torch.ones(()).expand(3))
+        with torch.inference_mode():
+            self.register_buffer("inferred", torch.ones(2))
+            self.register_buffer("both", torch.ones(1).expand(2))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_buffers_that_are_not_writable_are_restored(twice: bool) -> None:
+    module = Unwritable()
+    before = {name: (b, b.tolist()) for name, b in module.named_buffers()}
+    assert [is_writable(b) for b in module.buffers()] == [True, False, False, False, False]
+    state = ModuleState(module.modules())
+    for _ in range(1 + twice):
+        module.base.mul_(3)
+        module.scalar = torch.zeros(3)
+        with torch.inference_mode():
+            module.inferred.add_(1)
+            module.both[:1] += 1
+        state.restore()
+        assert {n: (id(b), b.tolist()) for n, b in module.named_buffers()} == {
+            name: (id(b), value) for name, (b, value) in before.items()
+        }
+
+
+def test_a_state_is_loaded_into_buffers_that_are_not_writable() -> None:
+    source, module = Unwritable(), Unwritable()
+    source.base.mul_(3)
+    with pytest.raises(RuntimeError, match="expanded"):
+        module.load_state_dict(source.state_dict())
+    base = module.base
+    replace_unwritable_buffers(module.modules())
+    assert module.base is base
+    module.load_state_dict(source.state_dict())
+    assert module.expanded.tolist() == [[3.0] * 3, [6.0] * 3]
 
 
 def test_gradients_are_set_aside() -> None:

@@ -6,6 +6,7 @@ import gc
 import inspect
 import math
 import pickle
+import re
 import sys
 import warnings
 import weakref
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICES, MODELS, cnn, encoder, mlp
+from cases import DEVICES, FLOAT_DTYPES, MODELS, cnn, encoder, mlp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from autograd_lib.nonfinite.guard import NonFiniteGuard, find_nonfinite
@@ -875,8 +877,6 @@ def test_the_finding_is_noted_on_an_exception_that_the_nan_causes():
         find_nonfinite(model, step)
     (note,) = raised.value.__notes__
     assert note.startswith("NaN made in forward by aten.log.default")
-    with pytest.raises(ValueError, match="Expected parameter loc"):
-        NonFiniteGuard(model)(step)
 
 
 def test_torch_func_within_the_step():
@@ -892,10 +892,20 @@ def test_torch_func_within_the_step():
     def captured(x):
         return lambda: torch.func.grad(lambda parameters: loss(parameters, x))(parameters)
 
-    for step, name in [(passed, "mat1"), (captured, "input")]:  # wrapped, it has no name
+    def batched(x):
+        rows = x[:, None]
+
+        def losses(parameters):
+            return torch.vmap(lambda row: loss(parameters, row))(rows)
+
+        return lambda: torch.func.jacrev(losses)(parameters)
+
+    for step in (passed, captured, batched):
         assert find_nonfinite(model, step(X)) is None
-        found = find_nonfinite(model, step(torch.where(X > 0.9, NAN, X)))
-        assert (found.phase, found.name, found.op) == ("input", name, "aten.addmm.default")
+        for value, kind in [(NAN, "nan"), (INF, "inf")]:
+            found = find_nonfinite(model, step(torch.where(X > 0.9, value, X)))
+            assert (found.phase, found.kind, found.name) == ("input", kind, "input")
+            assert found.op == "aten.addmm.default" or step is batched
 
 
 def test_a_gradient_that_was_broken_before_is_told_apart():
@@ -1148,16 +1158,22 @@ def test_a_value_that_no_operation_made_is_admitted():
 
 
 class Drawing(nn.Module):
-    """Dropout, running statistics, a buffer that is replaced, another changed through `.data`."""
+    """Dropout, running statistics; buffers replaced, changed through `.data`, not writable."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("average", torch.zeros(4))
+        self.register_buffer("scale", torch.tensor([[0.5], [2.0]]).expand(2, 4))
+        with torch.inference_mode():
+            self.register_buffer("seen", torch.zeros(2))
 
     def forward(self, x):
-        y = self.net(x)
+        y = self.net(x) * self.scale[0].clone()
+        self.scale[:, 0].mul_(1.5)
+        with torch.inference_mode():
+            self.seen.add_(1)
         self.calls = self.calls + 1
         self.average.data.mul_(0.9).add_(y.detach().mean(0))
         return y
@@ -1254,6 +1270,69 @@ def test_nothing_keeps_the_model_alive():
     assert [reference() for reference in alive] == [None, None]
     with pytest.raises(RuntimeError, match=r"NonFiniteGuard: expected the model .* deleted"):
         guard(lambda: None)
+
+
+@pytest.mark.parametrize("nan", [False, True])
+def test_gradients_that_cannot_be_written_in_place_are_put_back(nan):
+    model = nn.Linear(4, 4)
+    model.weight.grad = torch.tensor(2.0).expand(4, 4)
+    with torch.inference_mode():
+        model.bias.grad = torch.ones(4)
+
+    def step():
+        with torch.no_grad():
+            model.weight.grad = model.weight.grad + (NAN if nan else 1)
+        with torch.inference_mode():
+            model.bias.grad += 1
+
+    guard, kept = NonFiniteGuard(model), (model.weight.grad, model.bias.grad)
+    assert (guard(step) is not None) == nan
+    assert find_nonfinite(model, step) is None or nan
+    result = [*model.weight.grad.flatten().tolist(), *model.bias.grad.tolist()]
+    assert result == ([2] * 16 + [1] * 4 if nan else [3] * 16 + [2] * 4)
+    if nan:
+        assert model.weight.grad is kept[0]
+        assert model.bias.grad is kept[1]
+
+
+class Packed(Tensor):
+    """A wrapper of another tensor, as quantized weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, *_):
+        return cls(tensors["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = tree_map_only(Packed, lambda p: p.inner, (args, kwargs or {}))
+        out = func(*plain[0], **plain[1])
+        return cls(out) if func.__name__.split(".")[0] in ("detach", "_to_copy", "clone") else out
+
+
+def test_parameters_are_swapped_beside_a_guard():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(Packed(model[0].weight.detach()), requires_grad=False)
+    guard = NonFiniteGuard(model)
+    model.to(torch.float64)  # by swapping, as tensors of a subclass are
+    assert model[0].weight.dtype is torch.float64
+    assert guard(run(model, X.double())) is None
+    average = nn.Linear(4, 4).double()
+    expected = average.weight.detach().clone()
+    torch.utils.swap_tensors(model[1].weight, average.weight)
+    assert torch.equal(model[1].weight, expected)
+    model.zero_grad()
+    assert guard(run(model, X.double() * NAN)).name == "input"
+    assert model[1].weight.grad is None
 
 
 def test_arguments_that_are_no_arguments():
@@ -1359,12 +1438,16 @@ class Image(nn.Module):
         return x.reshape(1, 1, 3, 4).expand(2, 3, 3, 4)
 
 
-def train(name: str, guarded: bool, returns: bool = True) -> list[Any]:
+def train(
+    name: str, guarded: bool, returns: bool = True, spike_above: float | None = None
+) -> list[Any]:
     make, options = SETTINGS[name]
     torch.manual_seed(1)
     model = make()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if "scaler" in options else None
-    guard = NonFiniteGuard(model, scaler=scaler) if guarded else lambda step: (step(), None)[1]
+    guard: Any = lambda step: (step(), None)[1]  # noqa: E731
+    if guarded:
+        guard = NonFiniteGuard(model, spike_above, scaler=scaler)
     model(X.to(options.get("dtype", torch.float32)))
     optimizer = options.get("optimizer", torch.optim.AdamW)(model.parameters(), lr=0.1)
     for i in range(4):
@@ -1394,7 +1477,7 @@ def test_training_is_bit_equal_under_the_guard(name, returns):
     expected = train(name, guarded=False)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-    assert same(train(name, guarded=True, returns=returns), expected)
+    assert same(train(name, True, returns, spike_above=None if returns else 1e9), expected)
 
 
 @pytest.mark.parametrize("micro", [1, 3])
@@ -1433,7 +1516,8 @@ def test_the_guard_names_what_find_nonfinite_names(name):
     before = snapshot(model)
     found = NonFiniteGuard(model)(step)
     if found is None:  # nothing of it in a loss that is returned, or in a gradient
-        assert "reaches neither" in find_nonfinite(model, step).detail
+        unseen = name == "inside_vmap_of_grad"  # its loss
+        assert unseen or "reaches neither" in find_nonfinite(model, step).detail
         return
     assert (found.phase, found.kind, found.module, found.op, found.backward_op) == expected
     assert same(snapshot(model), before)
@@ -1477,18 +1561,230 @@ def test_a_step_that_runs_elsewhere_has_a_beginning_and_an_end():
     assert hooks_left(model) == []
 
 
-def test_python_errors_pass_through_the_guard_and_the_step_stands():
-    model = Drawing()
+def planted(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`function`, and a matcher or a distribution that refuses a NaN."""
+
+    def code(x):
+        y = function(x)
+        calls.append(1)
+        if y.isnan().any():
+            raise ValueError("planted")
+        return y
+
+    calls: list[int] = []
+    vars(code)["calls"] = calls
+    return code
+
+
+@pytest.mark.parametrize("grads", ["none", "there"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("look", [lambda m, s: NonFiniteGuard(m)(s), find_nonfinite])
+@COMPILED
+def test_a_nan_that_raises_is_noted_once_and_everything_is_put_back(look, compiled, grads):
+    code = planted(lambda x: (-x.abs()).log())  # here
+    model = nn.Sequential(Drawing(), Code(code))
+    if grads == "there":
+        model[0](X).sum().backward()
+    watched = torch.compile(model, backend="eager") if compiled else model
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="planted") as raised:
+        look(watched, run(watched, X))
+    (note,) = raised.value.__notes__
+    assert note.startswith("NaN made in forward by aten.log.default\nmodule      1\n")
+    comment = test_a_nan_that_raises_is_noted_once_and_everything_is_put_back
+    assert f"{__file__}:{line_of(comment)}" in note
+    assert len(code.calls) == (1 if look is find_nonfinite and not compiled else 2)
+    assert same(snapshot(model), before)
+    assert hooks_left(model) == []
+
+
+@pytest.mark.parametrize("kind", [LookupError, KeyboardInterrupt, StopIteration])
+@pytest.mark.parametrize("grads", ["none", "there"])
+def test_another_exception_has_no_note_and_everything_is_put_back(kind, grads):
+    model, calls = Drawing(), []
+    if grads == "there":
+        model(X).sum().backward()
+    guard = NonFiniteGuard(model)
+    before = snapshot(model)
 
     def step():
-        model(X).sum().backward()
-        raise LookupError("planted")
+        calls.append(1)
+        loss = model(X).sum()
+        loss.backward()
+        raise kind("planted")
 
-    with pytest.raises(LookupError, match="planted"):
-        NonFiniteGuard(model)(step)
-    assert model.calls == 1
-    assert model.net[0].weight.grad is not None
+    with pytest.raises(kind, match="planted") as raised:
+        guard(step)
+    assert not hasattr(raised.value, "__notes__")
+    assert len(calls) == (1 if kind is KeyboardInterrupt else 2)
+    assert guard.result is None
+    assert same(snapshot(model), before)
     assert hooks_left(model) == []
+
+
+def test_an_exception_that_does_not_come_again_passes_without_a_note():
+    model, errors = chain(lambda x: (-x.abs()).log()), [OSError("planted"), ValueError()]
+
+    def step():
+        model(X)
+        raise errors.pop(0)
+
+    with pytest.raises(OSError, match="planted") as raised:
+        NonFiniteGuard(model)(step)
+    assert not hasattr(raised.value, "__notes__")
+
+
+def test_what_the_step_returned_is_kept_without_its_graph():
+    model = mlp(2, 4)
+    guard = NonFiniteGuard(model)
+    assert guard.result is None
+
+    def step(x):
+        def returns():
+            y = model(x)
+            loss = y.square().mean()
+            loss.backward()
+            return {"loss": loss, "outputs": [y], "name": "run"}
+
+        return returns
+
+    expected = model(X)
+    assert guard(step(X)) is None
+    assert torch.equal(guard.result["outputs"][0], expected)
+    assert guard.result["loss"] == expected.square().mean()
+    assert guard.result["name"] == "run"
+    assert not guard.result["loss"].requires_grad
+    assert guard(step(X * NAN)) is not None
+    assert guard.result["loss"].isnan()
+    guard(lambda: None)
+    assert guard.result is None
+
+
+# --- the guard: gradients that are finite, and far too large
+
+
+def spiking(model: nn.Module, factor: float, scaler: Any = None) -> Callable[[], Tensor]:
+    """A step whose gradient is `factor` times that of factor 1."""
+
+    def step() -> Tensor:
+        loss = (model(X) * factor).sum()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        return loss
+
+    return step
+
+
+class Weight(nn.Module):
+    """A gradient that does not depend on the weight: its norm is known."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.small = nn.Parameter(torch.zeros(4, dtype=dtype))
+        self.large = nn.Parameter(torch.zeros(20000, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * self.small.sum() + 0.01 * self.large.sum() + x.sum() * 0
+
+
+def norm_by_hand(grads: list[Tensor]) -> float:
+    return float(np.sqrt(sum(np.square(g.double().numpy()).sum() for g in grads)))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_spike_is_refused_after_the_warm_up(dtype, scaled):
+    model = Weight(dtype)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+    guard = NonFiniteGuard(model, spike_above=5.0, scaler=scaler)
+    steps = [(1.0, False)] * 19 + [(50.0, False), (4.9, False), (5.1, True), (1.0, False)]
+    for i, (factor, refused) in enumerate(steps):
+        if scaler is not None and i:
+            scaler._scale.fill_(2.0 ** (i % 5))  # no part of the gradient's size
+        before = snapshot(model)
+        found = guard(spiking(model, factor, scaler))
+        assert (found is not None) == refused, (i, factor)
+        if found is None:
+            model.zero_grad()
+        else:
+            assert same(snapshot(model), before)
+    model.zero_grad()
+    found = guard(spiking(model, 100.0, scaler))
+    assert (found.phase, found.kind, found.name, found.op) == ("backward", "spike", "small", "")
+    small, large = torch.full((4,), 300.0), torch.full((20000,), 1.0)
+    norm = norm_by_hand([small, large])
+    said = re.fullmatch(
+        r"the norm (\S+) of the gradient is (\S+) times the median (\S+) of the last 23 steps; .*",
+        found.detail,
+    )
+    assert [*map(float, said.groups())] == pytest.approx([norm, 100, norm / 100], rel=1e-2)
+    assert repr(found).startswith("Spike in backward\n")
+    assert guard(lambda: model.small * NAN).kind == "nan"  # of the loss
+
+
+def test_the_norm_is_that_of_what_a_micro_batch_adds():
+    model = Weight()
+    guard = NonFiniteGuard(model, spike_above=1.5)
+    for i in range(90):  # in an accumulated gradient each third would be three times the first
+        if i % 3 == 0:
+            model.zero_grad(set_to_none=i % 2 == 0)
+        assert guard(spiking(model, 1.0)) is None
+    before = snapshot(model)
+    assert guard(spiking(model, 1.6)).kind == "spike"
+    assert same(snapshot(model), before)
+
+
+def test_larger_gradients_that_stay_are_let_through():
+    model = Weight()
+    guard = NonFiniteGuard(model, spike_above=3.0)
+    refused = []
+    for i in range(200):
+        model.zero_grad()
+        refused.append(guard(spiking(model, 1.0 if i < 100 else 10.0)) is not None)
+    first, last = refused.index(True), len(refused) - refused[::-1].index(True)
+    assert first == 100
+    assert 140 <= last <= 155
+
+
+def test_gradients_whose_squares_overflow_are_a_spike_and_zeros_are_no_measure():
+    model = Weight()
+    guard = NonFiniteGuard(model, spike_above=3.0)
+    for _ in range(30):
+        model.zero_grad()
+        assert guard(spiking(model, 1.0)) is None
+    model.zero_grad()
+    found = guard(spiking(model, 1e25))
+    assert (found.kind, found.name) == ("spike", "small")
+    assert guard(lambda: [torch.tensor(3e38)] * 2) is None  # a loss whose sum overflows
+    guard = NonFiniteGuard(model, spike_above=3.0)
+    for i in range(31):
+        model.zero_grad()
+        assert guard(spiking(model, float(i == 30))) is None
+
+
+def test_unscaled_gradients_of_a_step_are_not_unscaled_again():
+    model = Weight()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    guard = NonFiniteGuard(model, spike_above=5.0, scaler=scaler)
+    for i in range(30):
+        optimizer.zero_grad()
+
+        def step(i=i):
+            loss = spiking(model, 1.0, scaler)()
+            if i % 2:
+                scaler.unscale_(optimizer)
+            return loss
+
+        assert guard(step) is None
+        scaler.step(optimizer)
+        scaler.update()
+
+
+@pytest.mark.parametrize("value", [1, 0.5, -3, NAN, "5", True])
+def test_a_threshold_that_is_none_is_refused(value):
+    text = r"NonFiniteGuard: expected spike_above to be a number above 1, got .*; it says how many"
+    with pytest.raises(ValueError, match=text):
+        NonFiniteGuard(nn.Identity(), spike_above=value)
 
 
 class Reads(TorchDispatchMode):
@@ -1508,11 +1804,12 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("spike_above", [None, 10.0])
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n not in ("compiled", "scaler")])
-def test_one_host_read_a_step(name, monkeypatch):
+def test_one_host_read_a_step(name, spike_above, monkeypatch):
     make, options = SETTINGS[name]
     model = make()
-    guard = NonFiniteGuard(model)
+    guard = NonFiniteGuard(model, spike_above)
     x = X.to(options.get("dtype", torch.float32))
     others = []
     for reader in ("numpy", "tolist", "cpu", "__array__"):
