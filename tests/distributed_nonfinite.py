@@ -1,10 +1,11 @@
-"""What two processes must be told of a NaN: on which rank it began, and all else as it was."""
+"""What two processes must be told of a NaN or a spike, and all else as it was."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -71,4 +72,78 @@ def the_rank_where_it_began_is_found(kind: str, rank: int, _: Path) -> None:
         assert (found.phase, found.name) == ("parameter", "2.weight"), found
 
 
-SCENARIOS = {kind: partial(the_rank_where_it_began_is_found, kind) for kind in ("ddp", "fsdp")}
+def a_nan_that_raises_is_noted_and_no_rank_waits(kind: str, rank: int, _: Path) -> None:
+    """Each rank explains its own exception: another one may wait elsewhere, or be gone."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+    model = DistributedDataParallel(inner) if kind == "ddp" else fully_shard(inner)
+    guard = NonFiniteGuard(model)
+    x = torch.arange(12.0).view(3, 4)
+
+    def step(bad: bool, where: str = "forward") -> Tensor:
+        y = model(x)
+        loss = (y.abs() * (-1 if bad else 1)).log().mean()
+        if where == "backward":
+            loss.backward()
+        if loss.isnan():
+            raise ValueError("planted")
+        loss.backward()
+        return loss
+
+    def raises(*args: object) -> str:
+        before = [b.clone() for b in model.buffers()]
+        with pytest.raises(ValueError, match="planted") as raised:
+            guard(lambda: step(*args))
+        assert all(p.grad is None for p in model.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
+        return "".join(getattr(raised.value, "__notes__", ["none"]))
+
+    for _ in range(2):  # after its first backward DDP arranges its buckets anew
+        assert guard(lambda: step(False)) is None
+        model.zero_grad()
+    for where in ("forward", "backward"):
+        # After backward FSDP2 would have to gather the parameters again.
+        alone = kind == "ddp" or where == "forward"
+        expected = "NaN made in forward by aten.log.default" if alone else "none"
+        assert raises(True, where).startswith(expected), where
+        assert guard(lambda: step(False)) is None
+        model.zero_grad()
+    with torch.no_grad():
+        local(inner[2].bias).fill_(torch.nan)
+    assert raises(False).startswith("NaN in parameter")
+
+
+def a_spike_is_refused_on_all_ranks(kind: str, rank: int, _: Path) -> None:
+    model = make(kind)
+    guard, named = NonFiniteGuard(model, spike_above=5.0), [*model.named_parameters()]
+
+    def step(factor: float) -> Tensor:
+        loss = (model(torch.ones(3, 4)) * (factor if rank == 1 else 1.0)).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        assert guard(lambda: step(1.0)) is None
+        grads = {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for n, p in named}
+        norm = torch.nn.utils.get_total_norm(grads.values()).item()
+        model.zero_grad()
+    found = guard(lambda: step(100.0))
+    assert (found.phase, found.kind) == ("backward", "spike"), found
+    assert f"is 50.5 times the median {norm:.3g} of the last 20 steps" in found.detail, found
+    assert found.name == max(grads, key=lambda name: grads[name].norm())
+    everywhere = [None, None]
+    torch.distributed.all_gather_object(everywhere, repr(found))
+    assert everywhere[0] == everywhere[1]
+    assert all(p.grad is None for p in model.parameters())
+    assert guard(lambda: step(1.0)) is None
+
+
+SCENARIOS = {
+    f"{kind}, {run.__name__}": partial(run, kind)
+    for kind in ("ddp", "fsdp")
+    for run in (
+        the_rank_where_it_began_is_found,
+        a_nan_that_raises_is_noted_and_no_rank_waits,
+        a_spike_is_refused_on_all_ranks,
+    )
+}
