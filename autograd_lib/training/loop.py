@@ -7,12 +7,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from autograd_lib.core.snapshot import random_state, set_random_state
+from autograd_lib.training.processes import optimized
 
 Stop = Callable[[], int]
 
@@ -42,13 +44,41 @@ def stop_requested() -> Iterator[Stop]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def has_modes(optimizer: Optimizer) -> bool:
+    """Whether weights differ between training and evaluation, as schedule-free optimizers' do."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
 @contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; then each of its modules back into its own."""
+def averaged(optimizer: Optimizer) -> Iterator[None]:
+    """Put an optimizer that has modes into evaluation mode; then the weights back as they were.
+
+    Its own `train()` would give them back but for rounding, and training would depend on how often
+    it is evaluated and saved.
+    """
+    if not has_modes(optimizer):
+        yield
+        return
+    modal, weights = cast(Any, optimizer), optimized(optimizer)
+    before = [weight.detach().clone() for weight in weights]
+    modal.eval()
+    try:
+        yield
+    finally:
+        if not all(map(torch.equal, weights, before)):  # else it was in evaluation mode before
+            modal.train()
+            with torch.no_grad():
+                for weight, value in zip(weights, before, strict=True):
+                    weight.copy_(value)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Put model and optimizer into evaluation mode; then each module back into its own."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), averaged(optimizer):
             yield
     finally:
         for m, training in modes:

@@ -160,19 +160,29 @@ def parallelize(
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Clip to a norm over all gradients, those that are sharded included; return what it was."""
+    """Clip to a norm over all gradients, sharded and sparse ones included; return what it was."""
     # PyTorch 2.13 takes no mixture of sharded and plain tensors; the parameters of a loss are
-    # not sharded with the model.
+    # not sharded with the model. Of sparse gradients it knows neither norm nor factor.
     kinds: dict[bool, list[Tensor]] = {}
     for parameter in parameters:
-        kinds.setdefault(is_distributed(parameter), []).append(parameter)
+        if parameter.grad is not None:
+            if parameter.grad.is_sparse:  # one entry for each index, whose values are the norm's
+                parameter.grad = parameter.grad.coalesce()
+            kinds.setdefault(is_distributed(parameter), []).append(parameter)
     norms = []
     for kind in kinds.values():
-        norm = nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])
+        grads = [p.grad for p in kind if p.grad is not None]
+        norm = nn.utils.get_total_norm([g.values() if g.is_sparse else g for g in grads])
         norms.append(norm.full_tensor() if is_distributed(norm) else norm)
+    if not norms:
+        return torch.zeros(())
     total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     for kind in kinds.values():
-        nn.utils.clip_grads_with_norm_(kind, limit, total)
+        dense = [p for p in kind if p.grad is not None and not p.grad.is_sparse]
+        nn.utils.clip_grads_with_norm_(dense, limit, total)
+        for p in kind:
+            if p.grad is not None and p.grad.is_sparse:
+                p.grad.values().mul_((limit / (total + 1e-6)).clamp(max=1.0))
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from autograd_lib.config.records import AutogradConfig, Settings
+from autograd_lib.config.records import AutogradConfig, OptimizerConfig, Settings
 from autograd_lib.core.shards import is_distributed
 from autograd_lib.monitor.monitor import GradientMonitor
 from autograd_lib.training.processes import optimized
@@ -38,6 +39,7 @@ def check_arguments(
             f"AutogradTrainingSystem: expected a loss that is a mean, got reduction={reduction!r}; "
             "micro-batches and processes are weighted by what its mean counts"
         )
+    _check_optimizer(optimizer, scheduler, config.optimizer)
     if set(model.parameters()).isdisjoint(optimized(optimizer)):
         raise ValueError(
             "AutogradTrainingSystem: the optimizer holds no parameter of the model; make it from "
@@ -52,6 +54,45 @@ def check_arguments(
         raise ValueError(
             "AutogradTrainingSystem: a metric named 'loss' would take the place of the loss, by "
             "which training stops and keeps the best; give it another name"
+        )
+
+
+def _check_optimizer(
+    optimizer: Optimizer, scheduler: LRScheduler | None, described: OptimizerConfig
+) -> None:
+    """Raise for an optimizer that a step cannot use, or that is not the one described."""
+    name = type(optimizer).__name__
+    # Of the class: a scheduler puts a function around the method.
+    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
+    if any(a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments):
+        raise TypeError(
+            f"AutogradTrainingSystem: {name} calls the step itself, by a closure; expected an "
+            "optimizer whose step needs none. Write the loop yourself and call "
+            "optimizer.step(closure), with a GradientMonitor beside it"
+        )
+    try:
+        optimizer.state_dict()
+    except AttributeError as error:
+        raise TypeError(
+            f"AutogradTrainingSystem: {name} did not call Optimizer.__init__, and its state could "
+            f"not be saved ({error}); call it there, or pass the optimizer inside"
+        ) from error
+    if described == OptimizerConfig():
+        return
+    given = {"name": name.lower(), **optimizer.defaults}
+    asked = {
+        "name": described.name.lower(),
+        "lr": described.lr,
+        "weight_decay": described.weight_decay,
+        **described.options,
+    }
+    other = [f"{key} {given.get(key)!r}" for key in asked if given.get(key) != asked[key]]
+    if scheduler is None and (described.schedule != "constant" or described.warmup):
+        other.append("no scheduler")
+    if other:
+        raise ValueError(
+            "AutogradTrainingSystem: config.optimizer describes another optimizer than the one "
+            f"given, which has {', '.join(other)}; make that one, or leave the section out"
         )
 
 

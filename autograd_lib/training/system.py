@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map_only
 
 from autograd_lib.config.records import AutogradConfig, Settings
 from autograd_lib.core.batches import Count, Piece, check_counted, pair, split, terms_of
@@ -27,7 +28,15 @@ from autograd_lib.nonfinite.guard import NonFinite, NonFiniteGuard
 from autograd_lib.report.progress import progress
 from autograd_lib.training import processes, setup
 from autograd_lib.training import state as checkpoint
-from autograd_lib.training.loop import Stop, begin_epoch, evaluating, resume_epoch, stop_requested
+from autograd_lib.training.loop import (
+    Stop,
+    averaged,
+    begin_epoch,
+    evaluating,
+    has_modes,
+    resume_epoch,
+    stop_requested,
+)
 from autograd_lib.training.step import ForwardBackward, micro_batches, move
 
 __all__ = ["AutogradTrainingSystem"]
@@ -180,6 +189,8 @@ class AutogradTrainingSystem:
 
     def _train(self, batch: tuple[Any, Any], counts: bool = True) -> Tensor:
         size, count = self.settings.micro_batch, self.count
+        if has_modes(self.optimizer):
+            cast(Any, self.optimizer).train()  # does nothing if it trains already
         pieces = micro_batches("train_step", batch, size, count, peers=self.peers, counts=counts)
         drop_gradients(self._parameters)
         report = None
@@ -377,7 +388,7 @@ class AutogradTrainingSystem:
         run = self._run("evaluate", self.module)
         sums = [torch.zeros(len(self.metrics) + 3, device=self.device)]
         self.peers.broadcast(self.module.buffers())
-        with evaluating(self.module):
+        with evaluating(self.module, self.optimizer):
             for batch, counts in self.peers.even_batches(loader):
                 (piece,) = split("evaluate", pair(batch), None, self.count)
                 share = piece.share * counts
@@ -413,7 +424,7 @@ class AutogradTrainingSystem:
         first = self.peers.rank == 0
         self.peers.broadcast(self.module.buffers())  # one set is kept, that of the first process
         random = {"now": random_state(), "epoch_start": self._epoch_start}
-        return {
+        state = {
             "signature": self._signature(),
             "model": checkpoint.full_tensors(self.module.state_dict(), first),
             "optimizer": checkpoint.full_tensors(self.optimizer.state_dict(), first),
@@ -431,6 +442,12 @@ class AutogradTrainingSystem:
                 "failed": self._failed,
             },
         }
+        if has_modes(self.optimizer):
+            state["trained"] = state["model"]
+            with averaged(self.optimizer):
+                averages = tree_map_only(Tensor, Tensor.clone, self.module.state_dict())
+            state["model"] = checkpoint.full_tensors(averages, first)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state_dict` returned; everything is checked before anything changes.
@@ -441,7 +458,7 @@ class AutogradTrainingSystem:
         checkpoint.check_signature(self._signature(), state["signature"])
         if self.monitor is not None and state["monitor"] is not None:
             self.monitor.load_state_dict(state["monitor"])  # or raises and changes nothing
-        checkpoint.load_module(self.module, state["model"])
+        checkpoint.load_module(self.module, state.get("trained", state["model"]))
         checkpoint.load_module(self._loss_module, state["loss"])
         checkpoint.load_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler is not None:

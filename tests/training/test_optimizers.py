@@ -1,0 +1,239 @@
+"""Optimizers as they are found: with modes, sparse gradients, closures, wrappers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loops import assert_same, batches_of, configured, everything, plain_loop, twins
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from autograd_lib import AutogradTrainingSystem
+from autograd_lib.config import load_config
+
+# --- sparse gradients
+
+
+class Words(nn.Module):
+    """An embedding, the same word several times in a row, and a dense layer."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4, sparse=sparse)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens).mean(1))
+
+
+@pytest.mark.parametrize("limit", [0.05, 1e9])
+@pytest.mark.parametrize("performance", [{}, {"micro_batch": 2}, {"precision": "fp16"}])
+def test_sparse_gradients_are_clipped_like_dense_ones(limit: float, performance: dict[str, Any]):
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = Words(sparse)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        config = configured(training={"clip_norm": limit}, performance=performance)
+        system = AutogradTrainingSystem(model, optimizer, nn.CrossEntropyLoss(), config)
+        norms = []
+        for step in range(3):
+            tokens = torch.tensor([[1, 1, 2], [2, 2, 5], [step, 7, 7], [7, 1, 0]])
+            system.train_step(tokens, torch.tensor([0, 1, 2, 0]))
+            norms.append(system.gradient_norm)
+        grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in model.parameters()]
+        assert model.embedding.weight.grad.is_sparse == sparse
+        found.append([*norms, *grads, *model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+    if limit < 1:
+        # After the last step, whose gradients were larger.
+        assert found[0][2] > 2 * limit
+        clipped = torch.stack([grad.norm() for grad in found[0][3:6]]).norm().item()
+        assert clipped == pytest.approx(limit, rel=1e-3)
+
+
+def test_nothing_to_clip():
+    model = nn.Linear(3, 1)
+    unused = nn.Parameter(torch.ones(2))
+    model.register_parameter("unused", unused)
+    config = configured(training={"clip_norm": 1.0})
+    optimizer = torch.optim.SGD([unused], lr=0.1)
+    system = AutogradTrainingSystem(model, optimizer, nn.MSELoss(), config)
+    system.train_step(torch.ones(2, 3), torch.ones(2, 1))
+    assert system.gradient_norm == 0
+    assert_same(unused.detach(), torch.ones(2))
+
+
+# --- optimizers with modes
+
+
+class Averaging(torch.optim.SGD):
+    """Evaluates at half the weights, as far as rounding lets it get back; knows its mode."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group["training"] = True
+
+    @torch.no_grad()
+    def _change(self, training: bool) -> None:
+        for group in self.param_groups:
+            if group["training"] != training:
+                group["training"] = training
+                for parameter in group["params"]:
+                    parameter.mul_(3 if training else 1 / 3)  # rounds
+
+    def train(self) -> None:
+        self._change(True)
+
+    def eval(self) -> None:
+        self._change(False)
+
+    def step(self, closure: Any = None) -> None:
+        assert all(group["training"] for group in self.param_groups)
+        super().step(closure)
+
+
+def averaging(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.mul_(1 / 3)
+    return model
+
+
+def averaging_system(**training: Any) -> AutogradTrainingSystem:
+    model, optimizer, _, _ = twins(lambda: nn.Linear(8, 8), Averaging, momentum=0.9)
+    return AutogradTrainingSystem(
+        model, optimizer, nn.CrossEntropyLoss(), configured(training=training)
+    )
+
+
+def test_evaluation_and_checkpoints_are_those_of_the_averaged_weights(tmp_path: Path):
+    system = averaging_system(directory=str(tmp_path))
+    batches, test = batches_of((8,), 8), batches_of((8,), 8, number=1)
+    rows = system.fit(batches, 2, test)
+    expected = averaging(system.module)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(expected(test[0][0]), test[0][1]).item()
+    assert rows[-1]["validation_loss"] == pytest.approx(loss, rel=1e-6)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    assert_same(dict(saved), dict(expected.state_dict()))
+    # Training itself knows nothing of it.
+    _, _, twin, other = twins(lambda: nn.Linear(8, 8), torch.optim.SGD, momentum=0.9)
+    plain_loop(twin, other, nn.CrossEntropyLoss(), [*batches, *batches])
+    assert_same(system.module.state_dict(), twin.state_dict())
+
+
+def test_training_resumes_at_the_weights_that_train(tmp_path: Path):
+    batches = batches_of((8,), 8)
+    whole = averaging_system()
+    whole.fit(batches, 3)
+    part = averaging_system(directory=str(tmp_path), save_every=4)
+    part.fit(batches, 2, batches)
+    part.save(tmp_path / "two.pt")
+    again = averaging_system()
+    again.load(tmp_path / "two.pt")
+    again.fit(batches, 3, batches)
+    assert_same(again.module.state_dict(), whole.module.state_dict())
+    assert_same(again.optimizer.state_dict(), whole.optimizer.state_dict())
+
+
+def test_an_optimizer_comes_back_to_training_after_an_exception():
+    system = averaging_system()
+    batches = batches_of((8,), 8)
+    system.train_step(*batches[0])
+    before = everything(system)
+    with pytest.raises(ValueError, match="expected the loader to give"):
+        system.evaluate([batches[0], (1, 2, 3)])
+    assert_same(everything(system), before)
+    system.train_step(*batches[1])
+
+
+def test_an_optimizer_in_evaluation_mode_is_left_there_until_training_goes_on():
+    system = averaging_system()
+    batches = batches_of((8,), 8)
+    system.train_step(*batches[0])
+    system.optimizer.eval()
+    before = everything(system)
+    found = system.evaluate(batches)
+    system.state_dict()
+    assert_same(everything(system), before)
+    system.optimizer.train()
+    assert system.evaluate(batches) == found
+    system.optimizer.eval()
+    system.train_step(*batches[1])
+
+
+# --- optimizers that a step cannot use
+
+
+class Sharpness(torch.optim.SGD):
+    """As SAM is published: the step calls a closure."""
+
+    def step(self, closure: Callable[[], Any]) -> None:
+        closure()
+        super().step()
+
+
+class Wrapped(torch.optim.Optimizer):
+    """As Lookahead is found in many repositories: `Optimizer.__init__` is not called."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups = inner, inner.param_groups
+        self.defaults, self.state = inner.defaults, {}
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+
+
+def test_optimizers_that_a_step_cannot_use_are_refused():
+    model = nn.Linear(4, 1)
+    weights = list(model.parameters())
+    for optimizer in (torch.optim.LBFGS(weights), Sharpness(weights, lr=0.1)):
+        name = type(optimizer).__name__
+        with pytest.raises(
+            TypeError, match=f"{name} calls the step itself, by a closure; expected"
+        ):
+            AutogradTrainingSystem(model, optimizer, nn.MSELoss())
+    with pytest.raises(TypeError, match=r"Wrapped did not call .* or pass the optimizer inside"):
+        AutogradTrainingSystem(model, Wrapped(torch.optim.SGD(weights, lr=0.1)), nn.MSELoss())
+    # A scheduler wraps the method, whose signature then begins with `self`.
+    scheduler = lr_scheduler.StepLR(optimizer := torch.optim.SGD(weights, lr=0.1), 1)
+    AutogradTrainingSystem(model, optimizer, nn.MSELoss(), scheduler=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("described", "differs"),
+    [
+        ({"lr": 0.1}, "lr 0.01"),
+        ({"name": "sgd", "lr": 0.01}, "name 'adamw'"),
+        ({"lr": 0.01, "weight_decay": 0.3}, r"weight_decay 0.01"),
+        ({"lr": 0.01, "options": {"betas": [0.5, 0.9]}}, r"betas \(0.9, 0.999\)"),
+        ({"lr": 0.01, "schedule": "cosine"}, "no scheduler"),
+        ({"lr": 0.01, "warmup": 0.1}, "no scheduler"),
+        ({"lr": 0.1, "options": {"momentum": 0.9}}, "lr 0.01, momentum None"),
+    ],
+)
+def test_a_described_optimizer_is_not_ignored(described: dict[str, Any], differs: str):
+    model = nn.Linear(4, 1)
+    config = load_config({"optimizer": described})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with pytest.raises(ValueError, match=f"than the one given, which has {differs}; make that"):
+        AutogradTrainingSystem(model, optimizer, nn.MSELoss(), config)
+
+
+def test_the_optimizer_that_is_described_is_taken():
+    model = nn.Linear(4, 1)
+    options = {"betas": [0.5, 0.9], "fused": True}
+    described = {"name": "adamw", "lr": 0.02, "options": options, "warmup": 0.1}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, betas=(0.5, 0.9), fused=True)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    AutogradTrainingSystem(
+        *(model, optimizer, nn.MSELoss(), load_config({"optimizer": described})),
+        scheduler=scheduler,
+    )
