@@ -113,7 +113,7 @@ class FrameworkCallback:
         again, monitor = bool(self._spoiled), self.monitors[place]
         if self._scaler is None:  # else the scaler is left to find them, and skips the step
             if monitor not in self._spoiled:
-                monitor._look(skipped=True)
+                monitor.look(skipped=True)
                 monitor.remove_hooks()  # until the step is over: it is recorded already
             drop_gradients(self._step.parameters if owned is None else owned)
         self._spoiled.append(monitor)

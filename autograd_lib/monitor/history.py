@@ -27,6 +27,17 @@ _EXCUSED_SKIPS = 20  # in a row: by then a scaler has lowered its scale by a fac
 _MOST_EPISODES = 20  # of one kind in one parameter: more would tell nothing new
 _CPU = torch.device("cpu")
 
+# What is known of a parameter at a step at which it was not watched, by the name of the ring.
+_UNKNOWN: dict[str, float] = {
+    "fields": 0.0,
+    "absent": FROZEN,
+    "counts": np.nan,
+    "cosine": np.nan,
+    "update_ratio": np.nan,
+    "histogram": 0,
+    "lasting": False,
+}
+
 
 class Issue(NamedTuple):
     """A problem with the gradient of one parameter, and the step at which it began.
@@ -68,8 +79,10 @@ class Ring:
         host = torch.zeros(capacity, *shape, dtype=dtype, device="cpu", pin_memory=pinned)
         self._host, self.values = host, host.numpy()
 
-    def append(self, step: int, record: Tensor) -> None:
-        """Keep a record in the place of the oldest one."""
+    def append(self, step: int, record: Tensor, *, replace: bool = False) -> None:
+        """Keep a record in the place of the oldest, or of the last one if it is of this step."""
+        if replace and self.count and self.steps[(self.count - 1) % len(self.steps)] == step:
+            self.count -= 1
         place = self.count % len(self.steps)
         self._host[place].copy_(record, non_blocking=True)
         self.steps[place] = step
@@ -110,31 +123,48 @@ class Record:
 
     def __init__(
         self,
-        parameters: dict[str, nn.Parameter],
         capacity: int,
         histogram_every: int,
         thresholds: tuple[float, float],
     ) -> None:
-        self.names, self.capacity = list(parameters), capacity
+        self.capacity = capacity
         # Other records than those of a step: histograms are large.
         histograms = -(-capacity // max(histogram_every, 1))
         self._rooms = {"noise": _MICRO_BATCHES * capacity, "histogram": histograms}
-        self.numel = np.array([parameter.numel() for parameter in parameters.values()])
-        self.is_complex = np.array([parameter.is_complex() for parameter in parameters.values()])
+        self.names: list[str] = []
+        self.numel = self.is_complex = np.zeros(0)
         self.step = 0
+        self.is_undecided = False  # whether the last step may still be skipped by a scaler
         self.rings = {
-            "fields": Ring(capacity, (PLAIN, len(self.names)), torch.float64, _CPU),
-            "absent": Ring(capacity, (len(self.names),), torch.uint8, _CPU),
+            "fields": Ring(capacity, (PLAIN, 0), torch.float64, _CPU),
+            "absent": Ring(capacity, (0,), torch.uint8, _CPU),
         }
         self._above, self._below = thresholds
         self.issues: list[Issue] = []
-        self.lasting = np.zeros((len(KINDS), len(self.names)), dtype=bool)
+        self.lasting = np.zeros((len(KINDS), 0), dtype=bool)
         self._fed = 0  # rows in which issues were looked for
         self._skips = 0  # in a row
         self._mark: tuple[int, torch.Event] | None = None  # after the event so many rows have come
 
+    def follow(self, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
+        """Record these parameters from now on; what is remembered is kept, by name."""
+        if self.step:
+            self.read()
+        state = self._state()
+        self.names = list(names)
+        self.numel = np.array([parameter.numel() for parameter in parameters])
+        self.is_complex = np.array([parameter.is_complex() for parameter in parameters])
+        self._load(state)
+
+    def reopen(self) -> None:
+        """Have the last row judged again, as other gradients take its place."""
+        self._fed = min(self._fed, max(self.rings["fields"].count - 1, 0))
+
     def keep(self, name: str, record: Tensor) -> None:
-        """Keep a record of the current step in the ring of that name."""
+        """Keep a record of the current step, in place of an earlier one, in the ring of that name.
+
+        Of the micro-batches in a step each has a record of its own.
+        """
         ring = self.rings.get(name)
         if ring is None or ring.device.type == "cpu" != record.device.type:
             new = Ring(
@@ -143,7 +173,7 @@ class Record:
             if ring is not None:  # the model has moved, or the history was loaded
                 new.extend(ring.state_dict())
             self.rings[name] = ring = new
-        ring.append(self.step, record)
+        ring.append(self.step, record, replace=name != "noise")
 
     def look(self) -> None:
         """Every so many rows, look for issues in the rows that have arrived, without waiting."""
@@ -167,6 +197,7 @@ class Record:
     def _find_issues(self, until: int) -> None:
         """Look for issues in the rows up to `until` in which nobody has looked yet."""
         ring = self.rings["fields"]
+        until = max(min(until, ring.count - self.is_undecided), 0)
         places = ring.places(self._fed, until)
         self._fed = max(self._fed, until)
         excused = self._were_skipped(ring.steps[places])
@@ -230,12 +261,13 @@ class Record:
             "skipped": self._were_skipped(steps),
             "present": present,
             "missing": absent == MISSING,
+            "clipped_norm": np.full(len(steps), np.nan),
         }
         if "counts" in self.rings:
             counts = np.moveaxis(self.rings["counts"].at(steps), 1, 0)
             counts[:, ~present] = np.nan
             found |= derive_counts(counts, self.numel)
-        for name in ("cosine", "update_ratio"):
+        for name in ("clipped_norm", "cosine", "update_ratio"):
             if name in self.rings:
                 found[name] = self.rings[name].at(steps)
         if "cosine" in found:
@@ -285,6 +317,9 @@ class Record:
     def state_dict(self) -> dict[str, Any]:
         """What is remembered, as tensors and plain values."""
         self.read()
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         return {
             "names": list(self.names),
             "step": self.step,
@@ -296,19 +331,34 @@ class Record:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what the record of another monitor remembered."""
         names = state.get("names", []) if isinstance(state, dict) else []
-        if list(names) != self.names:
+        if not {*names}.intersection(self.names):
             raise ValueError(
                 f"load_state_dict: expected the history of {len(self.names)} parameters "
                 f"{self.names[:3]}…, got that of {len(names)} {names[:3]}…; "
                 "load what state_dict() of a monitor of the same model gave"
             )
-        self.rings = {}
+        self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        rings = {}
         for name, kept in state["rings"].items():
-            values = kept["values"]
-            self.rings[name] = Ring(
-                self._rooms.get(name, self.capacity), values.shape[1:], values.dtype, _CPU
-            )
-            self.rings[name].extend(kept)
+            values = self._by_name(name, kept["values"], state["names"])
+            ring = Ring(self._rooms.get(name, self.capacity), values.shape[1:], values.dtype, _CPU)
+            ring.extend({"steps": kept["steps"], "values": values})
+            rings[name] = ring
+        self.rings = rings
         self.step, self._fed, self._mark = state["step"], self.rings["fields"].count, None
         self.issues = [Issue(*issue) for issue in state["issues"]]
-        self.lasting = state["lasting"].numpy().copy()
+        self.lasting = self._by_name("lasting", state["lasting"], state["names"]).numpy()
+
+    def _by_name(self, ring: str, values: Tensor, names: Sequence[str]) -> Tensor:
+        """Records of the parameters `names` as records of those that are watched now."""
+        if ring not in _UNKNOWN or list(names) == self.names:
+            return values.clone()
+        axis = 1 if ring == "histogram" else -1
+        shape = [*values.shape]
+        shape[axis] = 1
+        unknown = values.new_full(shape, _UNKNOWN[ring])
+        place = {name: i for i, name in enumerate(names)}
+        places = torch.tensor([place.get(name, len(names)) for name in self.names], device="cpu")
+        return torch.cat([values, unknown], axis).index_select(axis, places)

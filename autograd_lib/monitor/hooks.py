@@ -63,13 +63,13 @@ class ScalerHook:
             alive = None if hook._removed else ref()
             if alive is not None and alive._optimizer() is not optimizer:
                 alive = None
-            before = alive._record.step if alive is not None else 0
+            before = alive._taken if alive is not None else 0
             # Of a copied scaler `around` is still the original's.
             function = type(self).step if around is None else getattr(around, "__func__", None)
             call = around if function is None else MethodType(function, self)
             result = call(optimizer, *args, **kwargs)
-            if alive is not None and alive._record.step == before:
-                alive._look(skipped=True)
+            if alive is not None and alive._taken == before:
+                alive.look(skipped=True)
             return result
 
         hook, self._removed = self, False

@@ -16,13 +16,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
 from torch.compiler import disable
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from autograd_lib.core.reduction import Reduction
-from autograd_lib.core.rows import PLAIN, norms
+from autograd_lib.core.rows import PLAIN, norms, root_sum_squares
 from autograd_lib.core.shards import is_distributed
 from autograd_lib.core.statistics import COUNTS
 from autograd_lib.gradients import GradientStatistics, check_not_meta
@@ -41,6 +42,7 @@ from autograd_lib.monitor.hooks import (
 )
 from autograd_lib.monitor.noise_scale import NoiseScale, estimate
 from autograd_lib.monitor.options import check_integer, check_options
+from autograd_lib.monitor.watched import Watched
 
 __all__ = ["GradientMonitor", "Issue", "NoiseScale"]
 
@@ -51,8 +53,11 @@ class GradientMonitor:
     r"""Watch the gradient of every parameter at every step, without waiting for the device.
 
     A step is one `optimizer.step()` where an optimizer is given: what is seen are the gradients as
-    the optimizer sees them, accumulated, reduced over processes, clipped, and unscaled. Without
-    one, a step is one completed `backward()` that reaches a parameter, with `.grad` as it stands.
+    the optimizer sees them, accumulated, reduced over processes, clipped, and unscaled; `look()`
+    records them before they are clipped. The parameters watched are those of the model that this
+    optimizer holds at the moment. Without an optimizer all are, and a step is one completed
+    `backward()` that reaches a parameter, with `.grad` as it stands. Parameters that join, leave
+    or are replaced are followed: the history has a column for each name.
 
     Shared parameters count once, under their first name; sparse gradients as if densified, complex
     ones by modulus; half-precision ones are reduced in float32, where their norm is finite. For
@@ -150,7 +155,7 @@ class GradientMonitor:
                 "model once on an input, then make the monitor"
             )
         self._model = weakref.ref(model)
-        self._parameters = [weakref.ref(parameter) for parameter in named.values()]
+        self._watched = Watched(model, optimizer)
         self._optimizer = weak(optimizer)
         self._scaler = weak(scaler)
         self._every, self._update_every = every, update_every
@@ -161,19 +166,22 @@ class GradientMonitor:
 
         self._plans: dict[tuple[str, bytes], Reduction] = {}
         thresholds = explode_above, vanish_below
-        self._record = Record(named, history, histogram_every // every, thresholds)
-        self._all_present = torch.full((len(named),), PRESENT, dtype=torch.uint8, device="cpu")
+        self._record = Record(history, histogram_every // every, thresholds)
+        self._follow(self._watched.parameters()[0])
+        self._is_open = False  # whether the last look may be replaced, its step not being taken
+        self._taken = 0  # steps of the optimizer, for the hook of the scaler
         self._previous: list[Tensor | None] | None = None  # gradients, for the cosine
         self._weights: list[Tensor] | None = None  # before the step, for the size of the update
         self._end = EndOfBackward(calling(self, "_after_backward"))
         self._micro_batches = (0, 0.0)  # in the step, and the variance of their sum in units of one
         self._handles: list[Handle] = []
+        self._handles_of_parameters: list[Handle] = []  # which are among these
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     def __repr__(self) -> str:
         issues = len(self._record.issues)
         found = f"{issues} issue{'s' * (issues > 1)}" if issues else "no issues"
-        parameters, steps = len(self._parameters), self._record.step
+        parameters, steps = len(self._record.names), self._record.step
         return f"GradientMonitor({parameters} parameters, {steps} steps, {found})"
 
     # Hooks: when a step is.
@@ -202,13 +210,7 @@ class GradientMonitor:
             ]
             if scaler is not None:
                 self._handles.append(ScalerHook(scaler, self))
-        if optimizer is None or self._noise:
-            gradient_is_there = calling(self._end, "gradient_is_there")
-            self._handles += [
-                hooked(parameter, gradient_is_there)
-                for parameter in self._live_parameters()
-                if parameter.is_floating_point() or parameter.is_complex()
-            ]
+        self._hook_parameters(self._live_parameters())
         if self._activations is not None:
             modules = dict(model.named_modules())
             self._handles += [
@@ -216,13 +218,27 @@ class GradientMonitor:
                 for place, name in enumerate(self._activations.names)
             ]
         self._finalizer = weakref.finalize(self, remove_all, self._handles)
-        return list(self._handles)
+        return self._handles  # the list itself, as parameters may join
+
+    def _hook_parameters(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Learn of the end of a backward from its gradients; from no others if called again."""
+        remove_all(self._handles_of_parameters)
+        self._handles[:] = [h for h in self._handles if h not in self._handles_of_parameters]
+        if self._optimizer() is None or self._noise:
+            gradient_is_there = calling(self._end, "gradient_is_there")
+            self._handles_of_parameters = [
+                hooked(parameter, gradient_is_there)
+                for parameter in parameters
+                if parameter.is_floating_point() or parameter.is_complex()
+            ]
+            self._handles += self._handles_of_parameters
 
     def remove_hooks(self) -> None:
         """Stop watching; the history stays readable."""
         if self._finalizer is not None:
             self._finalizer()
-        self._handles = []
+        self._handles, self._handles_of_parameters = [], []
+        self._is_open = self._record.is_undecided = False
 
     def __enter__(self) -> GradientMonitor:
         self.register_hooks()
@@ -240,37 +256,105 @@ class GradientMonitor:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         step = self._record.step + 1
         self._weights = None
+        self._taken += 1
         if not has_closure(args, kwargs):  # else the gradients are yet to come
             scale = getattr(optimizer, "grad_scale", None)  # set for the duration of a fused step
-            self._look(scale=scale, skipped=getattr(optimizer, "found_inf", None))
+            self._end_step(scale, getattr(optimizer, "found_inf", None))
         if _is_due(step, self._every) and _is_due(step, self._update_every):
             with torch.no_grad():
                 self._weights = [parameter.clone() for parameter in self._live_parameters()]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if has_closure(args, kwargs):
-            self._look()
+            self._end_step()
         if self._weights is not None:
             self._measure_update(self._weights)
             self._weights = None
 
     def _after_backward(self) -> None:
-        scaler = self._scaler()
-        scale = scaler._scale if scaler is not None and scaler.is_enabled() else None
+        scale = _scale_of(self._scaler())
         if self._noise:
             self._record_noise(scale)
         if self._optimizer() is None:
-            self._look(scale=scale)
+            self._is_open = False
+            self._record_step(scale)
+            self._is_open = True
 
     # Looking: what is recorded of a step.
 
-    def _look(self, *, scale: Tensor | None = None, skipped: Tensor | bool | None = None) -> None:
-        """Record the gradients as they stand, as those of one more step."""
+    def look(self, *, skipped: bool = False) -> None:
+        """Record the gradients as they stand now, before they are clipped, as those of this step.
+
+        Call it once the gradients of a step are all there. All its statistics are then those
+        before clipping; at the optimizer's step only `history["clipped_norm"]` is recorded, the
+        total norm that is left. In a closure, too, call it before clipping.
+
+        Looked at again before that step, the gradients take the place of those seen before; so do
+        the next ones where no step follows, as after an exception. Without an optimizer they take
+        the place of those at the end of the last backward. Where the hooks are not registered each
+        call is a step. With `scaler` it does not matter whether `scaler.unscale_(optimizer)` was
+        called before.
+
+        Args:
+            skipped: The step is not going to be taken: what was looked at, or else what is there
+                now, is recorded as skipped.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> with GradientMonitor(model, optimizer) as monitor:
+            ...     model(torch.tensor([[3.0, 4.0]])).sum().backward()
+            ...     monitor.look()
+            ...     _ = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            ...     optimizer.step()
+            >>> monitor.history["total_norm"], monitor.history["clipped_norm"].round(4)
+            (array([5.]), array([1.]))
+        """
+        self._record.is_undecided = False
+        if skipped and self._is_open:
+            self._keep_skipped(True)
+        else:
+            scaler = self._scaler()
+            scale = _scale_of(scaler)
+            if scaler is not None and scale is not None:
+                state = scaler._per_optimizer_states.get(id(self._optimizer()), {})
+                scale = scale if state.get("stage", OptState.READY) is OptState.READY else None
+                self._record.is_undecided = bool(self._handles) and not skipped
+            self._record_step(scale, skipped or None)
+        self._is_open = bool(self._handles) and not skipped
+
+    def _end_step(self, scale: Tensor | None = None, skipped: Tensor | None = None) -> None:
+        """Record what the optimizer sees: all of it, or where somebody has looked its norm."""
+        self._record.is_undecided = False
+        if not self._is_open:
+            self._record_step(scale, skipped)
+            return
+        self._is_open = False
+        self._keep_skipped(skipped)
+        grads = self._gradients()
+        if grads and _is_due(self._record.step, self._every):
+            norm = root_sum_squares(norms(self._reduce("gradients", grads)[1]))
+            if scale is not None:
+                norm = norm / scale.to(norm.device, norm.dtype)
+            self._record.keep("clipped_norm", norm)
+
+    def _keep_skipped(self, skipped: Tensor | bool | None) -> None:
+        if skipped is not None and _is_due(self._record.step, self._every):
+            skipped = torch.as_tensor(skipped, dtype=torch.float32).reshape(())
+            self._record.keep("skipped", skipped)
+
+    def _record_step(
+        self, scale: Tensor | None = None, skipped: Tensor | bool | None = None
+    ) -> None:
+        """Record the gradients as they stand, as those of one more step or of the open one."""
         grads = self._gradients()
         if not grads:
             return
         record = self._record
-        record.step += 1
+        if self._is_open:
+            record.reopen()
+        else:
+            record.step += 1
         self._micro_batches = (0, 0.0)
         activations = None if self._activations is None else self._activations.take()
         if not _is_due(record.step, self._every):
@@ -282,8 +366,7 @@ class GradientMonitor:
             fields[1:PLAIN] *= unscale
         record.keep("absent", self._absent(grads))
         record.keep("fields", fields[:PLAIN])
-        if skipped is not None:
-            record.keep("skipped", torch.as_tensor(skipped, dtype=torch.float32).reshape(()))
+        self._keep_skipped(skipped)
         if counts:
             record.keep("counts", fields[PLAIN:])
         wants_histogram = _is_due(record.step, self._histogram_every)
@@ -299,29 +382,24 @@ class GradientMonitor:
 
     def _live_parameters(self) -> Sequence[nn.Parameter]:
         """The watched parameters; none if the model is gone."""
-        model = self._model()
-        if model is None:
-            return []
-        parameters: list[Any] = [ref() for ref in self._parameters]
-        if not all(map(is_not, parameters, repeat(None))):  # replaced, as `fully_shard` does
-            named = dict(model.named_parameters())
-            if list(named) != self._record.names:
-                raise RuntimeError(
-                    f"GradientMonitor: the model has other parameters than when it was given; "
-                    f"expected {self._record.names}, got {list(named)}; make a new monitor"
-                )
-            parameters = [*named.values()]
-            self._parameters = [weakref.ref(parameter) for parameter in parameters]
+        parameters, changed = self._watched.parameters()
+        if changed:
+            self._follow(parameters)
+            if self._handles:
+                self._hook_parameters(parameters)
         return parameters
+
+    def _follow(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Watch other parameters from now on."""
+        self._record.follow(self._watched.names, parameters)
+        self._plans.clear()
+        self._previous = self._weights = None
+        present = torch.full((len(parameters),), PRESENT, dtype=torch.uint8, device="cpu")
+        self._all_present = present
 
     def _gradients(self) -> list[Tensor | None]:
         """The gradients of the watched parameters as they stand; none if the model is gone."""
-        if self._model() is None:
-            return []
-        try:
-            return [ref().grad for ref in self._parameters]  # type: ignore[union-attr]
-        except AttributeError:  # one of them is gone
-            return [parameter.grad for parameter in self._live_parameters()]
+        return [parameter.grad for parameter in self._live_parameters()]
 
     def _absent(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Which gradients are absent, and whether they are missing or of frozen parameters."""
@@ -418,7 +496,9 @@ class GradientMonitor:
         a parameter has. `["present"]` tells where there was a gradient, `["missing"]` where one was
         required and there was none. `["norm"]`, `["mean"]`, `["std"]`, `["min"]`, `["max"]`,
         `["abs_max"]` are NaN where there was none.
-        `["total_norm"]` and `["skipped"]` have one entry a step. There, if collected, are
+        `["total_norm"]` and `["skipped"]` have one entry a step, and so has `["clipped_norm"]`: the
+        total norm after clipping where `look()` was called before, else NaN. There, if collected,
+        are
         `["zero_fraction"]`, `["nan_count"]`, `["inf_count"]`, `["cosine"]`, `["update_ratio"]`, NaN
         in the steps between; and `["histogram"]` of shape [recorded steps, parameters, 64], with
         `["histogram_step"]` and 65 `["histogram_edges"]`, powers of two: the first bin holds zeros
@@ -522,6 +602,10 @@ class GradientMonitor:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and (step - 1) % every == 0
+
+
+def _scale_of(scaler: torch.amp.GradScaler | None) -> Tensor | None:
+    return scaler._scale if scaler is not None and scaler.is_enabled() else None
 
 
 def _zeros_like(parameter: Tensor) -> Tensor:

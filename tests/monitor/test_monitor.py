@@ -23,6 +23,7 @@ from cases import DEVICES, FLOAT_DTYPES, MODELS, TiedLanguageModel, cnn, mlp, re
 from pyarrow import parquet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from autograd_lib import GradientMonitor, Issue, NoiseScale, compute_gradient_statistics
@@ -1326,8 +1327,13 @@ def test_a_parameter_that_was_replaced_is_followed() -> None:
     assert monitor.history["norm"] == pytest.approx(5.0)
     del model.weight
     model.other = nn.Parameter(torch.zeros(2))
-    with pytest.raises(RuntimeError, match="the model has other parameters than when it was given"):
-        monitor.register_hooks()
+    with monitor:
+        (model.other * torch.tensor([6.0, 8.0])).sum().backward()
+        assert hooks_left(model) == 1
+    assert hooks_left(model) == 0
+    assert monitor.history["names"] == ["other", "weight"]
+    np.testing.assert_allclose(monitor.history["norm"], [[np.nan, 5.0], [10.0, np.nan]])
+    assert not monitor.history["missing"].any()
 
 
 # --- activations
@@ -1745,7 +1751,7 @@ def test_before_the_first_step() -> None:
 
 def test_keys_are_there_only_if_collected() -> None:
     plain = {"names", "numel", "step", "total_norm", "skipped", "missing", "present"}
-    plain |= {"norm", "mean", "std", "min", "max", "abs_max"}
+    plain |= {"norm", "mean", "std", "min", "max", "abs_max", "clipped_norm"}
     assert look({"p": torch.ones(2)}).history.keys() == plain
     more = look({"p": torch.ones(2)}, **{**EVERYTHING, "noise": False, "activations": False})
     extra = {"zero_fraction", "nan_count", "inf_count", "cosine", "update_ratio"}
@@ -2044,3 +2050,248 @@ def test_norms_of_many_rows_beyond_the_square_root_of_the_largest_number() -> No
     expected = np.array([[2e200, 2e-200]]) * math.sqrt(3 * CPU_SIZES[0])
     np.testing.assert_allclose(monitor.history["norm"], expected)
     np.testing.assert_allclose(monitor.history["std"], expected / math.sqrt(3 * CPU_SIZES[0]))
+
+
+# --- looking before clipping
+
+
+def look_and_clip(
+    model: nn.Module, monitor: GradientMonitor, x: Tensor, limit: float = 1.0
+) -> float:
+    """A backward, a look, and clipping; the norm before."""
+    model(x).square().mean().backward()
+    norm = compute_gradient_statistics(model)["total_norm"]
+    monitor.look()
+    nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return norm
+
+
+def test_a_look_records_the_step_before_it_is_clipped() -> None:
+    def trains(watched: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer, norms = sgd(model), []
+        monitor = GradientMonitor(model, optimizer, update_every=1, collect=["cosine"])
+        with monitor if watched else contextlib.nullcontext():
+            for step in range(3):
+                x = 100 * torch.randn(5, 8)
+                model(x).square().mean().backward()
+                norms.append(compute_gradient_statistics(model)["total_norm"])
+                if watched and step != 1:
+                    monitor.look()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+        if watched:
+            history = monitor.history
+            assert history["step"].tolist() == [1, 2, 3]
+            norms[1] = 0.1  # nobody looked
+            np.testing.assert_allclose(history["total_norm"], norms, rtol=1e-5)
+            np.testing.assert_allclose(history["clipped_norm"], [0.1, np.nan, 0.1], rtol=1e-4)
+            assert (history["update_ratio"] > 0).all()
+            assert not history["skipped"].any()
+            assert monitor.get_gradient_summary()["total_norm"] == history["total_norm"][2]
+        return [p.detach() for p in model.parameters()]
+
+    assert all(map(torch.equal, trains(True), trains(False)))
+
+
+def test_an_explosion_is_seen_before_it_is_clipped() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = sgd(model)
+    with GradientMonitor(model, optimizer) as monitor:
+        for looks in (False, True):
+            model(torch.tensor([[3e4, 4e4]])).sum().backward()
+            if looks:
+                monitor.look()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [issue[:3] for issue in monitor.issues] == [("exploding", "weight", 2)]
+
+
+def test_the_last_look_before_a_step_counts() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with GradientMonitor(model, optimizer, every=1, histogram_every=1, history=4) as monitor:
+        for micro_batches in (1, 2, 3):
+            for _ in range(micro_batches):  # of an accumulation
+                model(torch.tensor([[3.0, 4.0]])).sum().backward()
+                monitor.look()
+                assert monitor.history["total_norm"][-1] == pytest.approx(model.weight.grad.norm())
+            model.weight.grad.clamp_(max=1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        model(torch.tensor([[np.nan, 4.0]])).sum().backward()
+        monitor.look()  # no step follows
+        assert [issue.kind for issue in monitor.issues] == ["nan"]
+        optimizer.zero_grad()
+        model(torch.tensor([[3.0, 4.0]])).sum().backward()
+        monitor.look()
+        optimizer.step()
+    history = monitor.history
+    assert history["step"].tolist() == [1, 2, 3, 4]
+    np.testing.assert_allclose(history["total_norm"], [5.0, 10.0, 15.0, 5.0])
+    np.testing.assert_allclose(history["clipped_norm"], [2**0.5, 2**0.5, 2**0.5, 5.0], rtol=1e-6)
+    assert history["histogram_step"].tolist() == [1, 2, 3, 4]
+
+
+def test_a_step_that_is_not_taken_is_recorded_as_skipped() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with GradientMonitor(model, optimizer) as monitor:
+        for number, x in enumerate((3.0, math.inf, math.inf, 3.0)):
+            model(torch.tensor([[x, 4.0]])).sum().backward()
+            if number == 1:
+                monitor.look(skipped=True)  # at once
+            elif number == 2:
+                monitor.look()
+                model.weight.grad = None
+                monitor.look(skipped=True)  # of what was looked at
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+    history = monitor.history
+    assert history["skipped"].tolist() == [False, True, True, False]
+    np.testing.assert_allclose(history["total_norm"], [5.0, math.inf, math.inf, 5.0])
+    assert np.isnan(history["clipped_norm"]).all()
+    assert monitor.issues == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("order", ["look, unscale", "unscale, look", "look"])
+def test_a_look_is_unscaled_wherever_it_is_taken(order, fused, device) -> None:
+    model = nn.Linear(2, 1, bias=False, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=fused)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+    with GradientMonitor(model, optimizer, scaler, explode_above=1e30) as monitor:
+        for step in range(4):
+            x = torch.tensor([[3.0, math.inf if step == 2 else 4.0]], device=device)
+            scaler.scale(model(x).sum()).backward()
+            for action in order.split(", "):
+                if action == "look":
+                    monitor.look()
+                    assert not monitor.issues  # the scaler may skip the step
+                else:
+                    scaler.unscale_(optimizer)
+            if order != "look":
+                model.weight.grad.clamp_(max=1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    history = monitor.history
+    assert history["step"].tolist() == [1, 2, 3, 4]
+    assert history["skipped"].tolist() == [False, False, True, False]
+    finite = [0, 1, 3]
+    np.testing.assert_allclose(history["total_norm"][finite], 5.0, rtol=1e-6)
+    clipped = 5.0 if order == "look" else 2**0.5
+    np.testing.assert_allclose(history["clipped_norm"][finite], clipped, rtol=1e-6)
+    assert history["total_norm"][2] == math.inf
+    assert monitor.issues == []
+
+
+def test_a_look_within_a_closure() -> None:
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    x, norms = torch.randn(5, 8), []
+    with GradientMonitor(model, optimizer) as monitor:
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            norms.append(look_and_clip(model, monitor, x, 1e-3))
+            return model(x).square().mean()
+
+        for step in range(2):
+            optimizer.step(closure)
+            assert monitor.history["total_norm"][step] == pytest.approx(norms[-1], rel=1e-5)
+    assert monitor.history["clipped_norm"] == pytest.approx(1e-3, rel=1e-2)
+    assert len(norms) > 2
+
+
+def test_a_look_without_an_optimizer_or_hooks() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    monitor = GradientMonitor(model)
+    model(torch.tensor([[3.0, 4.0]])).sum().backward()
+    for _ in range(2):
+        monitor.look()  # by hand
+    with monitor:
+        model(torch.tensor([[3.0, 4.0]])).sum().backward()
+        assert monitor.history["step"].tolist() == [1, 2, 3]
+        model.weight.grad /= 2  # as an average over processes by hand
+        monitor.look()
+        model(torch.tensor([[3.0, 4.0]])).sum().backward()
+    np.testing.assert_allclose(monitor.history["total_norm"], [5.0, 5.0, 5.0, 10.0])
+    assert np.isnan(monitor.history["clipped_norm"]).all()
+
+
+def test_a_look_at_every_other_step() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with GradientMonitor(model, optimizer, every=2) as monitor:
+        for step in range(1, 5):
+            model(torch.tensor([[3.0, 4.0]]) * step).sum().backward()
+            monitor.look()
+            model.weight.grad.fill_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert monitor.history["step"].tolist() == [1, 3]
+    np.testing.assert_allclose(monitor.history["total_norm"], [5.0, 15.0])
+    np.testing.assert_allclose(monitor.history["clipped_norm"], 2**0.5, rtol=1e-6)
+
+
+# --- parameters are found anew at each step
+
+
+class Packed(Tensor):
+    """A wrapper subclass, as quantized weights are."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Packed:
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device, strides=inner.stride()
+        )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: Any) -> Packed:
+        return cls(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda x: x.inner, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        wrapping = (torch.ops.aten.detach, torch.ops.aten._to_copy, torch.ops.aten.clone)
+        return cls(result) if func.overloadpacket in wrapping else result
+
+
+@pytest.mark.parametrize("optimizer_given", [True, False])
+def test_a_model_is_moved_and_swapped_beside_a_monitor(optimizer_given) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].weight = nn.Parameter(Packed(model[0].weight.detach()), requires_grad=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def step(dtype: torch.dtype) -> float:
+        model(torch.randn(3, 4, dtype=dtype)).square().mean().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    average = [torch.full_like(p, 2.0) for p in model[1].parameters()]
+    with GradientMonitor(model, optimizer if optimizer_given else None) as monitor:
+        norms = [step(torch.float32)]
+        for parameter, other in zip(model[1].parameters(), average, strict=True):
+            torch.utils.swap_tensors(parameter, nn.Parameter(other))
+        assert (model[1].weight == 2).all()
+        norms += [step(torch.float32)]
+        model.to(torch.float64)
+        assert model[0].weight.dtype is torch.float64
+        norms += [step(torch.float64)]
+    np.testing.assert_allclose(monitor.history["total_norm"], norms, rtol=1e-5)
