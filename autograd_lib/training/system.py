@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -222,6 +223,8 @@ class AutogradTrainingSystem:
         """Clip, and step optimizer, scaler and scheduler."""
         limit, scale = self.config.training.clip_norm, self.scaler.get_scale()
         if limit is not None:
+            if self.monitor is not None:
+                self.monitor.look()
             self.scaler.unscale_(self.optimizer)
             self.gradient_norm = processes.clip_gradients(
                 processes.optimized(self.optimizer), limit
@@ -274,7 +277,7 @@ class AutogradTrainingSystem:
         Returns:
             `history`, a row for each epoch: "epoch", "step", "loss" (the mean of its steps, those
             left out whose loss was not finite), "learning_rate", "gradient_norm" (the median of
-            what the optimizer saw, clipped then; if there is a monitor), "seconds", and
+            what the optimizer saw, after clipping; if there is a monitor), "seconds", and
             "validation_loss" and the metrics likewise.
 
         Raises:
@@ -325,7 +328,8 @@ class AutogradTrainingSystem:
         if self.monitor is not None:
             seen = self.monitor.history  # of which the last ones are remembered
             own = (seen["step"] > (self._epoch_start or {}).get("monitored", 0)) & ~seen["skipped"]
-            norms = seen["total_norm"][own].tolist()
+            before, after = seen["total_norm"][own], seen["clipped_norm"][own]
+            norms = np.where(np.isnan(after), before, after).tolist()
             row["gradient_norm"] = statistics.median(norms) if norms else math.nan
         if validation is not None:
             found = self.evaluate(validation)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from loops import assert_same, batches_of, configured, everything, plain_loop, twins
@@ -55,6 +56,29 @@ def test_sparse_gradients_are_clipped_like_dense_ones(limit: float, performance:
         assert found[0][2] > 2 * limit
         clipped = torch.stack([grad.norm() for grad in found[0][3:6]]).norm().item()
         assert clipped == pytest.approx(limit, rel=1e-3)
+
+
+def test_the_monitor_sees_norms_before_clipping_and_the_rows_what_the_optimizer_saw():
+    """The optimizer holds the head alone, and other parameters have gradients too."""
+    found = {}
+    for limit in (None, 0.05):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        optimizer = torch.optim.SGD(model[1].parameters(), lr=0.0)
+        config = configured(training={"clip_norm": limit}, monitoring={"explode_above": 0.1})
+        system = AutogradTrainingSystem(model, optimizer, nn.CrossEntropyLoss(), config)
+        batches = batches_of((8,), 8)
+        (row,) = system.fit(batches, 1)
+        found[limit] = row["gradient_norm"], system.monitor
+    expected = []
+    for x, y in batches:
+        loss = nn.functional.cross_entropy(model(x), y)
+        grads = torch.autograd.grad(loss, list(model[1].parameters()))
+        expected.append(torch.stack([grad.norm() for grad in grads]).norm().item())
+    for limit, (seen, monitor) in found.items():
+        assert monitor.history["total_norm"] == pytest.approx(np.array(expected), rel=1e-5)
+        assert {issue.kind for issue in monitor.issues} == {"exploding"}
+        assert seen == pytest.approx(np.median(expected) if limit is None else limit, rel=1e-3)
 
 
 def test_nothing_to_clip():
