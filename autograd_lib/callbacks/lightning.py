@@ -23,11 +23,18 @@ class _LightningHooks(FrameworkCallback):
     _loss: Tensor | None = None
     _replay: Callable[[], object] | None = None
     _stepped = False  # with this batch
+    _clips = False  # between this hook and the step
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._attach(pl_module, trainer.optimizers, scaler)
         self._replace(trainer.strategy, "training_step", self._beginning(trainer, pl_module))
+        plugin = trainer.precision_plugin
+        clip = self._clipping(plugin.clip_gradients, trainer, pl_module)
+        self._replace(plugin, "clip_gradients", clip)
+        # What clips by itself may do so without the plugin.
+        clips = type(pl_module).configure_gradient_clipping.__module__
+        self._clips = bool(trainer.gradient_clip_val) or not clips.endswith("core.module")
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if pl_module.automatic_optimization:  # else each optimizer looks at its own gradients
@@ -37,10 +44,11 @@ class _LightningHooks(FrameworkCallback):
         self._stepped = True
         owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not pl_module.automatic_optimization:
-            place = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
-            self._end(None, None, trainer.global_step + 1, place, owned)
+            self._end(None, None, trainer.global_step + 1, _place(trainer, optimizer), owned)
         elif self._spoiled and self._scaler is None:
             drop_gradients(owned)  # what the micro-batches after the one in question have left
+        elif self._clips:
+            self._look(_place(trainer, optimizer))
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -77,12 +85,31 @@ class _LightningHooks(FrameworkCallback):
 
             self._begin(trainer.strategy.model)
             self._replay = None if isinstance(kept[0], Iterator) else replay
-            output = original(*args)
+            with self._explained(self._replay if pl_module.automatic_optimization else None):
+                output = original(*args)
             loss = _loss_of(output)
             self._loss = loss.detach() if isinstance(loss, Tensor) else None
             return output
 
         return training_step
+
+    def _clipping(
+        self, original: Callable[..., None], trainer: Any, pl_module: Any
+    ) -> Callable[..., None]:
+        """The plugin's `clip_gradients`, which manual optimization calls before the step."""
+
+        def clip_gradients(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            if not pl_module.automatic_optimization:
+                self._look(_place(trainer, optimizer))
+            original(optimizer, *args, **kwargs)
+
+        return clip_gradients
+
+
+def _place(trainer: Any, optimizer: Any) -> int:
+    """The place of an optimizer, or of Lightning's wrapper around it, among all."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return next(i for i, o in enumerate(trainer.optimizers) if o is inner)
 
 
 def _loss_of(output: Any) -> Any:
@@ -95,8 +122,9 @@ def lightning_callback(*, guard: bool = True, max_nonfinite: int = 3, **options:
 
     From the start of training on it watches the module with a `GradientMonitor` for each optimizer,
     and takes its hooks away at the end or upon an exception. At each step that Lightning logs,
-    "gradients/total_norm" is logged too (of further optimizers "gradients/total_norm/1" and so on);
-    in between nothing waits for the device. Histories are kept in Lightning's checkpoints.
+    "gradients/total_norm", the norm before clipping, is logged too (of further optimizers
+    "gradients/total_norm/1" and so on); in between nothing waits for the device. Histories are kept
+    in Lightning's checkpoints.
 
     With `guard`, the loss and the gradients of each batch are summed after its backward and that
     number is read: one host synchronization. If it is not finite, the batch is run again as
@@ -105,7 +133,8 @@ def lightning_callback(*, guard: bool = True, max_nonfinite: int = 3, **options:
     optimizers of PyTorch take as nothing to do: parameters, momentum and weight decay stay as they
     are, bit by bit. With accumulation the whole step is skipped, in a distributed run on every
     process. Lightning counts such a step, and so do learning rate schedulers. It is in the
-    monitor's history, as skipped.
+    monitor's history, as skipped. If `training_step` raises because of a NaN, the report is a note
+    on the exception.
 
     With a `GradScaler`, gradients that overflow are its business, as with `NonFiniteGuard`; a step
     whose loss is not finite is reported here, and skipped by the scaler.

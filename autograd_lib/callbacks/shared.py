@@ -95,6 +95,16 @@ class FrameworkCallback:
             self._step = self._guard.begin(keep_gradients=False)
         return self._step is not None
 
+    def _explained(self, replay: Step | None) -> contextlib.AbstractContextManager[None]:
+        """Around the step: an exception that a NaN causes gets the report as a note."""
+        return contextlib.nullcontext() if self._step is None else self._step.explained(replay)
+
+    def _look(self, place: int = 0) -> None:
+        """Show the monitor of an optimizer the gradients before they are clipped."""
+        monitor = self.monitors[place]
+        if self._scaler is not None or monitor not in self._spoiled:
+            monitor.look()
+
     def _end(
         self, loss: object, replay: Step | None, number: int, place: int = 0, owned: Any = None
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ class _TransformersHooks(FrameworkCallback):
         self._attach(more["model"], [optimizer], scaler)
         self._replace(trainer, "training_step", self._guarding(trainer))
         self._replace(trainer, "log", self._logging(trainer.log))
+        clip = trainer.accelerator.clip_grad_norm_
+        self._replace(trainer.accelerator, "clip_grad_norm_", self._clipping(clip))
         # What is raised shows in the outermost method that there is to replace.
         outer = "_run_epoch" if hasattr(trainer, "_run_epoch") else "training_step"
         self._replace(trainer, outer, self._until_it_raises()(getattr(trainer, outer)))
@@ -61,12 +64,23 @@ class _TransformersHooks(FrameworkCallback):
             if not self._begin(model):
                 return original(model, inputs, *args, **kwargs)
             kept = shallow_copy(inputs)  # the labels may be taken out of it
-            loss = original(model, inputs, *args, **kwargs)
             replay = lambda: original(model, shallow_copy(kept), *args, **kwargs)  # noqa: E731
+            with self._explained(replay):
+                loss = original(model, inputs, *args, **kwargs)
             self._end(loss, replay, trainer.state.global_step + 1)
             return loss
 
         return training_step
+
+    def _clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Accelerate's `clip_grad_norm_`, which runs before `on_pre_optimizer_step`."""
+
+        def clip_grad_norm_(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
+            if max_norm < math.inf:  # else the trainer only asks for the norm
+                self._look()
+            return original(parameters, max_norm, *args, **kwargs)
+
+        return clip_grad_norm_
 
     def _logging(self, original: Callable[..., None]) -> Callable[..., None]:
         """The trainer's `log`, given the norm: at `on_log` loggers have logged already."""
@@ -92,9 +106,10 @@ def transformers_callback(*, guard: bool = True, max_nonfinite: int = 3, **optio
     """Make a callback for the `Trainer` of `transformers` that monitors gradients and stops NaN.
 
     From the start of training on a `GradientMonitor` watches the model and the optimizer inside
-    Accelerate's wrapper; "gradients/total_norm" is logged wherever the loss of training is, and in
-    between the monitor does not wait for the device. The history is kept in each checkpoint
-    directory as `gradient_monitor.pt`, and loaded by `train(resume_from_checkpoint=...)`.
+    Accelerate's wrapper; "gradients/total_norm", the norm before clipping, is logged wherever the
+    loss of training is, and in between the monitor does not wait for the device. The history is
+    kept in each checkpoint directory as `gradient_monitor.pt`, and loaded by
+    `train(resume_from_checkpoint=...)`.
 
     With `guard`, the loss and the gradients of each batch are summed after its backward and that
     number is read: one host synchronization. If it is not finite, the `training_step` is run again
@@ -103,14 +118,16 @@ def transformers_callback(*, guard: bool = True, max_nonfinite: int = 3, **optio
     optimizers of PyTorch take as nothing to do: parameters, momentum and weight decay stay as they
     are, bit by bit. With accumulation the whole step is skipped, in a distributed run on every
     process. The trainer counts such a step, and so do learning rate schedulers. It is in the
-    monitor's history, as skipped.
+    monitor's history, as skipped. If a step raises because of a NaN, the report is a note on the
+    exception.
 
     With a `GradScaler` (`fp16=True`), gradients that overflow are its business, as with
     `NonFiniteGuard`; a step whose loss is not finite is reported here, and skipped by the scaler.
 
     How it gets there: the `Trainer` tells its callbacks neither batches nor exceptions, nor itself.
     So it is looked up on the stack when training begins, and its methods `training_step`, `log` and
-    `_run_epoch` are replaced on the instance until training ends or one of them raises. (Before
+    `_run_epoch`, and `clip_grad_norm_` of its accelerator, are replaced on the instance until
+    training ends or one of them raises. (Before
     transformers 5 there is no `_run_epoch`: what is raised between two steps leaves the hooks where
     they are until the next training.) Whatever `training_step` changes beside the model, the second
     run changes again. DeepSpeed, whose engine steps the optimizer, is not supported.

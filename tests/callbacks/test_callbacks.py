@@ -59,6 +59,8 @@ class Net(nn.Module):
         if (x == 77).any():
             raise ValueError("planted")
         h = self.noise(self.hidden(self.logarithm(x)).tanh())
+        if (x == 66).any() and h.isnan().any():
+            raise ValueError("a matcher refuses")
         return {"loss": F.mse_loss(self.out(h).squeeze(-1), y)}
 
 
@@ -80,8 +82,10 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
-def run_by_hand(data: Sequence[Batch], accumulate: int, **model: Any) -> tuple[Net, np.ndarray]:
-    """The loop of both frameworks, and the norms of all gradients at each step."""
+def run_by_hand(
+    data: Sequence[Batch], accumulate: int, clip: float = 0.0, **model: Any
+) -> tuple[Net, np.ndarray]:
+    """The loop of both frameworks, and the norms of all gradients before they are clipped."""
     torch.manual_seed(0)
     net = Net(**model)
     optimizer = sgd(net)
@@ -90,6 +94,8 @@ def run_by_hand(data: Sequence[Batch], accumulate: int, **model: Any) -> tuple[N
         (net(x, y)["loss"] / accumulate).backward()
         if (i + 1) % accumulate == 0:
             norms.append([p.grad.norm().item() for p in net.parameters() if p.grad is not None])
+            if clip:
+                nn.utils.clip_grad_norm_(net.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
     return net, np.array(norms)
@@ -147,6 +153,7 @@ def train_lightning(
     epochs: int = 1,
     resume: bool = False,
     log_every: int = 4,
+    clip: float = 0.0,
     bf16: bool = False,
     scaler: GradScaler | None = None,
 ) -> None:
@@ -177,6 +184,7 @@ def train_lightning(
         plugins=plugin,
         precision=None if plugin else "bf16-mixed" if bf16 else "32-true",
         accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip or None,
         log_every_n_steps=log_every,
     )
     loader = torch.utils.data.DataLoader(data, batch_size=4)
@@ -195,6 +203,7 @@ def train_transformers(
     epochs: int = 1,
     resume: bool = False,
     log_every: int = 4,
+    clip: float = 0.0,
     bf16: bool = False,
     scaler: GradScaler | None = None,
     **more: Any,
@@ -217,7 +226,7 @@ def train_transformers(
         num_train_epochs=epochs,
         save_strategy="epoch",
         logging_steps=log_every,
-        max_grad_norm=0.0,
+        max_grad_norm=clip,
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
@@ -291,6 +300,8 @@ def assert_no_hooks(run: Run) -> None:
     assert not {"training_step", "log", "_run_epoch"} & vars(run.trainer).keys()
     assert "log" not in vars(run.hooked)
     assert "training_step" not in vars(getattr(run.trainer, "strategy", run))
+    assert "clip_gradients" not in vars(getattr(run.trainer, "precision_plugin", run))
+    assert "clip_grad_norm_" not in vars(getattr(run.trainer, "accelerator", run))
 
 
 # What is seen.
@@ -308,6 +319,43 @@ def test_the_monitor_sees_what_a_loop_by_hand_sees(train: Train, accumulate: int
     np.testing.assert_allclose(history["norm"], norms, rtol=1e-5)
     assert_equal(run.state(), by_hand.state_dict())
     assert callback.reports == []
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_norms_are_those_before_clipping(train: Train, accumulate: int) -> None:
+    callback = make(train, explode_above=2.5)
+    run = train(batches(), callback, accumulate=accumulate, clip=2.2)
+    by_hand, norms = run_by_hand(batches(), accumulate, clip=2.2)
+    total = np.sqrt((norms**2).sum(1))
+    assert norms.max() > 2.5 > 2.2 > total.min()  # one explodes, some are clipped, one is not
+    history = callback.monitor.history
+    np.testing.assert_allclose(history["norm"], norms, rtol=1e-5)
+    np.testing.assert_allclose(history["total_norm"], total, rtol=1e-5)
+    np.testing.assert_allclose(history["clipped_norm"], total.clip(max=2.2), rtol=1e-4)
+    assert {issue.kind for issue in callback.monitor.issues} == {"exploding"}
+    assert_equal(run.state(), by_hand.state_dict())
+    assert_no_hooks(run)
+
+
+def test_a_step_that_is_skipped_is_recorded_once_beside_clipping(train: Train) -> None:
+    callback = make(train)
+    with pytest.warns(UserWarning, match="step 4 is skipped"):
+        run = train(batches(bad=[3]), callback, clip=0.3)
+    good = batches()
+    del good[3]
+    by_hand, norms = run_by_hand(good, 1, clip=0.3)
+    assert_equal(run.state(), by_hand.state_dict())
+    history = callback.monitor.history
+    assert history["skipped"].tolist() == [False] * 3 + [True] + [False] * 4
+    np.testing.assert_allclose(np.delete(history["norm"], 3, 0), norms, rtol=1e-5)
+
+
+def test_scaled_gradients_are_recorded_unscaled_before_clipping(train: Train) -> None:
+    callback = make(train)
+    train(batches(), callback, clip=0.3, scaler=GradScaler("cpu", init_scale=1024.0))
+    history, (_, norms) = callback.monitor.history, run_by_hand(batches(1), 1)
+    np.testing.assert_allclose(history["norm"][0], norms[0], rtol=0.02)  # in fp16
+    assert 0 < history["clipped_norm"].max() <= 0.3001
 
 
 def test_options_are_those_of_the_monitor(train: Train) -> None:
@@ -403,6 +451,18 @@ def test_a_batch_that_is_not_finite_is_named_and_leaves_no_trace(train: Train) -
     assert np.isnan(history["total_norm"][3])
     np.testing.assert_allclose(np.delete(history["norm"], 3, 0), norms, rtol=1e-5)
     assert_no_hooks(run)
+
+
+@pytest.mark.parametrize("nan", [True, False])
+def test_an_exception_that_a_nan_causes_has_the_report_as_a_note(train: Train, nan: bool) -> None:
+    data = batches(bad=[5] if nan else [])
+    data[5][0][1] = 66 if nan else 77
+    with pytest.raises(ValueError, match=r"a matcher refuses|planted") as raised:
+        train(data, make(train))
+    notes = [note for note in getattr(raised.value, "__notes__", []) if "NaN" in note]
+    assert [note.partition("\n")[0] for note in notes] == [
+        "NaN made in forward by aten.log.default"
+    ] * nan
 
 
 @pytest.mark.parametrize("bad", [2, 3])
@@ -549,6 +609,50 @@ def test_manual_optimization_has_a_monitor_and_a_guard_for_each_optimizer(
     assert {"gradients/total_norm", "gradients/total_norm/1"} <= trainer.logged_metrics.keys()
 
 
+@pytest.mark.parametrize("manual", [True, False])
+def test_what_a_module_clips_itself_is_looked_at_before(
+    lightning: ModuleType, manual: bool
+) -> None:
+    class Clipping(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        automatic_optimization = not manual
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(2, 1, bias=False)
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            loss = self.out(batch).sum()
+            if manual:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                self.clip_gradients(optimizer, 1.0, "norm")
+                optimizer.step()
+            return loss
+
+        def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    callback = lightning_callback()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[callback],
+    )
+    data = [torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.5]])]
+    trainer.fit(Clipping(), torch.utils.data.DataLoader(data, batch_size=None))
+    history = callback.monitor.history
+    assert history["total_norm"].tolist() == pytest.approx([5.0, 0.5])
+    assert history["clipped_norm"].tolist() == pytest.approx([1.0, 0.5], rel=1e-5)
+
+
 def test_a_nan_of_a_loss_outside_the_model_is_named(
     transformers: ModuleType, tmp_path: Path
 ) -> None:
@@ -607,14 +711,19 @@ def test_a_language_model_of_transformers(transformers: ModuleType, tmp_path: Pa
             save_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            logging_steps=1,
+            max_grad_norm=1e-3,
         )
-        transformers.Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train()
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+        trainer.train()
         states.append(model.state_dict())
     assert_equal(*states)
     summary = callback.monitor.get_gradient_summary()
     assert summary["step"] == 3
     assert summary["parameters"].keys() == dict(model.named_parameters()).keys()
-    assert 0 < summary["total_norm"] <= 1 + 1e-5  # as clipped
+    logs = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+    np.testing.assert_allclose(callback.monitor.history["total_norm"], logs, rtol=1e-5)
+    np.testing.assert_allclose(callback.monitor.history["clipped_norm"], 1e-3, rtol=1e-2)
 
 
 def test_a_callback_is_of_every_lightning_that_is_imported(
