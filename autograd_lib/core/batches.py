@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,37 +36,73 @@ def pair(batch: Any) -> tuple[Any, Any]:
     return tuple(inputs) if isinstance(inputs, list) else inputs, targets
 
 
-def batch_size(operation: str, batch: tuple[Any, Any]) -> int:
-    """Samples in a batch, which are the first dimension of all its tensors."""
-    shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    if not shapes or any(not shape for shape in shapes) or len({s[0] for s in shapes}) > 1:
+def batch_size(operation: str, batch: Any) -> int:
+    """Samples in a batch that can be divided: the first dimension of all its tensors."""
+    shapes = _shapes(batch)
+    if not _has_batch_dimension(shapes):
         raise ValueError(
-            f"{operation}: expected tensors of inputs and targets whose first dimension is the "
-            f"batch, got shapes {shapes}; put what has no batch dimension into model or loss_fn"
+            f"{operation}: to divide a batch, expected tensors of inputs and targets whose first "
+            f"dimension is the batch, got shapes {shapes}; leave micro_batch out and let the "
+            "loader make the batches small enough, or put what has no batch dimension into model "
+            "or loss_fn"
         )
     if not shapes[0][0]:
         raise ValueError(f"{operation}: the batch is empty, its tensors have shapes {shapes}")
     return shapes[0][0]
 
 
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _has_batch_dimension(shapes: list[tuple[int, ...]]) -> bool:
+    return all(shapes) and len({shape[0] for shape in shapes}) == 1
+
+
+def _samples(operation: str, batch: tuple[Any, Any]) -> float:
+    """Samples in a batch as a whole; NaN if neither all of it nor its targets tell.
+
+    A batch of graphs has more nodes than targets, and CTC takes targets end to end.
+    """
+    for part in (batch, batch[1]):
+        if _has_batch_dimension(_shapes(part)):
+            return batch_size(operation, part)
+    return math.nan
+
+
 def split(
     operation: str, batch: tuple[Any, Any], size: int | None, count: Count | None
 ) -> list[Piece]:
-    """Cut a batch into pieces of at most `size` samples, each with what it counts as its share."""
-    whole = batch_size(operation, batch)
-    size = whole if size is None else size
+    """Cut a batch into pieces of at most `size` samples, each with what it counts as its share.
+
+    Without a size the batch stays whole, and need not have one batch dimension. NumPy arrays
+    become tensors.
+    """
+    # Not by `from_numpy`, which warns of arrays that are read-only.
+    batch = tree_map_only(np.ndarray, torch.tensor, batch)
+    whole = _samples(operation, batch) if size is None else batch_size(operation, batch)
+    parts = [(whole, batch)]
+    if size is not None and size < whole:
+        ends = [(start, min(start + size, int(whole))) for start in range(0, int(whole), size)]
+        parts = [
+            (end - start, tree_map_only(Tensor, itemgetter(slice(start, end)), batch))
+            for start, end in ends
+        ]
     found = []
-    for start in range(0, whole, size):
-        part = slice(start, min(start + size, whole))
-        inputs, targets = batch if size >= whole else tree_map_only(Tensor, itemgetter(part), batch)
-        counted = part.stop - start if count is None else count(targets)
-        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        found.append(Piece(inputs, targets, float(counted)))
+    for samples, (inputs, targets) in parts:
+        share = float(samples if count is None else count(targets))
+        found.append(Piece(inputs if isinstance(inputs, tuple) else (inputs,), targets, share))
     return found
 
 
 def check_counted(operation: str, total: float) -> None:
-    """Raise if a mean is over nothing."""
+    """Raise if a mean is over nothing, or over nobody knows what."""
+    if math.isnan(total):
+        raise ValueError(
+            f"{operation}: how much a batch weighs beside others is not known, as its targets have "
+            "no batch dimension; give the system count=, how many terms the mean in loss_fn has, "
+            "as `lambda targets: len(targets[1])`"
+        )
     if not total > 0:
         raise ValueError(
             f"{operation}: count gives {total:g} for the whole batch; expected how many terms the "

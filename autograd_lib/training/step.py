@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autograd_lib.core.batches import Count, Piece, check_counted, nothing, split
 from autograd_lib.training.processes import Peers, synchronized
@@ -54,6 +55,11 @@ class ForwardBackward:
         for i, piece in enumerate(pieces):
             with synchronized(self.model, last=i == len(pieces) - 1):
                 loss = self.forward(piece)[1]  # the output is freed before backward
+                if not loss.requires_grad:
+                    raise ValueError(
+                        f"{self.operation}: the loss depends on nothing that requires a gradient; "
+                        "unfreeze what is to learn, as model.head.requires_grad_(True)"
+                    )
                 weighted = _times(loss, piece.share * world)
                 (weighted if scale is None else scale(weighted)).backward()
             part = _times(loss.detach(), piece.share)
@@ -65,7 +71,8 @@ class ForwardBackward:
         """Output and mean loss of a micro-batch; a zero for the loss where its share is zero."""
         inputs, targets = move((piece.inputs, piece.targets), self.device)
         dtype = _DTYPES[self.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        autocast = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        with self._explaining(piece), autocast:
             output = self.model(*inputs)
             loss = self.loss_fn(output, targets) if piece.share else nothing(output)
         if not isinstance(loss, Tensor) or loss.dim():
@@ -75,6 +82,28 @@ class ForwardBackward:
                 "mean over the samples, or over the terms that count(targets) counts"
             )
         return output, loss
+
+    @contextlib.contextmanager
+    def _explaining(self, piece: Piece) -> Iterator[None]:
+        """Say of an error what may have caused it: numbers of another type than the model's."""
+        try:
+            yield
+        except RuntimeError as error:
+            own, came = (
+                {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
+                for tensors in (self.model.parameters(), _tensors((piece.inputs, piece.targets)))
+            )
+            if came - own:
+                error.add_note(
+                    f"{self.operation}: the batch is in {', '.join(sorted(came))}, the model in "
+                    f"{', '.join(sorted(own))}; convert the data once, as x.float() (of NumPy "
+                    'x.astype("float32")), or the model, as model.double()'
+                )
+            raise
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def micro_batches(
@@ -102,6 +131,8 @@ def micro_batches(
     pieces = split(operation, batch, size, count)
     if not counts:
         pieces = [piece._replace(share=0.0) for piece in pieces]
+    if size is None and (peers is None or peers.world == 1) and pieces[0].share:
+        return [pieces[0]._replace(share=1.0)]  # whatever it counts
     own = [sum(piece.share for piece in pieces), len(pieces)]
     gathered = [own] if peers is None else peers.gather(*own)
     total = sum(terms for terms, _ in gathered)

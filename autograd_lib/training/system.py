@@ -66,7 +66,9 @@ class AutogradTrainingSystem:
 
     Args:
         model: Called as ``model(*inputs)``; on its device, in training mode.
-        optimizer: Of its parameters, and of those of `loss_fn` if it has some.
+        optimizer: Of its parameters, and of those of `loss_fn` if it has some. One with modes, as
+            schedule-free ones are, is in training mode from a step on, and evaluation and
+            checkpoints are those of its averaged weights; call its `eval()` to use the model.
         loss_fn: ``loss_fn(output, targets)`` is a mean.
         config: What `load_config` returns; by default a monitor and a guard, in fp32.
         scheduler: Steps after each step of the optimizer.
@@ -86,9 +88,9 @@ class AutogradTrainingSystem:
         reports: Why steps were skipped, one `NonFinite` each.
 
     Raises:
-        TypeError: An argument is of the wrong kind.
-        ValueError: `loss_fn` is not a mean, the optimizer has no parameter of the model, or the
-            configuration does not fit the model.
+        TypeError: An argument is of the wrong kind, or the optimizer's step needs a closure.
+        ValueError: `loss_fn` is not a mean, the optimizer has no parameter of the model or is
+            another than `config.optimizer` describes, or the configuration does not fit the model.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -174,7 +176,9 @@ class AutogradTrainingSystem:
         `reports`; what overflows in fp16 is left to the `GradScaler`.
 
         Args:
-            inputs: A tensor, or a tuple of arguments of the model; moved to its device.
+            inputs: A tensor, or a tuple of arguments of the model; moved to its device. The first
+                dimension of all tensors is the batch, where micro-batches or processes divide it;
+                else they are of any form, as those of graphs. NumPy arrays become tensors.
             targets: What `loss_fn` takes.
 
         Returns:
@@ -183,7 +187,8 @@ class AutogradTrainingSystem:
         Raises:
             RuntimeError: The configuration says `enable_gradients: false`.
             FloatingPointError: `training.max_nonfinite` steps in a row were not finite.
-            ValueError: The batch is empty, or `count` gives zero for all of it.
+            ValueError: The batch is empty or cannot be divided, `count` gives zero for all of it,
+                or nothing requires a gradient.
         """
         setup.check_trains("train_step", self.config)
         return self._train((inputs, targets))
@@ -269,7 +274,8 @@ class AutogradTrainingSystem:
 
         Args:
             loader: Gives ``(inputs, targets)``, the same number each time; a sampler with
-                `set_epoch` is told the epoch. Processes may have numbers of batches that differ.
+                `set_epoch` is told the epoch. Processes may have numbers of batches that differ. A
+                generator lasts for one epoch.
             epochs: Number of epochs, in all.
             validation: What `evaluate` takes, after each epoch.
             on_epoch: Called with the row of each epoch.
@@ -377,7 +383,7 @@ class AutogradTrainingSystem:
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Average the loss and the metrics over all batches of a loader, without gradients.
 
-        The model is in evaluation mode meanwhile. Processes may have different numbers of batches:
+        The model is in evaluation mode meanwhile, and so is an optimizer that has one. Processes may have different numbers of batches:
         the mean is over the samples of all.
 
         Args:
