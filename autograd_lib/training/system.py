@@ -383,8 +383,8 @@ class AutogradTrainingSystem:
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Average the loss and the metrics over all batches of a loader, without gradients.
 
-        The model is in evaluation mode meanwhile, and so is an optimizer that has one. Processes may have different numbers of batches:
-        the mean is over the samples of all.
+        The model is in evaluation mode meanwhile, and so is an optimizer that has one. Processes
+        may have different numbers of batches: the mean is over the samples of all.
 
         Args:
             loader: Gives ``(inputs, targets)``.
