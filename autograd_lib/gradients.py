@@ -50,7 +50,8 @@ class GradientStatistics(Table, dict[str, Any]):
         step = f" at step {self['step']}" if self.get("step") else ""
         issues = [f"issue: {issue}" for issue in self.get("issues", [])]
         if not parameters:
-            return "\n".join(["no gradients yet", *issues]), [], []
+            note = f"; {self['note']}" if "note" in self else ""
+            return "\n".join([f"no gradients yet{note}", *issues]), [], []
         shown = [key for key in STATISTICS if any(key in entry for entry in parameters.values())]
         rows: list[Row] = [
             [

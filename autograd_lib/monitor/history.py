@@ -17,12 +17,19 @@ from torch import Tensor, nn
 from autograd_lib.core.rows import BINS, LOWEST, PLAIN, root_sum_squares
 from autograd_lib.core.statistics import ALWAYS, STATISTICS, derive, derive_counts, describe
 from autograd_lib.gradients import GradientStatistics
+from autograd_lib.monitor.watched import Watched
 
 PRESENT, MISSING, FROZEN = range(3)  # a gradient that is there, not there, not wanted
 KINDS = ("nan", "inf", "exploding", "vanishing", "missing")
 
+UNWATCHED = (
+    "nothing was watched: the monitor was never attached; use `with monitor:` or "
+    "monitor.register_hooks() before training"
+)
+
 _LOOK_EVERY = 64  # so many steps issues are looked for, in the rows that have come to the host
 _MICRO_BATCHES = 16  # in a step, for whose norms there is room
+_SETTLED = 3  # the step from which on zero initialization explains no gradient of zero
 _EXCUSED_SKIPS = 20  # in a row: by then a scaler has lowered its scale by a factor of a million
 _MOST_EPISODES = 20  # of one kind in one parameter: more would tell nothing new
 _CPU = torch.device("cpu")
@@ -36,6 +43,7 @@ _UNKNOWN: dict[str, float] = {
     "update_ratio": np.nan,
     "histogram": 0,
     "lasting": False,
+    "grown": False,
 }
 
 
@@ -44,7 +52,8 @@ class Issue(NamedTuple):
 
     Attributes:
         kind: "nan" (some element is), "inf" (some element is, and none NaN), "exploding" (the norm
-            is above `explode_above`), "vanishing" (below `vanish_below`) or "missing" (the
+            is above `explode_above`), "vanishing" (it has fallen below `vanish_below`, or from the
+            third step on those of all parameters of the module are below) or "missing" (the
             parameter requires a gradient and has none).
         parameter: The parameter's name.
         step: The step at which it began. While it lasts there is no second issue; a problem that
@@ -60,6 +69,13 @@ class Issue(NamedTuple):
     def __str__(self) -> str:
         value = "" if self.value is None else f" (norm {self.value:.3g})"
         return f"{self.kind} in {self.parameter} since step {self.step}{value}"
+
+
+class Unwatched(list[Issue]):
+    """The issues of a monitor that nobody attached: none, which says nothing."""
+
+    def __repr__(self) -> str:
+        return f"[] ({UNWATCHED})"
 
 
 class Ring:
@@ -142,16 +158,18 @@ class Record:
         self._above, self._below = thresholds
         self.issues: list[Issue] = []
         self.lasting = np.zeros((len(KINDS), 0), dtype=bool)
+        self.grown = np.zeros(0, dtype=bool)  # whose norm was not below `vanish_below` once
+        self._owners: list[str | None] = []
         self._fed = 0  # rows in which issues were looked for
         self._skips = 0  # in a row
         self._mark: tuple[int, torch.Event] | None = None  # after the event so many rows have come
 
-    def follow(self, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
+    def follow(self, watched: Watched, parameters: Sequence[nn.Parameter]) -> None:
         """Record these parameters from now on; what is remembered is kept, by name."""
         if self.step:
             self.read()
         state = self._state()
-        self.names = list(names)
+        self.names, self._owners = list(watched.names), watched.owners
         self.numel = np.array([parameter.numel() for parameter in parameters])
         self.is_complex = np.array([parameter.is_complex() for parameter in parameters])
         self._load(state)
@@ -213,6 +231,8 @@ class Record:
         self, steps: np.ndarray, statistics: dict[str, np.ndarray], absent: np.ndarray
     ) -> None:
         """Find the issues in rows [steps, parameters]: one for each stretch in which it lasts."""
+        if not len(steps):
+            return
         norm, abs_max = statistics["norm"], statistics["abs_max"]
         present = (absent == PRESENT) & (self.numel > 0)
         finite = present & (abs_max < np.inf)
@@ -220,7 +240,7 @@ class Record:
             "nan": present & np.isnan(abs_max),
             "inf": present & (abs_max == np.inf),
             "exploding": finite & (norm > self._above),
-            "vanishing": finite & (norm < self._below),
+            "vanishing": self._vanishing(steps, norm, finite),
             "missing": absent == MISSING,
         }
         lasting = np.stack([self.lasting, *np.stack([found[kind] for kind in KINDS], axis=1)])
@@ -233,6 +253,23 @@ class Record:
             if before[kind, name] <= _MOST_EPISODES:
                 value = None if kind == "missing" else float(norm[row, i])
                 self.issues.append(Issue(kind, name, int(steps[row]), value))
+
+    def _vanishing(self, steps: np.ndarray, norm: np.ndarray, finite: np.ndarray) -> np.ndarray:
+        """Where a norm has fallen below the threshold, or those of a whole module are below it.
+
+        A gradient may be zero by construction, as that of the bias of attention's keys: softmax
+        does not change with it.
+        """
+        below = finite & (norm < self._below)
+        grown = np.logical_or.accumulate(np.vstack([self.grown, finite & ~below]))
+        self.grown = grown[-1]
+        owners = self._owners
+        begins = [i for i, owner in enumerate(owners) if i == 0 or owner != owners[i - 1]]
+        whole = np.logical_and.reduceat(below | (self.numel == 0), begins, axis=1)
+        whole = np.repeat(whole, np.diff([*begins, len(owners)]), axis=1)
+        whole &= [owner is not None for owner in owners]
+        whole[steps < _SETTLED] = False
+        return below & (grown[:-1] | whole)
 
     def _were_skipped(self, steps: np.ndarray) -> np.ndarray:
         """Which of the steps the scaler skipped."""
@@ -326,6 +363,7 @@ class Record:
             "rings": {name: ring.state_dict() for name, ring in self.rings.items()},
             "issues": [tuple(issue) for issue in self.issues],
             "lasting": torch.from_numpy(self.lasting.copy()),
+            "grown": torch.from_numpy(self.grown.copy()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -349,7 +387,8 @@ class Record:
         self.rings = rings
         self.step, self._fed, self._mark = state["step"], self.rings["fields"].count, None
         self.issues = [Issue(*issue) for issue in state["issues"]]
-        self.lasting = self._by_name("lasting", state["lasting"], state["names"]).numpy()
+        for name in ("lasting", "grown"):
+            setattr(self, name, self._by_name(name, state[name], state["names"]).numpy())
 
     def _by_name(self, ring: str, values: Tensor, names: Sequence[str]) -> Tensor:
         """Records of the parameters `names` as records of those that are watched now."""

@@ -61,7 +61,7 @@ class ScalerHook:
 
         def step(self: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             alive = None if hook._removed else ref()
-            if alive is not None and alive._optimizer() is not optimizer:
+            if alive is not None and not alive._has(optimizer):
                 alive = None
             before = alive._taken if alive is not None else 0
             # Of a copied scaler `around` is still the original's.
@@ -98,14 +98,17 @@ class EndOfBackward:
     def __init__(self, callback: Callable[[], None]) -> None:
         self._callback = callback
         self._backwards: set[int] = set()  # the graph tasks whose end is waited for
+        self.reached: set[int] = set()  # ids of what a gradient has come to in the last one
         self._within: list[Handle] = []  # on nodes that ran a backward of their own
 
-    def gradient_is_there(self, *_: Any) -> None:
+    def gradient_is_there(self, *reached: Any) -> None:
         """At the first gradient of a backward, ask for a call at its end."""
         task = torch._C._current_graph_task_id()
         if task not in self._backwards:
             self._backwards.add(task)
+            self.reached = set()
             Variable._execution_engine.queue_callback(calling(self, "_end"))
+        self.reached.update(map(id, reached))
 
     def _end(self) -> None:
         node = torch._C._current_autograd_node()

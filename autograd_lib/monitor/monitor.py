@@ -7,6 +7,7 @@ remembered and how issues are found.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from itertools import repeat
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from autograd_lib.core.optimizers import innermost_optimizer
 from autograd_lib.core.reduction import Reduction
 from autograd_lib.core.rows import PLAIN, norms, root_sum_squares
 from autograd_lib.core.shards import is_distributed
@@ -29,7 +31,15 @@ from autograd_lib.core.statistics import COUNTS
 from autograd_lib.gradients import GradientStatistics, check_not_meta
 from autograd_lib.monitor.activations import ActivationHook, Activations
 from autograd_lib.monitor.exports import columns, write_csv, write_parquet, write_tensorboard
-from autograd_lib.monitor.history import FROZEN, MISSING, PRESENT, Issue, Record
+from autograd_lib.monitor.history import (
+    FROZEN,
+    MISSING,
+    PRESENT,
+    UNWATCHED,
+    Issue,
+    Record,
+    Unwatched,
+)
 from autograd_lib.monitor.hooks import (
     EndOfBackward,
     Handle,
@@ -77,7 +87,9 @@ class GradientMonitor:
 
     Args:
         model: The module whose parameters are watched.
-        optimizer: Its `step()` is a step. (An optimizer that runs within backward cannot be seen.)
+        optimizer: Its `step()` is a step. Of a wrapper (Accelerate's, Opacus's, a Lookahead) the
+            optimizer inside is taken. Optimizers that step within backward and release gradients
+            need a monitor each: without `optimizer` that is an error at the first step.
         scaler: The `GradScaler` in use. Values are then unscaled, with fused optimizers too, and a
             step that it skips is recorded as skipped, and is no issue before the twentieth in a
             row. Without it, a backward that no optimizer step
@@ -99,9 +111,10 @@ class GradientMonitor:
         vanish_below: A smaller norm is an issue.
 
     Raises:
-        TypeError: `model` is not a module, `optimizer` not a `torch.optim.Optimizer`, or `scaler`
-            not a `torch.amp.GradScaler`.
-        ValueError: An option is unknown or out of range, or the model has no parameters.
+        TypeError: `model` is not a module, `optimizer` neither a `torch.optim.Optimizer` nor a
+            wrapper of one, or `scaler` not a `torch.amp.GradScaler`.
+        ValueError: An option is unknown or out of range, the model has no parameters, or the
+            optimizer holds none of them.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -155,6 +168,9 @@ class GradientMonitor:
                 "model once on an input, then make the monitor"
             )
         self._model = weakref.ref(model)
+        self._wrapper = weak(optimizer)
+        if optimizer is not None:
+            optimizer = innermost_optimizer("GradientMonitor", optimizer)
         self._watched = Watched(model, optimizer)
         self._optimizer = weak(optimizer)
         self._scaler = weak(scaler)
@@ -170,6 +186,8 @@ class GradientMonitor:
         self._follow(self._watched.parameters()[0])
         self._is_open = False  # whether the last look may be replaced, its step not being taken
         self._taken = 0  # steps of the optimizer, for the hook of the scaler
+        self._was_attached = self._has_warned = False
+        self._changes = _changes(self._live_parameters())  # to tell training by
         self._previous: list[Tensor | None] | None = None  # gradients, for the cosine
         self._weights: list[Tensor] | None = None  # before the step, for the size of the update
         self._end = EndOfBackward(calling(self, "_after_backward"))
@@ -181,6 +199,8 @@ class GradientMonitor:
     def __repr__(self) -> str:
         issues = len(self._record.issues)
         found = f"{issues} issue{'s' * (issues > 1)}" if issues else "no issues"
+        if not (self._was_attached or self._record.step):
+            found = "never attached: nothing is watched"
         parameters, steps = len(self._record.names), self._record.step
         return f"GradientMonitor({parameters} parameters, {steps} steps, {found})"
 
@@ -197,6 +217,7 @@ class GradientMonitor:
             RuntimeError: If the model is gone.
         """
         self.remove_hooks()
+        self._was_attached = True
         model, optimizer, scaler = self._model(), self._optimizer(), self._scaler()
         if model is None:
             raise RuntimeError(
@@ -272,6 +293,14 @@ class GradientMonitor:
             self._weights = None
 
     def _after_backward(self) -> None:
+        reached, parameters = self._end.reached, self._live_parameters()
+        pairs = zip(self._record.names, parameters, strict=bool(parameters))
+        if released := [n for n, p in pairs if p.grad is None and id(p) in reached]:
+            raise RuntimeError(
+                "GradientMonitor: expected gradients to be there at the end of backward, got those "
+                f"of {released} released within it, as by optimizers that step in hooks; step "
+                "after backward, or give each such optimizer a monitor of its own by optimizer="
+            )
         scale = _scale_of(self._scaler())
         if self._noise:
             self._record_noise(scale)
@@ -317,11 +346,16 @@ class GradientMonitor:
             scaler = self._scaler()
             scale = _scale_of(scaler)
             if scaler is not None and scale is not None:
-                state = scaler._per_optimizer_states.get(id(self._optimizer()), {})
-                scale = scale if state.get("stage", OptState.READY) is OptState.READY else None
+                states = scaler._per_optimizer_states
+                mine = [states.get(id(o), {}) for o in (self._optimizer(), self._wrapper())]
+                if any(state.get("stage", OptState.READY) is not OptState.READY for state in mine):
+                    scale = None
                 self._record.is_undecided = bool(self._handles) and not skipped
             self._record_step(scale, skipped or None)
         self._is_open = bool(self._handles) and not skipped
+
+    def _has(self, optimizer: object) -> bool:
+        return optimizer in (self._optimizer(), self._wrapper())
 
     def _end_step(self, scale: Tensor | None = None, skipped: Tensor | None = None) -> None:
         """Record what the optimizer sees: all of it, or where somebody has looked its norm."""
@@ -391,7 +425,7 @@ class GradientMonitor:
 
     def _follow(self, parameters: Sequence[nn.Parameter]) -> None:
         """Watch other parameters from now on."""
-        self._record.follow(self._watched.names, parameters)
+        self._record.follow(self._watched, parameters)
         self._plans.clear()
         self._previous = self._weights = None
         present = torch.full((len(parameters),), PRESENT, dtype=torch.uint8, device="cpu")
@@ -470,10 +504,7 @@ class GradientMonitor:
         if world > 1:
             variance = count / world  # what was local so far has been averaged over processes
         self._micro_batches = (count, variance)
-        grads = self._gradients()
-        if all(grad is None for grad in grads):  # taken within backward
-            return
-        _, fields = self._reduce("gradients", grads)
+        _, fields = self._reduce("gradients", self._gradients())
         square = norms(fields).square().sum()
         if scale is not None:
             square = square / scale.to(square.device, square.dtype).square()
@@ -482,9 +513,24 @@ class GradientMonitor:
 
     # Reading: what waits for the device.
 
+    def _is_unwatched(self) -> bool:
+        """Tell whether the model was trained and nobody attached the monitor; warn of it once."""
+        if self._was_attached or self._record.step:
+            return False
+        parameters = self._live_parameters()
+        has_changed = bool(parameters) and _changes(parameters) != self._changes
+        if not has_changed and all(p.grad is None for p in parameters):
+            return False
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"GradientMonitor: {UNWATCHED}", stacklevel=3)
+        return True
+
     @property
     def issues(self) -> list[Issue]:
         """The issues so far, in the order of steps; a problem that lasts is one `Issue`."""
+        if self._is_unwatched():
+            return Unwatched()
         self._record.read()
         return list(self._record.issues)
 
@@ -504,6 +550,7 @@ class GradientMonitor:
         `["histogram_step"]` and 65 `["histogram_edges"]`, powers of two: the first bin holds zeros
         too, the last one all that is larger.
         """
+        self._is_unwatched()
         return self._record.arrays()
 
     @property
@@ -527,7 +574,8 @@ class GradientMonitor:
             number and `["issues"]` lists what still lasts. Before the first step `total_norm` and
             `step` are 0 and `parameters` is empty.
         """
-        return self._record.summary()
+        note = {"note": UNWATCHED} if self._is_unwatched() else {}
+        return GradientStatistics(**self._record.summary(), **note)
 
     def noise_scale(self, micro_batch: int, last: int | None = None) -> NoiseScale:
         r"""Estimate the batch size beyond which larger batches help little.
@@ -598,6 +646,10 @@ class GradientMonitor:
             ValueError: The parameters have other names; nothing is changed then.
         """
         self._record.load_state_dict(state)
+
+
+def _changes(parameters: Sequence[nn.Parameter]) -> int:
+    return sum(p._version for p in parameters if not p.is_inference())
 
 
 def _is_due(step: int, every: int) -> bool:

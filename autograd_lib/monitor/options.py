@@ -7,7 +7,6 @@ from numbers import Real
 
 import numpy as np
 import torch
-from torch.optim import Optimizer
 
 from autograd_lib.core.statistics import ALWAYS, COUNTS
 from autograd_lib.gradients import check_module
@@ -33,11 +32,6 @@ def check_options(
 ) -> None:
     """Check what a monitor watches and collects, how often, and what it takes for an issue."""
     check_module("GradientMonitor", model)
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"GradientMonitor: expected optimizer to be a torch.optim.Optimizer, got "
-            f"{type(optimizer).__name__}; of a wrapper pass the optimizer inside"
-        )
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(
             f"GradientMonitor: expected scaler to be a torch.amp.GradScaler, got "

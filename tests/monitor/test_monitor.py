@@ -1477,17 +1477,45 @@ def test_the_monitor_records_what_the_noise_scale_needs(device) -> None:
     assert str(scale).startswith(f"noise scale {scale.samples:.3g} samples [")
 
 
-def test_gradients_that_were_taken_within_backward_are_no_noise() -> None:
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with GradientMonitor(model, optimizer, noise=True) as monitor:
-        for _ in range(2):
-            model(torch.ones(1, 2)).sum().backward()
-    with pytest.raises(ValueError, match="got 0 such steps"):
-        monitor.noise_scale(1)
-    assert "noise" not in monitor._record.rings
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("noise", [True, False])
+def test_gradients_that_are_released_within_backward_are_an_error(noise, ours_first) -> None:
+    model = mlp()
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def take(parameter: nn.Parameter) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    watched = sgd(model) if noise else None
+    monitor, *each = [
+        GradientMonitor(model, watched, noise=noise),
+        *(GradientMonitor(model, optimizer) for optimizer in optimizers.values()),
+    ]
+    if ours_first:
+        monitor.register_hooks()
+    handles = [p.register_post_accumulate_grad_hook(take) for p in model.parameters()]
+    if not ours_first:
+        monitor.register_hooks()
+    text = r"at the end of backward, got those of \['0.weight', .*'4.bias'\] released within it"
+    with pytest.raises(RuntimeError, match=text):
+        model(torch.randn(5, 8)).square().mean().backward()
+    assert len(monitor.history["step"]) == 0
+    monitor.remove_hooks()
+    # Each by itself is seen.
+    for one in each:
+        one.register_hooks()
+    x = torch.randn(5, 8)
+    expected = torch.autograd.grad(model(x).square().mean(), [*model.parameters()])
+    model(x).square().mean().backward()
+    norms = [one.history["total_norm"].tolist() for one in each]
+    np.testing.assert_allclose(norms, [[g.norm()] for g in expected], rtol=1e-5)
+    # And once they are kept, so is the whole.
+    for handle in handles:
+        handle.remove()
+    with GradientMonitor(model) as monitor:
+        model(torch.randn(5, 8)).square().mean().backward()
+    assert not monitor.issues
 
 
 # --- rings
@@ -1735,7 +1763,8 @@ def test_tensorboard_gets_norms() -> None:
 
 
 def test_before_the_first_step() -> None:
-    monitor = GradientMonitor(mlp())
+    model = mlp()
+    monitor = GradientMonitor(model)
     summary = monitor.get_gradient_summary()
     assert dict(summary) == {"total_norm": 0.0, "parameters": {}, "step": 0, "issues": []}
     assert repr(summary) == "no gradients yet"
@@ -1743,7 +1772,10 @@ def test_before_the_first_step() -> None:
     assert history["norm"].shape == history["missing"].shape == (0, 6)
     assert history["step"].shape == history["total_norm"].shape == history["skipped"].shape == (0,)
     assert monitor.issues == []
-    assert repr(monitor) == "GradientMonitor(6 parameters, 0 steps, no issues)"
+    unattached = "GradientMonitor(6 parameters, 0 steps, never attached: nothing is watched)"
+    assert repr(monitor) == unattached
+    with monitor:
+        assert repr(monitor) == "GradientMonitor(6 parameters, 0 steps, no issues)"
     again = GradientMonitor(mlp())
     again.load_state_dict(monitor.state_dict())
     assert len(again.history["step"]) == 0
@@ -2295,3 +2327,338 @@ def test_a_model_is_moved_and_swapped_beside_a_monitor(optimizer_given) -> None:
         assert model[0].weight.dtype is torch.float64
         norms += [step(torch.float64)]
     np.testing.assert_allclose(monitor.history["total_norm"], norms, rtol=1e-5)
+
+
+# --- the parameters of an optimizer, as they are at the moment
+
+
+def test_each_of_two_optimizers_has_a_monitor_of_its_own() -> None:
+    """A GAN: the generator's backward leaves gradients in the discriminator, too."""
+
+    def trains(watched: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        gan = nn.ModuleDict({"G": nn.Linear(4, 4), "D": nn.Linear(4, 1)})
+        optimizers = {name: torch.optim.Adam(gan[name].parameters(), lr=0.1) for name in "GD"}
+        monitors = {n: GradientMonitor(gan, optimizer) for n, optimizer in optimizers.items()}
+        expected: dict[str, list[float]] = {"G": [], "D": []}
+        with contextlib.ExitStack() as stack:
+            for monitor in monitors.values() if watched else ():
+                stack.enter_context(monitor)
+            for _ in range(4):
+                for name in "DG":
+                    optimizers[name].zero_grad()
+                    fake = gan["D"](gan["G"](torch.randn(8, 4)))
+                    F.softplus(fake if name == "D" else -fake).mean().backward()
+                    grads = [p.grad for p in gan[name].parameters()]
+                    expected[name].append(nn.utils.get_total_norm(grads).item())
+                    optimizers[name].step()
+        if watched:
+            for name, monitor in monitors.items():
+                history = monitor.history
+                assert history["names"] == [f"{name}.weight", f"{name}.bias"]
+                np.testing.assert_allclose(history["total_norm"], expected[name], rtol=1e-5)
+                assert not monitor.issues
+        return [p.detach() for p in gan.parameters()]
+
+    assert all(map(torch.equal, trains(True), trains(False)))
+
+
+def total(*parameters: Tensor) -> float:
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+
+
+@pytest.mark.parametrize("options", [{}, {**EVERYTHING, "history": 100}], ids=["plain", "all"])
+def test_parameters_that_join_or_leave_are_followed_by_name(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    expected = []
+
+    def step() -> None:
+        model(torch.randn(2, 4)).square().sum().backward()
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        expected.append(total(*held))
+        optimizer.step()
+        model.zero_grad()
+
+    with GradientMonitor(model, optimizer, **options) as monitor:
+        step()
+        optimizer.add_param_group({"params": [*model[1].parameters()]})  # unfrozen layer by layer
+        step()
+        model.append(nn.Linear(4, 2))  # grown
+        optimizer.add_param_group({"params": [*model[2].parameters()]})
+        step()
+        model[0].requires_grad_(False)
+        step()
+        del optimizer.param_groups[0]  # the first layer is dropped
+        model[0].requires_grad_(True)
+        step()
+        head = nn.Linear(4, 3)  # another head, in both
+        optimizer.param_groups[-1]["params"] = [*head.parameters()]
+        model[2] = head
+        step()
+    assert hooks_left(model, optimizer) == 0
+    history = monitor.history
+    layers = ["1.weight", "1.bias", "2.weight", "2.bias", "0.weight", "0.bias"]
+    assert history["names"] == layers
+    np.testing.assert_allclose(history["total_norm"], expected, rtol=1e-5)
+    columns = {"0": [1, 1, 1, 0, 0, 0], "1": [0, 1, 1, 1, 1, 1], "2": [0, 0, 1, 1, 1, 1]}
+    present = [columns[name[0]] for name in layers]
+    assert history["present"].T.astype(int).tolist() == present
+    assert (~np.isnan(history["norm"])).T.astype(int).tolist() == present
+    assert not history["missing"].any()
+    assert not monitor.issues
+    assert history["numel"].tolist() == [16, 4, 12, 3, 0, 0]
+    summary = monitor.get_gradient_summary()
+    assert list(summary["parameters"]) == layers[:4]
+    if options:
+        assert history["update_ratio"][::2, 0].tolist()[1:] > [0, 0]
+        assert history["histogram"].sum(-1)[:, 0].tolist() == [0, 16, 16, 16, 16, 16]
+
+
+def test_a_parameter_that_the_optimizer_no_longer_trains_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = sgd(model)
+    text = re.escape("the model has replaced its parameters ['1.weight', '1.bias'], and the opt")
+    with GradientMonitor(model, optimizer) as monitor:
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        model[1] = nn.Linear(2, 1)
+        before = copy.deepcopy(model.state_dict())
+        for _ in range(2):
+            model(torch.ones(1, 2)).sum().backward()
+            with pytest.raises(ValueError, match=text):
+                optimizer.step()
+        assert all(
+            torch.equal(a, b) for a, b in zip(before.values(), model.parameters(), strict=True)
+        )
+        optimizer.param_groups[0]["params"] = [*model.parameters()]
+        expected = total(*model.parameters())
+        optimizer.step()
+    np.testing.assert_allclose(monitor.history["total_norm"][1:], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="expected an optimizer of parameters of the model"):
+        GradientMonitor(nn.Linear(2, 2), optimizer)
+
+
+def test_a_history_is_loaded_by_name() -> None:
+    a, b, c = torch.ones(2), torch.ones(3), torch.ones(4)
+    before = look({"a": a, "b": b}, {"a": 2 * a, "b": None}, collect=["zero_fraction", "cosine"])
+    model = holding(c=c, b=b)
+    after = GradientMonitor(model, collect=["zero_fraction", "cosine"], histogram_every=1)
+    after.load_state_dict(before.state_dict())
+    with after:
+        (2 * model.c.sum() + model.b.sum()).backward()
+    history = after.history
+    assert history["names"] == ["c", "b"]
+    root = math.sqrt
+    expected = [[np.nan, root(3)], [np.nan, np.nan], [4.0, root(3)]]
+    np.testing.assert_allclose(history["norm"], expected)
+    assert history["missing"].tolist() == [[False, False], [False, True], [False, False]]
+    assert [issue.step for issue in after.issues] == [2]
+    assert history["zero_fraction"][0, 1] == 0
+    assert np.isnan(history["zero_fraction"][:2, 0]).all()
+
+
+# --- optimizers in others
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As in many repositories: it never calls `Optimizer.__init__`."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups = inner, inner.param_groups
+        self.defaults, self.state = inner.defaults, inner.state
+        self.zero_grad = inner.zero_grad
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+class Plain:
+    """As Fabric's: no optimizer by class."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self._optimizer = inner
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """As published: two phases, and `step` itself is not called."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["before"] = p.clone()
+            p.add_(p.grad, alpha=0.1)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.copy_(self.state[p]["before"])
+        self.inner.step()
+
+
+WRAPPERS = [Lookahead, Plain, SharpnessAware, lambda o: Lookahead(Lookahead(o))]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["lookahead", "plain", "two phases", "nested"])
+def test_the_optimizer_inside_a_wrapper_is_watched(wrap: Any) -> None:
+    model = mlp()
+    inner = sgd(model)
+    optimizer, expected = wrap(inner), []
+    with GradientMonitor(model, optimizer) as monitor:
+        for factor in (1.0, 1.0, math.nan):
+            for phase in range(2):
+                optimizer.zero_grad()
+                (model(torch.randn(5, 8)).square().mean() * factor).backward()
+                if phase == 0 and isinstance(optimizer, SharpnessAware):
+                    optimizer.first_step()
+            expected.append(total(*model.parameters()))
+            optimizer.second_step() if hasattr(optimizer, "second_step") else optimizer.step()
+    np.testing.assert_allclose(monitor.history["total_norm"], expected, rtol=1e-5)
+    assert {issue.kind for issue in monitor.issues} == {"nan"}
+    assert hooks_left(model, inner) == 0
+
+
+def test_a_scaler_that_skips_a_wrapper_is_seen() -> None:
+    model = nn.Linear(2, 1)
+    optimizer, scaler = Lookahead(sgd(model)), torch.amp.GradScaler("cpu", init_scale=8.0)
+    with GradientMonitor(model, optimizer, scaler) as monitor:
+        for x in (1.0, math.inf):
+            scaler.scale(model(torch.full((1, 2), x)).sum()).backward()
+            scaler.unscale_(optimizer)
+            monitor.look()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.inner.zero_grad()
+    assert monitor.history["skipped"].tolist() == [False, True]
+    assert monitor.history["total_norm"][0] == pytest.approx(3**0.5)
+
+
+class Nothing(torch.optim.Optimizer):
+    def __init__(self, *several: torch.optim.Optimizer) -> None:
+        self.first, self.second = several
+
+
+def test_a_wrapper_that_cannot_be_taken_apart_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    text = (
+        "got Nothing, which never called Optimizer.__init__; of a wrapper pass the optimizer inside"
+    )
+    with pytest.raises(TypeError, match=re.escape(text)):
+        GradientMonitor(model, Nothing(sgd(model), sgd(model)))
+    with pytest.raises(TypeError, match="got Plain; of a wrapper pass the optimizer inside"):
+        GradientMonitor(model, Plain(3))
+
+
+def test_an_optimizer_that_steps_a_part_of_its_parameters_by_another_is_watched_itself() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    optimizer.part = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with GradientMonitor(model, optimizer) as monitor:
+        model(torch.randn(5, 8)).sum().backward()
+        optimizer.step()
+    assert len(monitor.history["names"]) == 6
+
+
+# --- nobody attached it
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_monitor_that_was_never_attached_says_so(zero: bool) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    monitor = GradientMonitor(model, optimizer)
+    model(torch.full((2, 3), math.nan)).sum().backward()
+    optimizer.step()
+    if zero:
+        optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="GradientMonitor: nothing was watched: the monitor was n"):
+        issues = monitor.issues
+    assert issues == []  # and warned of once
+    assert "the monitor was never attached" in repr(monitor.issues)
+    assert "the monitor was never attached" in repr(monitor.get_gradient_summary())
+    assert "never attached" in repr(monitor)
+    assert "no issues" not in repr(monitor)
+    assert len(monitor.history["step"]) == 0
+    with monitor:
+        pass
+    assert repr(monitor) == "GradientMonitor(2 parameters, 0 steps, no issues)"
+    assert repr(monitor.issues) == "[]"
+    assert repr(monitor.get_gradient_summary()) == "no gradients yet"
+
+
+# --- vanishing
+
+
+class Attention(nn.Module):
+    """Softmax does not change with the bias of the keys, so that its gradient is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "biases alone"])
+def test_a_gradient_that_is_zero_by_construction_does_not_vanish(frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = Attention().double()
+    trained = [p for name, p in model.named_parameters() if name.endswith("bias") or not frozen]
+    optimizer = torch.optim.Adam(trained, lr=1e-3)
+    with GradientMonitor(model, optimizer) as monitor:
+        for _ in range(6):
+            model(torch.randn(4, 5, 8, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    key = monitor.history["names"].index("key.bias")
+    assert (monitor.history["norm"][:, key] < 1e-10).all()
+    assert monitor.issues == []
+
+
+def vanishing(*rows: dict[str, float | None]) -> list[tuple[str, int]]:
+    """The issues of a module `layer` with parameters of these gradients, step by step."""
+    model = nn.ModuleDict({"layer": holding(**{name: torch.ones(1) for name in rows[0]})})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with GradientMonitor(model, optimizer) as monitor:
+        for row in rows:
+            for name, value in row.items():
+                grad = None if value is None else torch.full((1,), value)
+                model["layer"].get_parameter(name).grad = grad
+            optimizer.step()
+    assert {issue.kind for issue in monitor.issues} <= {"vanishing", "missing"}
+    return [
+        (issue.parameter.removeprefix("layer."), issue.step)
+        for issue in monitor.issues
+        if issue.kind == "vanishing"
+    ]
+
+
+def test_what_vanishing_is() -> None:
+    some, zero = {"w": 1.0, "b": 1.0}, {"w": 0.0, "b": 0.0}
+    # All of a module: not before zero initialization may be over.
+    assert vanishing(zero, zero) == []
+    assert vanishing(zero, zero, zero, zero) == [("w", 3), ("b", 3)]
+    assert vanishing(zero, zero, some, some) == []
+    # One that has fallen, at any step, and once for as long as it lasts.
+    assert vanishing(some, {"w": 0.0, "b": 1.0}, {"w": 0.0, "b": 1.0}) == [("w", 2)]
+    # One that never was there, while others of its module are.
+    assert vanishing(*[{"w": 1.0, "b": 0.0}] * 5) == []
+    assert vanishing(*[{"w": None, "b": 0.0}] * 5) == []
+    # The whole module, after one of them had been there.
+    assert vanishing({"w": 1.0, "b": 0.0}, zero, zero) == [("w", 2), ("b", 3)]
