@@ -30,7 +30,7 @@ __all__ = ["NonFinite", "NonFiniteGuard", "find_nonfinite"]
 
 Step = Callable[[], object]  # runs forward and backward
 
-_RENEWED_EVERY = 50  # steps after which a guard notices a parameter that was added
+_RENEWED_EVERY = 50  # steps after which a guard notices that parameters were moved or cast
 
 
 def find_nonfinite(model: nn.Module, step: Step) -> NonFinite | None:
@@ -132,11 +132,10 @@ class NonFiniteGuard:
     look only when the loss is not finite (let `step` return the loss unscaled) or when the scale
     is down to 1 or less and cannot be what is wrong. `step` may call `unscale_`.
 
-    The guard keeps no hook, and of the model only weak references to modules. A parameter that is
-    added later is watched at most 50 steps late. A step that draws from generators other than
-    PyTorch's global ones, or draws its batch, is not replayed bit by bit. With a distributed model
-    (DDP, FSDP2, `DTensor` parameters) each call is a collective of one number, and every rank
-    returns the same report.
+    The guard keeps no hook, and of the model only weak references to modules; parameters may join,
+    leave or be swapped. A step that draws from generators other than PyTorch's global ones, or
+    draws its batch, is not replayed bit by bit. With a distributed model (DDP, FSDP2, `DTensor`
+    parameters) each call is a collective of one number, and every rank returns the same report.
 
     Args:
         model: The module whose gradients are watched, with its wrapper if it has one.

@@ -6,6 +6,7 @@ import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from types import NoneType
 from typing import Any
 
@@ -23,22 +24,24 @@ from autograd_lib.nonfinite.values import real_values
 Reduce = Callable[[Tensor], Tensor]  # a tensor to one number: its sum or its norm
 
 GRAD = operator.attrgetter("grad")
+_PARAMETERS, _MODULES = operator.attrgetter("_parameters"), operator.attrgetter("_modules")
+_VALUES = operator.methodcaller("values")
 
 
 class Parts:
     """What a model consists of, and how its gradients are reduced.
 
-    Walking a model costs as much as summing its gradients, so the guard does it rarely. Only
-    modules are referred to, weakly: `torch.utils.swap_tensors`, and with it `model.to()`, refuses
-    parameters that have weak references.
+    Walking a model costs as much as summing its gradients, so the guard does it where something
+    has changed. Only modules are referred to, weakly: `torch.utils.swap_tensors`, and with it
+    `model.to()`, refuses parameters that have weak references.
     """
 
     def __init__(self, model: nn.Module, scaler: GradScaler | None = None) -> None:
         self.model: Callable[[], Any] = weakref.ref(model)
         self.scaler = scaler
         self._buffered = [weakref.ref(module) for module in model.modules() if module._buffers]
-        self._owners = [weakref.ref(module) for module in model.modules() if module._parameters]
-        slots = [p for ref in self._owners for p in ref()._parameters.values()]  # type: ignore[union-attr]
+        self._modules = [*map(weakref.ref, model.modules())]
+        slots, self._known = self._scan()
         places = {p: i for i, p in reversed([*enumerate(slots)]) if p is not None}
         places = dict(sorted(places.items(), key=operator.itemgetter(1)))  # shared ones once
         parameters = [*places]
@@ -59,7 +62,7 @@ class Parts:
         alike: dict[Any, list[int]] = {}
         for i in {*range(len(parameters))}.difference(*piles):
             alike.setdefault((parameters[i].device, parameters[i].dtype), []).append(i)
-        self._slots, self._order = len(slots), list[int]()  # places in the order of the piles
+        self._order: list[int] = []  # places in the order of the piles
         self._piles: list[tuple[slice, Tensor | None]] = []
         rooms: dict[torch.dtype, Tensor] = {}
         for number, index in enumerate([*piles, *alike.values()]):
@@ -72,15 +75,18 @@ class Parts:
             self._piles.append((slice(start, start + len(index)), room))
 
     def parameters(self) -> list[nn.Parameter] | None:
-        """The parameters as they are now, or None if the model is known to have others."""
-        owners: list[Any] = [ref() for ref in self._owners]
-        if NoneType in {*map(type, owners)}:
-            return None
-        slots = [p for owner in owners for p in owner._parameters.values()]
-        if len(slots) != self._slots:
-            return None
-        found = [slots[i] for i in self._order]
-        return None if NoneType in {*map(type, found)} else found
+        """The parameters, or None if the model has others than it had."""
+        slots, known = self._scan()
+        return [slots[i] for i in self._order] if known == self._known else None
+
+    def _scan(self) -> tuple[list[Any], Any]:
+        """What stands in the tables of parameters, and what tells that they have changed."""
+        modules: list[Any] = [*map(operator.call, self._modules)]
+        if NoneType in {*map(type, modules)}:
+            return [], None
+        slots = [*chain.from_iterable(map(_VALUES, map(_PARAMETERS, modules)))]
+        children = chain.from_iterable(map(_VALUES, map(_MODULES, modules)))
+        return slots, ([*map(id, slots)], [*map(id, children)])
 
     def modules(self) -> list[nn.Module]:
         """Those that have buffers."""

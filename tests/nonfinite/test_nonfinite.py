@@ -1876,22 +1876,55 @@ def test_both_signs_of_infinity_do_not_cancel():
     assert NonFiniteGuard(model)(step) is not None
 
 
-def test_parameters_that_come_later_are_watched_too():
-    model = nn.Sequential(nn.Linear(4, 4))
-    guard = NonFiniteGuard(model)
+def replaced_module(model):
+    model[0] = nn.Linear(4, 4)
+
+
+def replaced_module_that_lives_on(model):
+    vars(model)["old"] = model[0]
+    model[0] = nn.Linear(4, 4)
+
+
+def appended_module(model):
+    model.append(nn.Linear(4, 4))
+
+
+def added_bias(model):
+    model[1].bias = nn.Parameter(torch.zeros(4))
+
+
+def larger_weight(model):
+    model[1].weight = nn.Parameter(torch.zeros(9, 9))
+
+
+def untied(model):
+    model[2].weight = nn.Parameter(torch.zeros(4, 4))
+
+
+CHANGES = [
+    *[replaced_module, replaced_module_that_lives_on, appended_module],
+    *[added_bias, larger_weight, untied],
+]
+
+
+@pytest.mark.parametrize("spike_above", [None, 10.0])
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_that_come_later_are_watched_at_once(change, spike_above):
+    layers = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    model = nn.Sequential(*layers)
+    model[2].weight = model[1].weight
+    guard = NonFiniteGuard(model, spike_above)
     assert guard(run(model, X)) is None
-    model[0] = nn.Linear(4, 4)  # the old one is gone: seen at once
+    model.zero_grad()
+    before = {*model.parameters()}
+    change(model)
+    for parameter in {*model.parameters()} - before:
 
-    def step():
-        model[0].weight.grad = torch.full((4, 4), NAN)
+        def step(parameter=parameter):
+            parameter.grad = torch.full(parameter.shape, NAN)
 
-    assert guard(step) is not None
-    model.append(nn.Linear(4, 4))  # nothing is gone: seen after a while
-
-    def later():
-        model[1].weight.grad = torch.full((4, 4), NAN)
-
-    assert any(guard(later) is not None for _ in range(60))
+        assert guard(step) is not None
+        assert parameter.grad is None
 
 
 def test_an_overflow_under_a_scaler_is_left_to_the_scaler():
