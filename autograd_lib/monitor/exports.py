@@ -1,9 +1,10 @@
-"""A monitor's history written as CSV, as Parquet and to TensorBoard."""
+"""A monitor's history as a table, a file and for loggers."""
 
 from __future__ import annotations
 
 import csv
-from os import PathLike
+from collections.abc import Sequence
+from os import PathLike, fspath
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,47 @@ def write_parquet(table: Columns, path: str | PathLike[str]) -> None:
     parquet.write_table(pyarrow.table(table), path)
 
 
+def data_frame(table: Columns) -> Any:
+    """Columns as a `pandas.DataFrame`; needs pandas."""
+    try:
+        import pandas  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError("to_dataframe: pandas is needed: pip install pandas") from error
+    return pandas.DataFrame(table)
+
+
+def scalars(history: dict[str, Any], row: int, statistics: Sequence[str]) -> dict[str, float]:
+    """The norms of one recorded step, and statistics of each parameter with a gradient in it."""
+    unknown = [s for s in statistics if s not in STATISTICS or s not in history]
+    if unknown:
+        known = [name for name in STATISTICS if name in history]
+        raise ValueError(
+            f"scalars: expected statistics among {known}, got {unknown}; collect others by "
+            "GradientMonitor(collect=..., update_every=...)"
+        )
+    found = {f"gradients/{name}": history[name][row] for name in ("total_norm", "clipped_norm")}
+    for statistic in statistics:
+        for i in np.flatnonzero(history["present"][row]).tolist():
+            value = history[statistic][row, i]
+            found[f"gradients/{statistic}/{history['names'][i]}"] = value.real
+    if np.isnan(found["gradients/clipped_norm"]):  # nobody looked before
+        del found["gradients/clipped_norm"]
+    return {name: float(value) for name, value in found.items()}
+
+
 def write_tensorboard(history: dict[str, Any], writer: Any) -> None:
     """Write the norms as scalars."""
     for row, step in enumerate(history["step"].tolist()):
-        writer.add_scalar("gradients/total_norm", history["total_norm"][row], step)
-        for i in np.flatnonzero(history["present"][row]).tolist():
-            name = f"gradients/norm/{history['names'][i]}"
-            writer.add_scalar(name, history["norm"][row, i], step)
+        for name, value in scalars(history, row, ["norm"]).items():
+            writer.add_scalar(name, value, step)
+
+
+def summary_writer(directory: str | PathLike[str]) -> Any:
+    """A writer of event files; needs tensorboard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(
+            "to_tensorboard: writing event files needs tensorboard: pip install tensorboard"
+        ) from error
+    return SummaryWriter(fspath(directory))

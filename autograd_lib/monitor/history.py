@@ -276,11 +276,17 @@ class Record:
         ring = self.rings.get("skipped")
         return np.zeros(len(steps), dtype=bool) if ring is None else ring.at(steps) == 1
 
-    def arrays(self) -> dict[str, Any]:
-        """The history as NumPy arrays; `GradientMonitor.history` says which."""
+    @property
+    def last(self) -> int:
+        """The last step of which there is a row, 0 before the first."""
+        return int(self.rings["fields"].steps.max())
+
+    def arrays(self, since: int = 0) -> dict[str, Any]:
+        """The history after a step as NumPy arrays; `GradientMonitor.history` says which."""
         self.read()
         ring = self.rings["fields"]
         places = ring.places()
+        places = places[ring.steps[places] > since]
         steps, absent = ring.steps[places], self.rings["absent"].values[places]
         present = absent == PRESENT
         statistics = derive(ring.values[places], present)
@@ -326,7 +332,7 @@ class Record:
 
     def summary(self) -> GradientStatistics:
         """The statistics of the last recorded step, and the issues that last."""
-        history = self.arrays()
+        history = self.arrays(self.last - 1)
         if not len(history["step"]):
             return GradientStatistics(total_norm=0.0, parameters={}, step=0, issues=[])
         keys = [name for name in STATISTICS if name in history]

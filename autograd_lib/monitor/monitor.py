@@ -10,9 +10,10 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
+from html import escape
 from itertools import repeat
 from operator import is_, is_not
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any, NoReturn
 
 import torch
@@ -30,7 +31,15 @@ from autograd_lib.core.shards import is_distributed
 from autograd_lib.core.statistics import COUNTS
 from autograd_lib.gradients import GradientStatistics, check_not_meta
 from autograd_lib.monitor.activations import ActivationHook, Activations
-from autograd_lib.monitor.exports import columns, write_csv, write_parquet, write_tensorboard
+from autograd_lib.monitor.exports import (
+    columns,
+    data_frame,
+    scalars,
+    summary_writer,
+    write_csv,
+    write_parquet,
+    write_tensorboard,
+)
 from autograd_lib.monitor.history import (
     FROZEN,
     MISSING,
@@ -187,6 +196,7 @@ class GradientMonitor:
         self._is_open = False  # whether the last look may be replaced, its step not being taken
         self._taken = 0  # steps of the optimizer, for the hook of the scaler
         self._was_attached = self._has_warned = False
+        self._written: dict[Any, int] = {}  # up to which step, by directory or writer
         self._changes = _changes(self._live_parameters())  # to tell training by
         self._previous: list[Tensor | None] | None = None  # gradients, for the cosine
         self._weights: list[Tensor] | None = None  # before the step, for the size of the update
@@ -627,13 +637,71 @@ class GradientMonitor:
         """
         write_parquet(columns(self.history), path)
 
+    def to_dataframe(self) -> Any:
+        """The table of `to_csv` as a `pandas.DataFrame`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return data_frame(columns(self.history))
+
     def to_tensorboard(self, writer: Any) -> None:
-        """Write the norms to TensorBoard.
+        """Write the total norm, that after clipping, and the norms, to TensorBoard.
+
+        It may be called at every step or at the end: each step is written once to a writer or
+        directory.
 
         Args:
-            writer: A `torch.utils.tensorboard.SummaryWriter`, or what has its `add_scalar`.
+            writer: A `torch.utils.tensorboard.SummaryWriter`, what has its `add_scalar`, or the
+                directory of a writer to make.
+
+        Raises:
+            ImportError: A directory is given and tensorboard is not installed.
+            TypeError: It is none of these.
         """
-        write_tensorboard(self.history, writer)
+        is_directory = isinstance(writer, str | PathLike)
+        if not is_directory and not hasattr(writer, "add_scalar"):
+            raise TypeError(
+                "to_tensorboard: expected a directory or a SummaryWriter, got "
+                f"{type(writer).__name__}"
+            )
+        self._is_unwatched()
+        target = summary_writer(writer) if is_directory else writer
+        key = fspath(writer) if is_directory else weakref.ref(writer)
+        write_tensorboard(self._record.arrays(self._written.get(key, 0)), target)
+        if is_directory:
+            target.close()
+        self._written[key] = self._record.last
+
+    def scalars(self, *statistics: str) -> dict[str, float]:
+        """The last step as a flat dict, for `wandb.log`, `mlflow.log_metrics` and their like.
+
+        Args:
+            *statistics: Which to give of each parameter, as "norm" or "std"; by default the norm.
+
+        Returns:
+            `"gradients/total_norm"`; `"gradients/clipped_norm"` where `look()` was called before
+            clipping; and `"gradients/norm/NAME"`, or what else was asked for, of each parameter
+            that had a gradient. Of a complex mean the real part. Empty before the first step.
+
+        Raises:
+            ValueError: A statistic is unknown, or was not collected.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> with GradientMonitor(model) as monitor:
+            ...     model(torch.tensor([[3.0, 4.0]])).sum().backward()
+            >>> monitor.scalars("max")["gradients/max/weight"]
+            4.0
+        """
+        self._is_unwatched()
+        history = self._record.arrays(self._record.last - 1)
+        return scalars(history, -1, statistics or ["norm"]) if len(history["step"]) else {}
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks: the last step, and the issues."""
+        summary = self.get_gradient_summary()._repr_html_()  # reading finds issues
+        return f"<p>{escape(repr(self))}</p>{summary}"
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered, as tensors and plain values, which `torch.load` takes as safe."""

@@ -6,9 +6,11 @@ import contextlib
 import copy
 import csv
 import gc
+import importlib
 import math
 import pickle
 import re
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -1737,6 +1739,22 @@ def test_exports_of_complex_means_and_of_nothing(tmp_path) -> None:
         nothing.to_csv(tmp_path / "absent" / "x.csv")
 
 
+def test_a_data_frame_has_a_row_for_each_step_and_parameter(tmp_path) -> None:
+    pandas = pytest.importorskip("pandas")
+    monitor = exported()
+    monitor.to_csv(tmp_path / "history.csv")
+    frame = monitor.to_dataframe()
+    pandas.testing.assert_frame_equal(frame, pandas.read_csv(tmp_path / "history.csv"))
+    norms = frame.pivot_table(index="step", columns="parameter", values="norm")["p"]
+    assert norms.tolist() == monitor.history["norm"][:, 0].tolist()
+
+
+def test_a_data_frame_needs_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="to_dataframe: pandas is needed: pip install pandas"):
+        exported().to_dataframe()
+
+
 class Writer:
     """What `to_tensorboard` calls of a SummaryWriter."""
 
@@ -1744,6 +1762,7 @@ class Writer:
         self.scalars: dict[tuple[str, int], float] = {}
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
+        assert (tag, step) not in self.scalars, "written twice"
         self.scalars[tag, step] = value
 
 
@@ -1757,6 +1776,123 @@ def test_tensorboard_gets_norms() -> None:
         ("gradients/norm/gone", 2),
     }
     assert writer.scalars["gradients/norm/p", 3] == history["norm"][2, 0]
+
+
+def clipped_run() -> Iterator[GradientMonitor]:
+    """A monitor after each of three steps, which clip to 1."""
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with GradientMonitor(model, optimizer, history=2) as monitor:
+        for step in range(1, 4):
+            model(step * torch.tensor([[3.0, 4.0]])).sum().backward()
+            monitor.look()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield monitor
+
+
+def test_tensorboard_gets_each_step_once() -> None:
+    writer, other = Writer(), Writer()
+    for monitor in clipped_run():
+        monitor.to_tensorboard(writer)
+        monitor.to_tensorboard(writer)
+    monitor.to_tensorboard(other)
+    tags = ("gradients/total_norm", "gradients/clipped_norm", "gradients/norm/weight")
+    assert writer.scalars.keys() == {(tag, step) for tag in tags for step in (1, 2, 3)}
+    assert other.scalars.keys() == {(tag, step) for tag in tags for step in (2, 3)}
+    assert writer.scalars["gradients/total_norm", 3] == pytest.approx(15.0)
+    assert writer.scalars["gradients/clipped_norm", 3] == pytest.approx(1.0)
+    with pytest.raises(TypeError, match="expected a directory or a SummaryWriter, got int"):
+        monitor.to_tensorboard(3)
+
+
+def test_scalars_are_flat() -> None:
+    monitor = exported()
+    history = monitor.history
+    found = monitor.scalars()
+    assert found == {
+        "gradients/total_norm": history["total_norm"][-1],
+        "gradients/norm/p": history["norm"][-1, 0],
+    }
+    assert {type(value) for value in found.values()} == {float}
+    assert monitor.scalars("std", "cosine").keys() == {
+        *("gradients/total_norm", "gradients/std/p", "gradients/cosine/p"),
+    }
+    with pytest.raises(
+        ValueError, match=r"scalars: expected statistics among .*got \['update_ratio'\]"
+    ):
+        monitor.scalars("update_ratio")
+    *_, monitor = clipped_run()
+    assert monitor.scalars() == pytest.approx(
+        {
+            "gradients/total_norm": 15.0,
+            "gradients/clipped_norm": 1.0,
+            "gradients/norm/weight": 15.0,
+        }
+    )
+    assert look({"p": torch.tensor([1 + 2j])}).scalars("mean")["gradients/mean/p"] == 1.0
+    model = mlp()
+    assert GradientMonitor(model).scalars() == {}
+
+
+EXPECTED = {"gradients/total_norm": [5.0, 10.0, 15.0], "gradients/clipped_norm": [1.0] * 3}
+
+
+def test_tensorboard_itself(tmp_path: Path) -> None:
+    backend = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tensorboard = importlib.import_module("torch.utils.tensorboard")
+    with tensorboard.SummaryWriter(str(tmp_path / "writer")) as writer:
+        for monitor in clipped_run():
+            monitor.to_tensorboard(tmp_path / "directory")
+            writer.add_scalars("all", monitor.scalars(), len(monitor.scalars()))
+            monitor.to_tensorboard(writer)
+    for place in ("writer", "directory"):
+        events = backend.EventAccumulator(str(tmp_path / place))
+        events.Reload()
+        for tag, values in EXPECTED.items():
+            scalars = events.Scalars(tag)
+            assert [event.step for event in scalars] == [1, 2, 3]
+            np.testing.assert_allclose([event.value for event in scalars], values, rtol=1e-5)
+
+
+def test_tensorboard_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"to_tensorboard: .* needs tensorboard: pip i"):
+        exported().to_tensorboard("directory")
+
+
+def test_weights_and_biases_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    seen = []
+    with wandb.init(mode="offline", dir=tmp_path) as run:
+        for monitor in clipped_run():
+            run.log(monitor.scalars())
+            seen.append(dict(run.summary))
+    for tag, values in EXPECTED.items():
+        np.testing.assert_allclose([row[tag] for row in seen], values, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_mlflow_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "runs").as_uri())
+    with mlflow.start_run() as run:
+        for step, monitor in enumerate(clipped_run(), 1):
+            mlflow.log_metrics(monitor.scalars(), step=step)
+    client = mlflow.MlflowClient()
+    for tag, values in EXPECTED.items():
+        metrics = client.get_metric_history(run.info.run_id, tag)
+        np.testing.assert_allclose([metric.value for metric in metrics], values, rtol=1e-5)
+
+
+def test_a_monitor_in_a_notebook_is_a_table_with_issues() -> None:
+    html = look(*sequence(1.0, 1e4))._repr_html_()
+    assert html.startswith("<p>GradientMonitor(2 parameters, 2 steps, 1 issue)</p><table")
+    assert "issue: exploding in p since step 2 (norm 1e+04)" in html
+    assert '<th scope="row">p</th>' in html
 
 
 # --- the summary and the state before the first step
