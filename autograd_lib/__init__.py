@@ -7,6 +7,7 @@ importable from here. Importing loads torch, NumPy and the standard library only
 from autograd_lib.benchmark import Comparison, Ratio, compare
 from autograd_lib.callbacks import lightning_callback, transformers_callback
 from autograd_lib.checkpointing import CheckpointPlan, plan_checkpoints
+from autograd_lib.command import Task
 from autograd_lib.config import AutogradConfig, Settings, load_config
 from autograd_lib.examples import AdvancedAutogradExamples, AutogradExamples
 from autograd_lib.functions import (
@@ -100,6 +101,7 @@ __all__ = [
     "Ratio",
     "SavedTensors",
     "Settings",
+    "Task",
     "Trial",
     "TuningReport",
     "autotune",

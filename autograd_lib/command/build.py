@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,21 +14,17 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from autograd_lib.command.data import Task, check_options, load_data
-from autograd_lib.config.records import AutogradConfig, OptimizerConfig
+from autograd_lib.command.data import Task, load_data
+from autograd_lib.command.named import called, imported, takes_any_name
+from autograd_lib.config.records import OPTIMIZERS, AutogradConfig, OptimizerConfig
 from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransformerModel
 from autograd_lib.training.processes import Peers
 from autograd_lib.training.system import AutogradTrainingSystem
 
-_MODELS: dict[str, type[nn.Module]] = {
+_MODELS: dict[str, Callable[..., Any]] = {
     "cnn": CustomCNNModel,
     "transformer": CustomTransformerModel,
     "rnn": CustomRNNModel,
-}
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
 }
 
 
@@ -62,8 +58,10 @@ def build(config: AutogradConfig) -> Run:
         The run.
 
     Raises:
-        ValueError: Model and data do not fit together, an option is unknown or out of its range,
-            or the batch does not divide by the number of processes.
+        ValueError: Model and data do not fit together, a name or an option is unknown or out of
+            its range, or the batch does not divide by the number of processes.
+        TypeError: A function of one's own returns something else than a `Task` or a module.
+        RuntimeError: It fails.
         ImportError: The data need a package that is not installed.
 
     Example:
@@ -82,8 +80,12 @@ def build(config: AutogradConfig) -> Run:
     torch.manual_seed((seed + peers.rank) % 2**63)
     train, test = make_loaders(config, task, peers.rank, peers.world)
     chosen = config.optimizer
-    given = {"params": model.parameters(), "lr": chosen.lr, "weight_decay": chosen.weight_decay}
-    optimizer = _make("optimizer", _OPTIMIZERS[chosen.name], chosen.options, given)
+    kind = OPTIMIZERS[chosen.name]
+    given = {"params": model.parameters(), "lr": chosen.lr}
+    has_decay = "weight_decay" in inspect.signature(kind).parameters
+    if has_decay or chosen.weight_decay != OptimizerConfig.weight_decay:  # else it is not asked for
+        given["weight_decay"] = chosen.weight_decay
+    optimizer = called("optimizer", chosen.name, kind, chosen.options, given)
     scheduler = make_schedule(chosen, optimizer, config.training.epochs * len(train))
     system = AutogradTrainingSystem(
         model, optimizer, task.loss_fn.to(device), config, scheduler=scheduler, metrics=task.metrics
@@ -106,28 +108,23 @@ def pick_device(name: str) -> torch.device:
 
 
 def _make_model(config: AutogradConfig, task: Task) -> nn.Module:
-    kind, given = _MODELS[config.model.name], dict[str, Any](task.sizes)
-    known = inspect.signature(kind).parameters
-    if not given.keys() <= known.keys():
+    name, given = config.model.name, dict(task.sizes)
+    kind = _MODELS.get(name) or imported("model", name)
+    signature = inspect.signature(kind)
+    if not (given.keys() <= signature.parameters.keys() or takes_any_name(signature)):
         raise ValueError(
-            f"model.name: {config.model.name!r} does not fit data.name {config.data.name!r}; what "
-            "fits is cnn on digits, rnn on rows, transformer on source"
+            f"model.name: {name!r} does not fit data.name {config.data.name!r}; what fits is cnn "
+            "on digits, rnn on rows, transformer on source, and on these data a function that "
+            f"takes {', '.join(given)}"
         )
-    if "custom_gradients" in known:
+    if "custom_gradients" in signature.parameters:
         given["custom_gradients"] = config.autograd_system.advanced_features.custom_gradients
-    return _make("model", kind, config.model.options, given)
-
-
-def _make(
-    section: str, kind: type[Any], options: Mapping[str, Any], given: Mapping[str, Any]
-) -> Any:
-    """Call a class with the options of a section, and with what they may not set."""
-    known = [name for name in inspect.signature(kind).parameters if name not in given]
-    check_options(section, kind.__name__, options, known)
-    try:
-        return kind(**given, **options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{section}.options: {error}") from error
+    model = called("model", name, kind, config.model.options, given)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model.name: expected {name} to return an nn.Module, got {type(model).__name__}"
+        )
+    return model
 
 
 def make_schedule(

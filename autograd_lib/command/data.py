@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from autograd_lib.core.names import nearest
+from autograd_lib.command.named import called, check_options, imported
 
 VOCABULARY = 128  # ASCII; any other character is a question mark
 
@@ -39,21 +39,34 @@ def accuracy(output: Tensor, targets: Tensor) -> Tensor:
     return (_answers(output, targets).argmax(-1) == targets).float().mean()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """What there is to learn: data, what they ask of a model, and how it is judged.
 
+    A function that returns one is `data.name` of a configuration, as ``package.module:function``,
+    and called with `data.options`; its random numbers follow from `training.seed`.
+
     Attributes:
-        train: Samples to learn from.
+        train: Samples to learn from, a map-style dataset or a list of ``(input, target)``; an input
+            that is a tuple holds several arguments of the model.
         test: Samples to judge by.
-        sizes: Arguments of the model that the data decide.
-        loss_fn: A mean, as `loss_fn(output, targets)`.
-        metrics: Name to a function of output and targets, a mean over the same terms.
+        sizes: Arguments of the model that the data decide, by their names.
+        loss_fn: A mean, as ``loss_fn(output, targets)``; by default the cross-entropy of logits
+            (batch, ..., classes).
+        metrics: Name to a function of output and targets, a mean over the same terms; by default
+            the accuracy.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 50)[:, None]
+        >>> samples = list(zip(x, x.square(), strict=True))
+        >>> task = Task(samples[::2], samples[1::2], loss_fn=nn.MSELoss(), metrics={})
+        >>> len(task.train), task.sizes
+        (25, {})
     """
 
-    train: TensorDataset
-    test: TensorDataset
-    sizes: dict[str, int]
+    train: Any
+    test: Any
+    sizes: Mapping[str, Any] = field(default_factory=dict)
     loss_fn: nn.Module = field(default_factory=ClassLoss)
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(
         default_factory=lambda: {"accuracy": accuracy}
@@ -68,6 +81,7 @@ def load_data(name: str, **options: Any) -> Task:
     - "rows": the same images, read as sequences of 8 rows of 8 pixels. No options.
     - "source": the next character in the sources of the standard library. `length` of a window in
       characters (128), number of `windows` to train on (4000) and of `test_windows` (500).
+    - "package.module:function": what the function returns, a `Task`.
 
     Args:
         name: Of the task.
@@ -77,7 +91,9 @@ def load_data(name: str, **options: Any) -> Task:
         The task.
 
     Raises:
-        ValueError: No such option, or an option is out of its range.
+        ValueError: No such function or option, or an option is out of its range.
+        TypeError: The function returns something else.
+        RuntimeError: The function fails.
         ImportError: scikit-learn is not installed, for "digits" and "rows".
 
     Example:
@@ -86,23 +102,20 @@ def load_data(name: str, **options: Any) -> Task:
         >>> tokens.shape, bool((tokens[1:] == following[:-1]).all())
         (torch.Size([16]), True)
     """
+    if name not in _LOADERS:
+        task = called("data", name, imported("data", name), options, {})
+        if not isinstance(task, Task):
+            raise TypeError(
+                f"data.name: expected {name} to return a Task, got {type(task).__name__}; write "
+                "`return autograd_lib.Task(train, test)`"
+            )
+        return task
     known = inspect.signature(_LOADERS[name]).parameters
     check_options("data", f"data {name!r}", options, known)
     for key, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"data.options.{key}: expected an integer from 1 on, got {value!r}")
     return _LOADERS[name](**options)
-
-
-def check_options(section: str, owner: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a name in the options of a section that their owner does not know."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"{section}.options.{name}: the options of {owner} that nothing else sets are "
-                f"{', '.join(known) or 'none'}{nearest(name, known)}"
-            )
 
 
 def _digits() -> Task:

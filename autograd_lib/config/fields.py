@@ -52,7 +52,7 @@ class Kind:
     def __call__(self, value: Any) -> Any:
         """Return what the record holds for a value, or raise `RefusedError`."""
         typed = isinstance(value, self.types) and (type(value) is not bool or bool in self.types)
-        if typed and value is None:
+        if value is None and NoneType in self.types:
             return None
         if not typed or not self.test(value):
             raise RefusedError(self.text, value, mistyped=not typed)

@@ -7,12 +7,14 @@ comments.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from autograd_lib.checkpointing.compiled import compile_module
 from autograd_lib.checkpointing.recompute import apply_checkpoints
@@ -43,7 +45,30 @@ def _number(text: str, test: Callable[[float], bool]) -> Kind:
     return Kind(f"a number {text}", (int, float), test, float)
 
 
+def _own_or(*choices: str) -> Kind:
+    known = " or ".join(map(repr, choices))
+    return Kind(
+        f"{known}, or a function of yours as in the line `name: package.module:function`",
+        (object,),
+        lambda name: (
+            name in choices or (isinstance(name, str) and _OWN.fullmatch(name) is not None)
+        ),
+    )
+
+
+OPTIMIZERS = {  # by the names of configurations
+    name.lower(): kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
+}
+_OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 # What fields may hold, for `Record` and for pydantic.
+_OPTIMIZER = Kind(
+    f"a class of torch.optim ({', '.join(OPTIMIZERS)}), as in the line `name: adamw`",
+    (object,),
+    lambda name: isinstance(name, str) and name.lower() in OPTIMIZERS,
+    str.lower,
+)
 _COUNT = Kind("an integer >= 1", (int,), lambda n: n >= 1)
 _POSITIVE = _number("> 0", lambda x: 0 < x < math.inf)
 _Flag = Annotated[bool, Kind("True or False", (bool,))]
@@ -235,13 +260,15 @@ class DataConfig(Record):
     Attributes:
         name: "digits" are images of 8 x 8 pixels for the CNN, "rows" the same images as sequences
             of 8 rows for the RNN, "source" the characters of Python's standard library for the
-            Transformer. All come with what is installed.
+            Transformer. All come with what is installed. Or package.module:function, which is
+            called with the options and returns an `autograd_lib.Task`; the module may be a file in
+            the current directory.
         batch_size: Samples of a step, at least 1, of all processes together.
         workers: Processes that load data, at least 0; 0 loads it in the training process.
         options: Arguments of the data set by their names.
     """
 
-    name: Literal["digits", "rows", "source"] = "digits"
+    name: Annotated[str, _own_or("digits", "rows", "source")] = "digits"
     batch_size: _Count = 64
     workers: _Natural = 0
     options: _Options = field(default_factory=dict, hash=False)
@@ -253,12 +280,13 @@ class ModelConfig(Record):
 
     Attributes:
         name: "cnn" is CustomCNNModel, "transformer" CustomTransformerModel, "rnn"
-            CustomRNNModel.
+            CustomRNNModel. Or package.module:function, which is called with the sizes that the data
+            decide and with the options, and returns a module.
         options: Arguments of the model by their names. The data decide the sizes of input and
             output.
     """
 
-    name: Literal["cnn", "transformer", "rnn"] = "cnn"
+    name: Annotated[str, _own_or("cnn", "transformer", "rnn")] = "cnn"
     options: _Options = field(default_factory=dict, hash=False)
 
 
@@ -267,10 +295,10 @@ class OptimizerConfig(Record):
     """How parameters follow the gradients.
 
     Attributes:
-        name: "adamw", "adam" or "sgd", of torch.optim.
+        name: A class of torch.optim, such as "adamw", "sgd" or "rmsprop", in small letters or not.
         lr: Learning rate, above 0; with a schedule the largest one.
         weight_decay: At least 0; "adamw" multiplies weights by 1 - lr * weight_decay at each step,
-            the others add weight_decay * weight to the gradient.
+            "adam" and "sgd" add weight_decay * weight to the gradient. A class without it has none.
         options: Further arguments of the optimizer by their names, such as betas or momentum.
         schedule: What becomes of the learning rate after the warmup: "constant" keeps it, "linear"
             and "cosine" take it to 0 at the last step.
@@ -278,7 +306,7 @@ class OptimizerConfig(Record):
             grows from near 0; 0 for none.
     """
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Annotated[str, _OPTIMIZER] = "adamw"
     lr: _Positive = 1e-3
     weight_decay: _NotNegative = 0.01
     options: _Options = field(default_factory=dict, hash=False)

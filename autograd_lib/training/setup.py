@@ -79,13 +79,10 @@ def _check_optimizer(
         ) from error
     if described == OptimizerConfig():
         return
-    given = {"name": name.lower(), **optimizer.defaults}
-    asked = {
-        "name": described.name.lower(),
-        "lr": described.lr,
-        "weight_decay": described.weight_decay,
-        **described.options,
-    }
+    given = {"weight_decay": OptimizerConfig.weight_decay, **optimizer.defaults}
+    given["name"] = name.lower()
+    asked = {key: getattr(described, key) for key in ("name", "lr", "weight_decay")}
+    asked |= described.options
     other = [f"{key} {given.get(key)!r}" for key in asked if given.get(key) != asked[key]]
     if scheduler is None and (described.schedule != "constant" or described.warmup):
         other.append("no scheduler")

@@ -459,8 +459,12 @@ def test_values_are_of_yaml_1_2(write, text, value):
         ("optimizer: {lr: false}", ["optimizer.lr: expected a number > 0, got false"]),
         ("optimizer: {warmup: 1}", ["optimizer.warmup: expected a number >= 0 and < 1, got 1"]),
         (
-            "optimizer: {name: AdamW}",
-            ["optimizer.name: expected 'adamw' or 'adam' or 'sgd', got 'AdamW'"],
+            "optimizer: {name: AdamV}",
+            [
+                "optimizer.name: expected a class of torch.optim (adafactor, muon, adadelta, "
+                "adagrad, adam, adamax, adamw, asgd, lbfgs, nadam, radam, rmsprop, rprop, sgd, "
+                "sparseadam), as in the line `name: adamw`, got 'AdamV'"
+            ],
         ),
         (
             "model: {options: [1]}",
@@ -729,7 +733,8 @@ def test_the_last_override_counts():
         ("", "expected 'key=value'"),
         (
             "model.name=",
-            "model.name: expected 'cnn' or 'transformer' or 'rnn', got null",
+            "model.name: expected 'cnn' or 'transformer' or 'rnn', or a function of yours as in "
+            "the line `name: package.module:function`, got null",
         ),
         (
             "data.batch_size=[",
@@ -774,7 +779,7 @@ def test_an_override_does_not_hide_a_mistake_of_the_file(write):
         (MonitoringConfig, {"history": 0}, ValueError, "history to be an integer >= 1"),
         (MonitoringConfig, {"vanish_below": -1}, ValueError, "to be a number >= 0, got -1"),
         (FeaturesConfig, {"custom_gradients": None}, TypeError, "to be True or False, got None"),
-        (DataConfig, {"name": "mnist"}, ValueError, "'digits' or 'rows' or 'source', got"),
+        (DataConfig, {"name": "mnist"}, ValueError, "or 'source', or a function of .* got"),
         (DataConfig, {"batch_size": 0}, ValueError, "batch_size to be an integer >= 1"),
         (DataConfig, {"batch_size": 1.0}, TypeError, "an integer >= 1, got 1.0"),
         (DataConfig, {"workers": -1}, ValueError, "workers to be an integer >= 0"),
@@ -799,6 +804,13 @@ def test_an_override_does_not_hide_a_mistake_of_the_file(write):
         (OptimizerConfig, {"weight_decay": -1}, ValueError, "weight_decay to be a number"),
         (OptimizerConfig, {"warmup": 1.0}, ValueError, ">= 0 and < 1, got 1.0"),
         (OptimizerConfig, {"schedule": "step"}, ValueError, "'linear' or 'cosine', got"),
+        (OptimizerConfig, {"schedule": None}, ValueError, "'linear' or 'cosine', got None"),
+        (OptimizerConfig, {"name": "Optimizer"}, ValueError, "a class of torch.optim .* got 'Opt"),
+        (OptimizerConfig, {"name": None}, ValueError, "a class of torch.optim .* got None"),
+        (ModelConfig, {"name": "a.b"}, ValueError, "package.module:function`, got 'a.b'"),
+        (ModelConfig, {"name": "a b:c"}, ValueError, "package.module:function`, got 'a b:c'"),
+        (ModelConfig, {"name": ":c"}, ValueError, "package.module:function`, got ':c'"),
+        (ModelConfig, {"name": "a:"}, ValueError, "package.module:function`, got 'a:'"),
         (TrainingConfig, {"epochs": -1}, ValueError, "epochs to be an integer >= 0"),
         (TrainingConfig, {"epochs": True}, TypeError, "epochs to be an integer >= 0"),
         (TrainingConfig, {"seed": 2**64}, ValueError, "seed to be an integer of 64 bits"),
