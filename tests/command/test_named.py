@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -185,3 +186,51 @@ def test_the_command_trains_it_and_goes_on(module: str, capsys: pytest.CaptureFi
     assert (written.data.name, written.optimizer.name) == (f"{module}:squares", "rmsprop")
     assert main(["train", "run.yaml", "--set", "data.name=digit", "--directory", "b"]) == 2
     assert "`name: package.module:function`, got 'digit'" in capsys.readouterr().err
+
+
+# --- the files that README shows
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+FILES = dict(
+    re.findall(r"```(?:python|yaml)\n# ((?:table|arrays|text)\.\w+)[^\n]*\n(.*?)```", README, re.S)
+)
+
+
+def test_the_readme_shows_a_table_a_folder_and_a_text() -> None:
+    kinds = itertools.product(("table", "arrays", "text"), ("py", "yaml"))
+    assert sorted(FILES) == sorted(map(".".join, kinds))
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "wanted"),
+    [("table", "loss", 0.1), ("arrays", "accuracy", 0.95), ("text", "accuracy", 0.9)],
+)
+def test_the_files_of_the_readme_train(
+    name: str,
+    metric: str,
+    wanted: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On data of which much can be learned: a line, two brightnesses, a repeated sentence."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for suffix in ("py", "yaml"):
+        Path(f"{name}.{suffix}").write_text(FILES[f"{name}.{suffix}"], encoding="utf-8")
+    draw = np.random.default_rng(0)
+    if name == "table":
+        x = draw.normal(size=(200, 3))
+        table = np.column_stack([x, x @ [1.0, -2.0, 0.5]])
+        np.savetxt("table.csv", table, delimiter=",", header="a,b,c,y", comments="")
+    elif name == "arrays":
+        for kind, level in (("dark", -1.0), ("light", 1.0)):
+            Path("arrays", kind).mkdir(parents=True)
+            for i in range(40):
+                np.save(f"arrays/{kind}/{i}.npy", draw.normal(level, 0.5, size=(3, 6, 6)))
+    else:
+        Path("text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 150)
+    assert main(["train", f"{name}.yaml", "--set", "training.device=cpu"]) == 0
+    found = re.search(rf"^{metric} +([\d.]+)$", capsys.readouterr().out, re.M)
+    assert (float(found[1]) < wanted) == (metric == "loss"), found
+    sys.modules.pop(name)
