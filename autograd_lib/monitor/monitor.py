@@ -10,10 +10,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from html import escape
 from itertools import repeat
 from operator import is_, is_not
-from os import PathLike, fspath
 from typing import Any, NoReturn
 
 import torch
@@ -29,17 +27,9 @@ from autograd_lib.core.reduction import Reduction
 from autograd_lib.core.rows import PLAIN, norms, root_sum_squares
 from autograd_lib.core.shards import is_distributed
 from autograd_lib.core.statistics import COUNTS
-from autograd_lib.gradients import GradientStatistics, check_not_meta
+from autograd_lib.gradients import check_not_meta
 from autograd_lib.monitor.activations import ActivationHook, Activations
-from autograd_lib.monitor.exports import (
-    columns,
-    data_frame,
-    scalars,
-    summary_writer,
-    write_csv,
-    write_parquet,
-    write_tensorboard,
-)
+from autograd_lib.monitor.exports import Readings
 from autograd_lib.monitor.history import (
     FROZEN,
     MISSING,
@@ -47,7 +37,6 @@ from autograd_lib.monitor.history import (
     UNWATCHED,
     Issue,
     Record,
-    Unwatched,
 )
 from autograd_lib.monitor.hooks import (
     EndOfBackward,
@@ -59,8 +48,8 @@ from autograd_lib.monitor.hooks import (
     remove_all,
     weak,
 )
-from autograd_lib.monitor.noise_scale import NoiseScale, estimate
-from autograd_lib.monitor.options import check_integer, check_options
+from autograd_lib.monitor.noise_scale import NoiseScale
+from autograd_lib.monitor.options import check_options
 from autograd_lib.monitor.watched import Watched
 
 __all__ = ["GradientMonitor", "Issue", "NoiseScale"]
@@ -68,7 +57,7 @@ __all__ = ["GradientMonitor", "Issue", "NoiseScale"]
 _MOST_PLANS = 8  # of patterns of absent gradients; then zeros stand in for those that are absent
 
 
-class GradientMonitor:
+class GradientMonitor(Readings):
     r"""Watch the gradient of every parameter at every step, without waiting for the device.
 
     A step is one `optimizer.step()` where an optimizer is given: what is seen are the gradients as
@@ -176,6 +165,7 @@ class GradientMonitor:
                 f"GradientMonitor: the parameters {lazy} are lazy and have no shape yet; call the "
                 "model once on an input, then make the monitor"
             )
+        super().__init__()
         self._model = weakref.ref(model)
         self._wrapper = weak(optimizer)
         if optimizer is not None:
@@ -196,7 +186,6 @@ class GradientMonitor:
         self._is_open = False  # whether the last look may be replaced, its step not being taken
         self._taken = 0  # steps of the optimizer, for the hook of the scaler
         self._was_attached = self._has_warned = False
-        self._written: dict[Any, int] = {}  # up to which step, by directory or writer
         self._changes = _changes(self._live_parameters())  # to tell training by
         self._previous: list[Tensor | None] | None = None  # gradients, for the cosine
         self._weights: list[Tensor] | None = None  # before the step, for the size of the update
@@ -521,8 +510,6 @@ class GradientMonitor:
         known = [square.new_full((), number) for number in self._micro_batches]
         self._record.keep("noise", torch.stack([*known, square]))
 
-    # Reading: what waits for the device.
-
     def _is_unwatched(self) -> bool:
         """Tell whether the model was trained and nobody attached the monitor; warn of it once."""
         if self._was_attached or self._record.step:
@@ -536,172 +523,7 @@ class GradientMonitor:
             warnings.warn(f"GradientMonitor: {UNWATCHED}", stacklevel=3)
         return True
 
-    @property
-    def issues(self) -> list[Issue]:
-        """The issues so far, in the order of steps; a problem that lasts is one `Issue`."""
-        if self._is_unwatched():
-            return Unwatched()
-        self._record.read()
-        return list(self._record.issues)
-
-    @property
-    def history(self) -> dict[str, Any]:
-        """What was recorded of the last steps, as NumPy arrays of shape [steps, parameters].
-
-        `["step"]` and `["names"]` say what the rows and columns are, `["numel"]` how many elements
-        a parameter has. `["present"]` tells where there was a gradient, `["missing"]` where one was
-        required and there was none. `["norm"]`, `["mean"]`, `["std"]`, `["min"]`, `["max"]`,
-        `["abs_max"]` are NaN where there was none.
-        `["total_norm"]` and `["skipped"]` have one entry a step, and so has `["clipped_norm"]`: the
-        total norm after clipping where `look()` was called before, else NaN. There, if collected,
-        are
-        `["zero_fraction"]`, `["nan_count"]`, `["inf_count"]`, `["cosine"]`, `["update_ratio"]`, NaN
-        in the steps between; and `["histogram"]` of shape [recorded steps, parameters, 64], with
-        `["histogram_step"]` and 65 `["histogram_edges"]`, powers of two: the first bin holds zeros
-        too, the last one all that is larger.
-        """
-        self._is_unwatched()
-        return self._record.arrays()
-
-    @property
-    def activations(self) -> dict[str, Any]:
-        """Statistics of the outputs of the modules that `activations=` names, as in `history`.
-
-        A row covers all calls of a module within a step; of several outputs the first counts.
-        """
-        if self._activations is None:
-            raise ValueError(
-                "activations: none were watched; make the monitor with activations=True"
-            )
-        return self._record.arrays_of_activations(self._activations.names)
-
-    def get_gradient_summary(self) -> GradientStatistics:
-        """Summarize the last step that was looked at.
-
-        Returns:
-            Its statistics, which print as a table: `["parameters"]` holds norm, mean, std, min,
-            max, abs_max and numel, and what else was collected at that step; `["step"]` is its
-            number and `["issues"]` lists what still lasts. Before the first step `total_norm` and
-            `step` are 0 and `parameters` is empty.
-        """
-        note = {"note": UNWATCHED} if self._is_unwatched() else {}
-        return GradientStatistics(**self._record.summary(), **note)
-
-    def noise_scale(self, micro_batch: int, last: int | None = None) -> NoiseScale:
-        r"""Estimate the batch size beyond which larger batches help little.
-
-        The gradient noise scale $\operatorname{tr}(\Sigma) / |G|^2$ (McCandlish et al. 2018,
-        eq. 2.8) is the batch size at which the noise of a step is as large as its gradient. It is
-        estimated from the norms of the gradient as it accumulates over the micro-batches of a step:
-        at least two are needed, of equal size, with a loss that is a mean. Give the monitor the
-        model that is called: of a `DistributedDataParallel` it knows which backwards were averaged.
-        With `fully_shard` each micro-batch must be, else only the last one of a step is seen.
-        The randomness of dropout counts as noise.
-
-        Args:
-            micro_batch: Samples in one micro-batch of one process.
-            last: Estimate from so many of the last steps only: as the loss falls the scale grows.
-
-        Returns:
-            The estimate from the remembered steps, with its interval.
-
-        Raises:
-            ValueError: The monitor was made without `noise=True`, `micro_batch` or `last` is not
-                positive, or fewer than two steps have two micro-batches.
-        """
-        if not self._noise:
-            raise ValueError("noise_scale: nothing was recorded; make the monitor with noise=True")
-        check_integer("noise_scale", "micro_batch", micro_batch, 1)
-        check_integer("noise_scale", "last", 1 if last is None else last, 1)
-        records = self._record.noise()
-        if last is not None and len(records):
-            records = records[records[:, 0] > records[-1, 0] - last]
-        return estimate(records, micro_batch)
-
-    # Exports.
-
-    def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write the history as CSV: a line for each step and each parameter that had a gradient.
-
-        Raises:
-            OSError: The file cannot be written.
-        """
-        write_csv(columns(self.history), path)
-
-    def to_parquet(self, path: str | PathLike[str]) -> None:
-        """Write the table of `to_csv` as Parquet.
-
-        Raises:
-            ImportError: pyarrow is not installed.
-            OSError: The file cannot be written.
-        """
-        write_parquet(columns(self.history), path)
-
-    def to_dataframe(self) -> Any:
-        """The table of `to_csv` as a `pandas.DataFrame`.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return data_frame(columns(self.history))
-
-    def to_tensorboard(self, writer: Any) -> None:
-        """Write the total norm, that after clipping, and the norms, to TensorBoard.
-
-        It may be called at every step or at the end: each step is written once to a writer or
-        directory.
-
-        Args:
-            writer: A `torch.utils.tensorboard.SummaryWriter`, what has its `add_scalar`, or the
-                directory of a writer to make.
-
-        Raises:
-            ImportError: A directory is given and tensorboard is not installed.
-            TypeError: It is none of these.
-        """
-        is_directory = isinstance(writer, str | PathLike)
-        if not is_directory and not hasattr(writer, "add_scalar"):
-            raise TypeError(
-                "to_tensorboard: expected a directory or a SummaryWriter, got "
-                f"{type(writer).__name__}"
-            )
-        self._is_unwatched()
-        target = summary_writer(writer) if is_directory else writer
-        key = fspath(writer) if is_directory else weakref.ref(writer)
-        write_tensorboard(self._record.arrays(self._written.get(key, 0)), target)
-        if is_directory:
-            target.close()
-        self._written[key] = self._record.last
-
-    def scalars(self, *statistics: str) -> dict[str, float]:
-        """The last step as a flat dict, for `wandb.log`, `mlflow.log_metrics` and their like.
-
-        Args:
-            *statistics: Which to give of each parameter, as "norm" or "std"; by default the norm.
-
-        Returns:
-            `"gradients/total_norm"`; `"gradients/clipped_norm"` where `look()` was called before
-            clipping; and `"gradients/norm/NAME"`, or what else was asked for, of each parameter
-            that had a gradient. Of a complex mean the real part. Empty before the first step.
-
-        Raises:
-            ValueError: A statistic is unknown, or was not collected.
-
-        Example:
-            >>> model = torch.nn.Linear(2, 1)
-            >>> with GradientMonitor(model) as monitor:
-            ...     model(torch.tensor([[3.0, 4.0]])).sum().backward()
-            >>> monitor.scalars("max")["gradients/max/weight"]
-            4.0
-        """
-        self._is_unwatched()
-        history = self._record.arrays(self._record.last - 1)
-        return scalars(history, -1, statistics or ["norm"]) if len(history["step"]) else {}
-
-    def _repr_html_(self) -> str:
-        """A small table for notebooks: the last step, and the issues."""
-        summary = self.get_gradient_summary()._repr_html_()  # reading finds issues
-        return f"<p>{escape(repr(self))}</p>{summary}"
+    # State.
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered, as tensors and plain values, which `torch.load` takes as safe."""

@@ -1751,7 +1751,7 @@ def test_a_data_frame_has_a_row_for_each_step_and_parameter(tmp_path) -> None:
 
 def test_a_data_frame_needs_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match="to_dataframe: pandas is needed: pip install pandas"):
+    with pytest.raises(ImportError, match="to_dataframe needs pandas: pip install pandas"):
         exported().to_dataframe()
 
 
@@ -1857,8 +1857,8 @@ def test_tensorboard_itself(tmp_path: Path) -> None:
 
 
 def test_tensorboard_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r"to_tensorboard: .* needs tensorboard: pip i"):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match="to_tensorboard needs tensorboard: pip install"):
         exported().to_tensorboard("directory")
 
 
