@@ -188,8 +188,7 @@ class NonFiniteGuard:
         guarded, self.result = self.begin(), None
         try:
             with guarded.explained(step):
-                # Detached, so that neither a graph nor parameters live on with the guard.
-                self.result = tree_map_only(Tensor, Tensor.detach, step())
+                self.result = _detached(step())
         except TypeError:
             _check_step("NonFiniteGuard", step)  # if that is what is wrong, it says the remedy
             raise
@@ -335,6 +334,13 @@ def _check_step(operation: str, step: Step) -> None:
             f"{operation}: expected step to be a function without arguments, got {got}; pass the "
             "function itself, with its arguments bound: lambda: step(batch)"
         ) from None
+
+
+def _detached(result: Any) -> Any:
+    """The same without a graph, which would live on with the guard, and parameters with it."""
+    if isinstance(result, Tensor):
+        return result.detach()
+    return None if result is None else tree_map_only(Tensor, Tensor.detach, result)
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -7,7 +7,6 @@ import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from types import NoneType
 from typing import Any
 
 import torch
@@ -40,8 +39,13 @@ class Parts:
         self.model: Callable[[], Any] = weakref.ref(model)
         self.scaler = scaler
         self._buffered = [weakref.ref(module) for module in model.modules() if module._buffers]
-        self._modules = [*map(weakref.ref, model.modules())]
+        self._parents = [weakref.ref(module) for module in model.modules() if module._modules]
+        self._owners = [weakref.ref(module) for module in model.modules() if module._parameters]
+        self._look: Callable[[Any], Any] = type
         slots, self._known = self._scan()
+        if len({*map(id, slots)}) < len(slots):  # some are shared, or absent
+            self._look = id
+            _, self._known = self._scan()
         places = {p: i for i, p in reversed([*enumerate(slots)]) if p is not None}
         places = dict(sorted(places.items(), key=operator.itemgetter(1)))  # shared ones once
         parameters = [*places]
@@ -81,12 +85,14 @@ class Parts:
 
     def _scan(self) -> tuple[list[Any], Any]:
         """What stands in the tables of parameters, and what tells that they have changed."""
-        modules: list[Any] = [*map(operator.call, self._modules)]
-        if NoneType in {*map(type, modules)}:
+        try:
+            owners = map(_PARAMETERS, map(operator.call, self._owners))
+            parents = map(_MODULES, map(operator.call, self._parents))
+            slots = [*chain.from_iterable(map(_VALUES, owners))]
+            children = [*map(id, chain.from_iterable(map(_VALUES, parents)))]
+        except AttributeError:  # a module is gone
             return [], None
-        slots = [*chain.from_iterable(map(_VALUES, map(_PARAMETERS, modules)))]
-        children = chain.from_iterable(map(_VALUES, map(_MODULES, modules)))
-        return slots, ([*map(id, slots)], [*map(id, children)])
+        return slots, (children, [*map(self._look, slots)])
 
     def modules(self) -> list[nn.Module]:
         """Those that have buffers."""
