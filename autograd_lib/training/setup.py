@@ -17,6 +17,12 @@ from autograd_lib.core.shards import is_distributed
 from autograd_lib.monitor.monitor import GradientMonitor
 from autograd_lib.training.processes import optimized
 
+_ONE_OPTIMIZER = (
+    "; of a wrapper pass the optimizer inside. With several, make a system of each and write the "
+    "loop: for inputs, targets in loader: first.train_step(inputs, targets); "
+    "second.train_step(...)"
+)
+
 
 def check_arguments(
     model: nn.Module,
@@ -28,11 +34,15 @@ def check_arguments(
     metrics: Iterable[str],
 ) -> None:
     """Raise for what cannot be trained, would fail in the middle, or would change nothing."""
-    given: dict[type, object] = {nn.Module: model, Optimizer: optimizer, AutogradConfig: config}
-    for kind, value in given.items():
+    for kind, value, remedy in (
+        (nn.Module, model, ""),
+        (Optimizer, optimizer, _ONE_OPTIMIZER),
+        (AutogradConfig, config, ""),
+    ):
         if not isinstance(value, kind):
             raise TypeError(
                 f"AutogradTrainingSystem: expected {kind.__name__}, got {type(value).__name__}"
+                + remedy
             )
     if (reduction := getattr(loss_fn, "reduction", "mean")) != "mean":
         raise ValueError(

@@ -231,6 +231,75 @@ def test_optimizers_that_a_step_cannot_use_are_refused():
     AutogradTrainingSystem(model, optimizer, nn.MSELoss(), scheduler=scheduler)
 
 
+def test_the_wrapper_of_accelerate_trains_and_resumes_as_the_optimizer_inside(tmp_path: Path):
+    accelerate = pytest.importorskip("accelerate")
+    found = []
+    batches = batches_of((8,), 8)
+    for wraps in (True, False):
+        model, optimizer, _, _ = twins(lambda: nn.Linear(8, 8))
+        if wraps:
+            optimizer = accelerate.Accelerator(cpu=True).prepare(optimizer)
+            assert not hasattr(optimizer, "_optimizer_step_pre_hooks")  # of `Optimizer.__init__`
+        config = configured(training={"clip_norm": 0.1, "directory": str(tmp_path / str(wraps))})
+        scheduler = lr_scheduler.StepLR(optimizer, 3)
+        system = AutogradTrainingSystem(
+            *(model, optimizer, nn.CrossEntropyLoss(), config), scheduler=scheduler
+        )
+        system.fit(batches, 1, batches)
+        system.load(tmp_path / str(wraps) / "best.pt")
+        system.fit(batches, 2, batches)
+        monitored = system.monitor.history["total_norm"]
+        found.append([model.state_dict(), optimizer.state_dict(), torch.tensor(monitored)])
+        assert len(monitored) == 12
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("several", [list, tuple, lambda pair: dict(enumerate(pair))])
+def test_two_optimizers_are_two_systems(several: Callable[[Any], Any]):
+    model = nn.Linear(4, 1)
+    pair = several([torch.optim.SGD([weight], lr=0.1) for weight in model.parameters()])
+    with pytest.raises(TypeError, match=r"With several, make a system of each and write the loop"):
+        AutogradTrainingSystem(model, pair, nn.MSELoss())
+
+
+def test_a_gan_of_two_systems_is_that_of_a_loop_by_hand():
+    """Each monitor has the gradients of its optimizer, and no other."""
+
+    def networks() -> list[Any]:
+        torch.manual_seed(0)
+        pair = [nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))]
+        return [*pair, *(torch.optim.Adam(net.parameters(), lr=1e-2) for net in pair)]
+
+    def norm(net: nn.Module) -> float:
+        return nn.utils.get_total_norm([p.grad for p in net.parameters()]).item()
+
+    loss_fn, ones = nn.BCEWithLogitsLoss(), torch.ones(8, 1)
+    labels = torch.cat([ones, 1 - ones])
+    draws = [(torch.randn(8, 6), torch.randn(8, 4)) for _ in range(5)]
+    forge, judge, *optimizers = networks()
+    expected = []
+    for real, noise in draws:
+        optimizers[1].zero_grad()
+        loss_fn(judge(torch.cat([real, forge(noise).detach()])), labels).backward()
+        expected.append(norm(judge))
+        optimizers[1].step()
+        optimizers[0].zero_grad()
+        loss_fn(judge(forge(noise)), ones).backward()
+        expected.append(norm(forge))
+        optimizers[0].step()
+    other_forge, other_judge, *optimizers = networks()
+    both = nn.Sequential(other_forge, other_judge)
+    forging = AutogradTrainingSystem(both, optimizers[0], loss_fn)
+    judging = AutogradTrainingSystem(other_judge, optimizers[1], loss_fn)
+    for real, noise in draws:
+        judging.train_step(torch.cat([real, other_forge(noise).detach()]), labels)
+        forging.train_step(noise, ones)
+    assert_same(both.state_dict(), nn.Sequential(forge, judge).state_dict())
+    for system, seen in ((judging, expected[::2]), (forging, expected[1::2])):
+        assert system.monitor.history["total_norm"] == pytest.approx(np.array(seen), rel=1e-5)
+        assert not system.monitor.issues
+
+
 @pytest.mark.parametrize(
     ("described", "differs"),
     [
