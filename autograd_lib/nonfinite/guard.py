@@ -316,7 +316,7 @@ class GuardedStep(ModuleState):
         named = [(readable(n), p.grad) for n, p in self._model.named_parameters()]
         largest = max((norm_of(g).item(), name) for name, g in named if g is not None)
         _, name = max(gather(self._parts.groups, largest))
-        detail += "; the largest part of it is that of this parameter"
+        detail += f"; the largest part of it is that of {name!r}"
         return NonFinite("backward", "spike", name.rpartition(".")[0], name=name, detail=detail)
 
     def _versions(self) -> list[int]:
