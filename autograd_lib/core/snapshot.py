@@ -165,12 +165,25 @@ def _write(tensor: Tensor, value: Tensor) -> None:
         tensor.data.copy_(value)
 
 
-def replace_unwritable_buffers(modules: Iterable[nn.Module]) -> None:
-    """Put a copy in the place of each buffer that `load_state_dict` could not write into."""
-    for module in modules:
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not is_writable(buffer):
-                module._buffers[name] = buffer.clone()
+@contextlib.contextmanager
+def writable_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let `load_state_dict` write into a copy of each buffer that it could not write into.
+
+    The buffer gets what was written, or stays replaced where it cannot hold that.
+    """
+    tables = [module._buffers for module in modules]
+    places = [(table, name, b) for table in tables for name, b in table.items() if b is not None]
+    places = [place for place in places if not is_writable(place[2])]
+    for table, name, buffer in places:
+        table[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for table, name, buffer in places:
+            value: Any = table[name]
+            _write(buffer, value)
+            if torch.equal(buffer, value):
+                table[name] = buffer
 
 
 @contextlib.contextmanager

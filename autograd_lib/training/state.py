@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.shards import is_distributed
-from autograd_lib.core.snapshot import replace_unwritable_buffers
+from autograd_lib.core.snapshot import writable_buffers
 from autograd_lib.training.processes import optimized
 
 _FORMAT = "autograd_lib training state, version 3"
@@ -96,8 +96,9 @@ def _sharded_as(value: Any, reference: Any) -> Any:
 
 def load_module(module: nn.Module, state: Mapping[str, Any]) -> None:
     now = module.state_dict()
-    replace_unwritable_buffers(module.modules())
-    module.load_state_dict({name: _sharded_as(value, now[name]) for name, value in state.items()})
+    whole = {name: _sharded_as(value, now[name]) for name, value in state.items()}
+    with writable_buffers(module.modules()):
+        module.load_state_dict(whole)
 
 
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:

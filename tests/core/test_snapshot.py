@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from autograd_lib.checkpointing import plan_checkpoints
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.snapshot import (
     ModuleState,
@@ -20,12 +21,14 @@ from autograd_lib.core.snapshot import (
     own_generators,
     preserved_random_state,
     random_state,
-    replace_unwritable_buffers,
     seed_all,
     set_random_state,
     torch_generators,
     without_gradients,
+    writable_buffers,
 )
+from autograd_lib.training import AutogradTrainingSystem
+from autograd_lib.tuning import autotune
 
 
 def draws() -> list[float]:
@@ -154,13 +157,56 @@ def test_buffers_that_are_not_writable_are_restored(twice: bool) -> None:
 def test_a_state_is_loaded_into_buffers_that_are_not_writable() -> None:
     source, module = Unwritable(), Unwritable()
     source.base.mul_(3)
+    state = source.state_dict()
     with pytest.raises(RuntimeError, match="expanded"):
-        module.load_state_dict(source.state_dict())
-    base = module.base
-    replace_unwritable_buffers(module.modules())
-    assert module.base is base
-    module.load_state_dict(source.state_dict())
+        module.load_state_dict(state)
+    buffers = [*module.buffers()]
+    with writable_buffers(module.modules()):
+        module.load_state_dict(state)
     assert module.expanded.tolist() == [[3.0] * 3, [6.0] * 3]
+    assert all(a is b for a, b in zip(module.buffers(), buffers, strict=True))
+    state["scalar"] = torch.arange(3.0)  # more than one number in memory can hold
+    with writable_buffers(module.modules()):
+        module.load_state_dict(state)
+    assert module.scalar.tolist() == [0, 1, 2]
+
+
+class Scaled(nn.Module):
+    """A layer whose scale is stored once for all its elements, and is changed by each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.tensor(0.5).expand(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x) * self.scale.clone()
+        self.scale[:1] *= 0.9
+        return y.tanh()
+
+
+def test_tools_that_run_a_step_restore_buffers_that_are_not_writable(tmp_path: Path) -> None:
+    x, model = torch.ones(2, 4), nn.Sequential(Scaled(), nn.Linear(4, 4))
+    plan_checkpoints(model, x, 10**9)
+    autotune(model, (x, x), nn.MSELoss(), compile=False)
+    assert model[0].scale.tolist() == [0.5] * 4
+
+    def trained(interrupted: bool) -> list[float]:
+        made = []
+        for _ in range(1 + interrupted):
+            model = nn.Sequential(Scaled(), nn.Linear(4, 4))
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            made.append(AutogradTrainingSystem(model, optimizer, nn.MSELoss()))
+        made[0].train_step(x, x)
+        made[0].save(tmp_path / "a.pt")
+        made[-1].load(tmp_path / "a.pt")
+        made[-1].train_step(x, x)
+        return [*model[0].scale.tolist(), *model[0].layer.weight.flatten().tolist()]
+
+    resumed = trained(interrupted=True)
+    assert resumed[:4] == pytest.approx([0.5 * 0.9**2] * 4)
+    assert resumed[4:] == trained(interrupted=False)[4:]
 
 
 def test_gradients_are_set_aside() -> None:
