@@ -545,6 +545,81 @@ def evaluated(rank: int, strategy: str, _: Path) -> None:
         trained.evaluate([] if rank else [part])
 
 
+class Halving(torch.optim.SGD):
+    """Evaluates at half of the weights that it trains."""
+
+    @torch.no_grad()
+    def change(self, training: bool) -> None:
+        for group in self.param_groups:
+            if group.setdefault("training", True) != training:
+                group["training"] = training
+                for parameter in group["params"]:
+                    parameter.mul_(2 if training else 0.5)
+
+    def train(self) -> None:
+        self.change(True)
+
+    def eval(self) -> None:
+        self.change(False)
+
+
+@scenario
+def modes(rank: int, strategy: str, shared: Path) -> None:
+    """Evaluated and saved at the weights of evaluation, trained and resumed at the others."""
+    batches = [samples(10, seed) for seed in range(4)]
+    halving = partial(Halving, lr=0.05, momentum=0.9)
+    trained = follow(rank, strategy, batches[:2], 7, halving)
+    expected, _, _ = bare(batches[:2])
+    x, y = samples(4, seed=9)
+    model = Net()
+    model.load_state_dict({name: weight / 2 for name, weight in expected.items()})
+    loss = nn.MSELoss()(model(x), y).item()
+    assert trained.evaluate([(x, y)])["loss"] == pytest.approx(loss, rel=1e-5)
+    path = shared / f"modes_{strategy}.pt"
+    trained.save(path)
+    saved = torch.load(path, weights_only=True)["model"]
+    assert apart(saved, model.state_dict()) < 1e-6
+    assert apart(weights(trained), expected) < 1e-6
+    again = system(strategy, optimizer=halving)
+    again.load(path)
+    for each in (trained, again):
+        for batch in batches[2:]:
+            each.train_step(*of_rank(batch, rank, 7))
+    for one, other in zip(weights(trained).values(), weights(again).values(), strict=True):
+        assert torch.equal(one, other)
+    assert apart(weights(trained), bare(batches)[0]) < 1e-6
+
+
+@scenario
+def batches_of_any_form(rank: int, strategy: str, _: Path) -> None:
+    """Without one batch dimension the targets weigh, or `count`; what nothing weighs is refused."""
+
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+            self.blocks = self.net.blocks
+
+        def forward(self, x: Tensor, bag: Tensor) -> Tensor:
+            x = self.net(x)
+            return x.new_zeros(int(bag.max()) + 1, 1).index_add(0, bag, x)
+
+    x, _ = samples(9)
+    bags = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2])
+    y = torch.randn(3, 1, generator=torch.Generator().manual_seed(0))
+    model = Bags()
+    nn.MSELoss()(model(x, bags), y).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    trained = system(strategy, Bags())
+    if rank == 0:
+        trained.train_step((x[:4], bags[:4]), y[:2])
+    else:
+        trained.train_step((x[4:], bags[4:] - 2), y[2:])
+    assert apart(gradients(trained), expected) < 1e-5
+    with pytest.raises(ValueError, match="how much a batch weighs beside others is not known"):
+        trained.train_step((x, bags), torch.tensor(1.0))
+
+
 @scenario
 def buffers(rank: int, strategy: str, shared: Path) -> None:
     """Running means are those of the first rank, for all that judge, and in the file."""
