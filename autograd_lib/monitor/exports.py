@@ -195,6 +195,8 @@ class Readings:
             ValueError: A statistic is unknown, or was not collected.
 
         Example:
+            >>> import torch
+            >>> from autograd_lib import GradientMonitor
             >>> model = torch.nn.Linear(2, 1)
             >>> with GradientMonitor(model) as monitor:
             ...     model(torch.tensor([[3.0, 4.0]])).sum().backward()

@@ -54,6 +54,7 @@ from autograd_lib.monitor.watched import Watched
 
 __all__ = ["GradientMonitor", "Issue", "NoiseScale"]
 
+_THOROUGH_EVERY = 16  # steps, and where a gradient is absent, replaced parameters are looked for
 _MOST_PLANS = 8  # of patterns of absent gradients; then zeros stand in for those that are absent
 
 
@@ -413,9 +414,9 @@ class GradientMonitor(Readings):
             record.keep("activations", activations)
         record.look()
 
-    def _live_parameters(self) -> Sequence[nn.Parameter]:
+    def _live_parameters(self, *, thorough: bool = False) -> Sequence[nn.Parameter]:
         """The watched parameters; none if the model is gone."""
-        parameters, changed = self._watched.parameters()
+        parameters, changed = self._watched.parameters(thorough=thorough)
         if changed:
             self._follow(parameters)
             if self._handles:
@@ -432,7 +433,10 @@ class GradientMonitor(Readings):
 
     def _gradients(self) -> list[Tensor | None]:
         """The gradients of the watched parameters as they stand; none if the model is gone."""
-        return [parameter.grad for parameter in self._live_parameters()]
+        grads = [parameter.grad for parameter in self._live_parameters()]
+        if all(map(is_not, grads, repeat(None))) and self._record.step % _THOROUGH_EVERY:
+            return grads
+        return [parameter.grad for parameter in self._live_parameters(thorough=True)]
 
     def _absent(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Which gradients are absent, and whether they are missing or of frozen parameters."""

@@ -37,11 +37,15 @@ class Watched:
         self.owners: list[str | None] = []
         self._ids: dict[str, int] = {}  # of what is watched; an id is compared, never looked up
         self._modules: list[weakref.ref[nn.Module]] = []
-        self._state: Any = None
+        self._seen: tuple[list[int], Any] = ([], None)
         self._find(model)
 
-    def parameters(self) -> tuple[list[nn.Parameter], bool]:
+    def parameters(self, *, thorough: bool = False) -> tuple[list[nn.Parameter], bool]:
         """What is watched now, nothing if the model is gone; and whether that is something else.
+
+        Args:
+            thorough: Whether to look through the model too, for what it has replaced; without an
+                optimizer that is done in any case.
 
         Raises:
             ValueError: The optimizer holds parameters that the model has replaced, or none of it.
@@ -49,59 +53,65 @@ class Watched:
         model = self._model()
         if model is None:
             return [], False
-        found, state = self._scan()
-        before = self._ids
-        if state != self._state:
+        before, (ids, structure) = self._ids, self._seen
+        optimizer = self._optimizer()
+        found = self._candidates(optimizer)
+        if [*map(id, found)] != ids or (
+            (thorough or optimizer is None) and self._structure() != structure
+        ):
             found = self._find(model)
         return [*self._pick(found)][:-1], self._ids is not before
 
-    def _scan(self) -> tuple[list[Any], Any]:
-        """All parameters of the known modules and the optimizer, and what `_find` depends on.
-
-        Ids do for that: the places of what is watched depend on nothing else.
-        """
-        children: list[Any] = []
+    def _candidates(self, optimizer: Optimizer | None) -> list[Any]:
+        """What the optimizer holds, or all parameters of the known modules."""
         found: list[Any] = [_GONE]
+        if optimizer is None:
+            for ref in self._modules:
+                if (module := ref()) is not None:
+                    found.extend(module._parameters.values())
+        else:
+            for group in optimizer.param_groups:
+                found.extend(group["params"])
+        return found
+
+    def _structure(self) -> tuple[list[int], list[int]]:
+        """The ids of the known modules' children and parameters: all that names depend on."""
+        children: list[Any] = []
+        parameters: list[Any] = []
         for ref in self._modules:
-            if (module := ref()) is None:
-                children.append(None)
-            else:
-                children.extend(module._modules.values())
-                found.extend(module._parameters.values())
-        optimizer, owned = self._optimizer(), len(found)
-        for group in [] if optimizer is None else optimizer.param_groups:
-            found.extend(group["params"])
-        return found, ([*map(id, children)], [*map(id, found)], owned)
+            module = ref()
+            children.extend([None] if module is None else module._modules.values())
+            parameters.extend([] if module is None else module._parameters.values())
+        return [*map(id, children)], [*map(id, parameters)]
 
     def _find(self, model: nn.Module) -> list[Any]:
         """Find modules, names and places anew; nothing is changed by an error."""
         before, self._modules = self._modules, [*map(weakref.ref, model.modules())]
-        found, state = self._scan()
+        found = self._candidates(self._optimizer())
+        places = {id(parameter): place for place, parameter in enumerate(found)}
         named = {name: id(parameter) for name, parameter in model.named_parameters()}
-        wanted = {*(named.values() if self._optimizer() is None else state[1][state[2] :])}
-        places = {number: place for place, number in enumerate(state[1])}
         try:
-            named |= self._replaced(named, wanted, found, places)
+            named |= self._replaced(named, found, places)
         except ValueError:
             self._modules = before
             raise
-        ids = {name: number for name, number in named.items() if number in wanted}
+        ids = {name: number for name, number in named.items() if number in places}
         if ids != self._ids:
             self._ids = ids
             self.names = [*ids, *(name for name in self.names if name not in ids)]
             self.owners = _owners(self.names, named)
         self._pick = itemgetter(*(places[ids.get(n, id(_GONE))] for n in self.names), 0)
-        self._state = state
+        self._seen = [*map(id, found)], self._structure()
         return found
 
     def _replaced(
-        self, named: dict[str, int], held: set[int], found: list[Any], places: dict[int, int]
+        self, named: dict[str, int], found: list[Any], places: dict[int, int]
     ) -> dict[str, int]:
         """The parameters that the model has replaced for a while, as `fully_shard` does."""
         replaced = {
             name: number
             for name, number in self._ids.items()
-            if number in held and named.get(name, number) != number and named[name] not in held
+            if number in places and named.get(name, number) != number and named[name] not in places
         }
         lost = [name for name, i in replaced.items() if not is_distributed(found[places[i]])]
         if lost:
@@ -110,7 +120,7 @@ class Watched:
                 "optimizer still holds the old ones, so that it trains nothing; put the new ones "
                 "into optimizer.param_groups, or make a new optimizer and a monitor of it"
             )
-        if held.isdisjoint({**named, **replaced}.values()):
+        if places.keys().isdisjoint({**named, **replaced}.values()):
             raise ValueError(
                 "GradientMonitor: expected an optimizer of parameters of the model, got one that "
                 "holds none of them; make the optimizer of model.parameters(), and after what "

@@ -2559,6 +2559,7 @@ def test_a_parameter_that_the_optimizer_no_longer_trains_is_an_error() -> None:
     with GradientMonitor(model, optimizer) as monitor:
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
+        optimizer.zero_grad()
         model[1] = nn.Linear(2, 1)
         before = copy.deepcopy(model.state_dict())
         for _ in range(2):
