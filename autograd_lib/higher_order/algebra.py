@@ -74,15 +74,20 @@ class Recurrence(Elementary):
         super().__init__(value, value, self.recur, from_value=len(functions) == 1)
         self.functions = functions
         self.terms = derivative
+        # The factor of z's or w's only term joins the weights in the sum, which saves a product.
+        self.systems = [(derivative, 1.0)]
+        for _, terms in functions[1:]:
+            scale = next(iter(terms.values())) if len(terms) == 1 else 1.0
+            self.systems.append(({term: c / scale for term, c in terms.items()}, scale))
 
     def recur(self, stack: Tensor, length: int) -> Tensor:
-        return self._solve(stack, length)[0].stack()
+        return self._solve(stack, length, length - 1)[0].stack()
 
     def slope(self, stack: Tensor, length: int) -> Tensor:
         if self.from_value:
             rows = {"y": stack.unbind()}
             return torch.stack([_coefficient(self.terms, rows, k) for k in range(length)])
-        _, slopes, known = self._solve(stack, length)
+        _, slopes, known = self._solve(stack, length, length)
         return torch.stack([*slopes, _coefficient(self.terms, known, length - 1)])
 
     def second_order(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,20 +99,24 @@ class Recurrence(Elementary):
         return y, slope, slope * (linear + 2 * square * y)
 
     def _solve(
-        self, stack: Tensor, length: int
+        self, stack: Tensor, length: int, end: int
     ) -> tuple[Accumulator, list[Tensor], dict[str, Sequence[Tensor]]]:
-        """Return the first function, its derivative up to the last coefficient, and all letters."""
+        """Return the first function, its derivative up to the last coefficient, and all letters.
+
+        The other functions are computed only up to the order `end - 1`.
+        """
         x = stack.unbind()
         sums = [Accumulator(stack, length) for _ in self.functions]
         known = dict(zip("xyzw", [x, *[y.rows for y in sums]], strict=False))
         slopes: list[list[Tensor]] = [[] for _ in self.functions]
         for y, (value, _) in zip(sums, self.functions, strict=True):
             y.rows[0].copy_(value(x[0]))
+        systems = list(zip(sums, slopes, self.systems, strict=True))
         for k in range(1, length):
-            for y, slope, (_, terms) in zip(sums, slopes, self.functions, strict=True):
+            for y, slope, (terms, scale) in systems if k < end else systems[:1]:
                 slope.append(_coefficient(terms, known, k - 1))
                 for j in range(1, min(k + 1, len(x))):
-                    add_product(y.rows[k], x[j], slope[k - j], value=j / k)
+                    add_product(y.rows[k], x[j], slope[k - j], value=scale * j / k)
         return sums[0], slopes[0], known
 
 

@@ -70,12 +70,11 @@ class Jet(Tensor):
 
     @staticmethod
     def __new__(cls, stack: Tensor, algebra: Algebra, live: int | None = None) -> Jet:
-        self = Tensor._make_wrapper_subclass(
-            cls, stack.shape[1:], dtype=stack.dtype, device=stack.device
-        )
+        n, *shape = stack.shape
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=stack.dtype, device=stack.device)
         self.stack = stack
         self.algebra = algebra
-        self.live = len(stack) if live is None else min(live, len(stack))
+        self.live = n if live is None or live > n else live
         return self
 
     # Read often, so without the detour through __torch_function__.
@@ -89,6 +88,9 @@ class Jet(Tensor):
 
     def dim(self) -> int:
         return self.stack.ndim - 1
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Jet:
         """Apply a linear function to the stack; it must keep the first dimension."""
@@ -106,7 +108,7 @@ class Jet(Tensor):
             raise _no_rule(name, bool(in_place))
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
-        algebra = algebra_of(args, kwargs)
+        algebra = algebra_of(*args, *kwargs.values())
         if algebra.level != torch._C._functorch.maybe_current_level():
             raise NotImplementedError(
                 f"jet: {resolve_name(func)} met a value that jet follows inside a transform of "
@@ -150,7 +152,7 @@ def jets(values: Any) -> list[Jet]:
     for value in values.values() if isinstance(values, dict) else values:
         if type(value) is Jet:
             found.append(value)
-        elif isinstance(value, tuple | list | dict):
+        elif isinstance(value, (tuple, list, dict)):
             found += jets(value)
     return found
 
@@ -169,7 +171,7 @@ def primal(values: Any) -> Any:
 def algebra_of(*values: Any) -> Algebra:
     """Return the algebra of the followed values among arguments, which they must share."""
     first, *others = jets(values)
-    if any(other.algebra is not first.algebra for other in others):
+    if others and any(other.algebra is not first.algebra for other in others):
         raise NotImplementedError(
             "jet: values of two calls of jet or laplacian met; they cannot be nested: take a "
             "higher order, or torch.func.grad around jet"
@@ -187,6 +189,9 @@ def lift(x: Tensor, ndim: int | None = None) -> tuple[Tensor, int]:
 
 def aligned(x: Tensor, y: Tensor, ndim: int = 0) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
     """Lift two values to stacks of one dtype with as many dimensions as broadcasting needs."""
-    ndim, dtype = max(ndim, x.ndim, y.ndim), torch.result_type(primal(x), primal(y))
+    ndim = max(ndim, x.ndim, y.ndim)
     (a, live_a), (b, live_b) = lift(x, ndim), lift(y, ndim)
-    return (a.to(dtype), live_a), (b.to(dtype), live_b)
+    if a.dtype != b.dtype:
+        dtype = torch.result_type(primal(x), primal(y))
+        a, b = a.to(dtype), b.to(dtype)
+    return (a, live_a), (b, live_b)

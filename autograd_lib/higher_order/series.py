@@ -22,24 +22,23 @@ def apply(function: type[Function], *args: Any) -> Any:
     is called, without the binding of arguments that `Function.apply` does before it, and that
     takes longer than the function itself on small tensors.
     """
-    if torch.is_grad_enabled():
+    recording = torch.is_grad_enabled()
+    if recording:
         if torch._C._are_functorch_transforms_active():
             return function.apply(*args)
         if any(isinstance(x, Tensor) and x.requires_grad for x in args):
             return super(Function, function).apply(*args)  # type: ignore[misc]
-    with torch.no_grad():
+    torch._C._set_grad_enabled(False)  # torch.no_grad takes longer than a small product
+    try:
         return function.forward(*args)
+    finally:
+        torch._C._set_grad_enabled(recording)
 
 
 def orders_of(stack: Tensor) -> Tensor:
     """The numbers 1, 2, ... along the first dimension."""
     orders = torch.arange(1, len(stack) + 1, dtype=stack.real.dtype, device=stack.device)
     return orders.reshape(-1, *[1] * (stack.ndim - 1))
-
-
-def time_derivative(stack: Tensor) -> Tensor:
-    """The coefficients of the derivative in t."""
-    return stack[1:] * orders_of(stack[1:])
 
 
 class Accumulator:
@@ -81,9 +80,8 @@ def sum_products(terms: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
 
 
 def pad(stack: Tensor, length: int) -> Tensor:
-    if len(stack) == length:
-        return stack
-    return torch.cat([stack, stack.new_zeros(length - len(stack), *stack.shape[1:])])
+    missing = length - stack.shape[0]  # len is slower
+    return torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])]) if missing else stack
 
 
 # ------------------------------------------------------------------ contraction
@@ -112,8 +110,8 @@ class Operation:
         z += self.apply(a, b)
 
     def forward(self, a: Tensor, b: Tensor, size: int) -> Tensor:
-        """`z_k = sum_j apply(a_(k-j), b_j)` for k below size."""
-        z = pad(self.apply(a[:size], b[0]), size)
+        """`z_k = sum_j apply(a_(k-j), b_j)` for k below size, which is at least `len(a)`."""
+        z = pad(self.apply(a, b[0]), size)
         for j in range(1, min(len(b), size)):
             n = min(len(a), size - j)
             self.add_to(z[j : j + n], a[:n], b[j])
@@ -173,7 +171,7 @@ class Contraction(Function):
     def forward(
         a: Tensor, b: Tensor, operation: Operation, length: int, live_a: int, live_b: int
     ) -> Tensor:
-        size = min(len(a) + len(b) - 1, length)
+        size = min(a.shape[0] + b.shape[0] - 1, length)
         return operation.forward(a[:live_a], b[:live_b], size)
 
     @staticmethod
@@ -263,9 +261,9 @@ def derivative(coefficient: Tensor, k: int) -> Tensor:
         return coefficient
     dtype = coefficient.dtype
     whole = math.factorial(k)
-    wide = coefficient
-    if whole > torch.finfo(dtype).max:
-        wide = coefficient.to(torch.promote_types(dtype, torch.float64))
+    if whole <= torch.finfo(dtype).max:
+        return coefficient * float(whole)
+    wide = coefficient.to(torch.promote_types(dtype, torch.float64))
     for j in range(171, k + 1):  # 170! is the last in float64
         wide, whole = wide * j, whole // j
     return (wide * float(whole)).to(dtype)

@@ -23,7 +23,7 @@ from torch.autograd.function import Function
 from autograd_lib.higher_order.algebra import Elementary, Taylor
 from autograd_lib.higher_order.dispatch import RULES, Jet, lift
 from autograd_lib.higher_order.inputs import Inputs, check_tensor, check_uncompiled, follow
-from autograd_lib.higher_order.series import derivative, pad
+from autograd_lib.higher_order.series import derivative
 
 __all__ = ["jet", "jet_rule"]
 
@@ -138,6 +138,8 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
     if not isinstance(order, int) or order < 0:
         raise ValueError(f"jet: expected an order of 0 or more, got {order!r}")
     algebra = Taylor(order + 1)
-    inputs = follow("jet", x, v, lambda x, v: Jet(torch.stack([x, v])[: order + 1], algebra))
+    inputs = follow("jet", x, v, lambda x, v: Jet(torch.stack([x, v][: order + 1]), algebra))
     stack, _ = lift(check_tensor("jet", f(inputs)))
-    return tuple(derivative(c, k) for k, c in enumerate(pad(stack, order + 1)))
+    missing = order + 1 - len(stack)
+    zeros = stack.new_zeros(missing, *stack.shape[1:]).unbind() if missing else ()
+    return (*[derivative(c, k) for k, c in enumerate(stack.unbind())], *zeros)

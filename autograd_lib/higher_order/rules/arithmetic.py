@@ -24,11 +24,11 @@ def _add_stacks(x: Tensor, y: Tensor) -> Tensor:
     """The sum of two values, constants among them; the shorter stack ends first."""
     algebra = algebra_of(x, y)
     (a, live_a), (b, live_b) = aligned(x, y)
-    if len(a) < len(b):
+    if a.shape[0] < b.shape[0]:
         a, b = b, a
-    n = len(b)
+    n = b.shape[0]
     total = a[:n] + b
-    if n < len(a):
+    if n < a.shape[0]:
         total = torch.cat([total, a[n:].expand(-1, *total.shape[1:])])
     return Jet(total, algebra, max(live_a, live_b))
 
@@ -48,7 +48,7 @@ def _add(x: Any, other: Any, *, alpha: float = 1) -> Tensor:
 
 @jet_rule(torch.sub, torch.subtract)
 def _sub(x: Any, other: Any, *, alpha: float = 1) -> Tensor:
-    return torch.add(x, -alpha * other if alpha != 1 else -other)
+    return _add(x, -alpha * other if alpha != 1 else -other)
 
 
 jet_rule(torch.rsub, Tensor.__rsub__)(lambda x, other, alpha=1: _sub(other, x, alpha=alpha))

@@ -119,7 +119,7 @@ def _inner(x: Tensor, other: Tensor) -> Tensor:
 
 @jet_rule(F.linear)
 def _linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    product = torch.matmul(input, weight.mT if weight.ndim > 1 else weight)
+    product = _matmul(input, weight.mT if weight.ndim > 1 else weight)
     return product if bias is None else plus(product, bias)
 
 

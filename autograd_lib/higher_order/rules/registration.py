@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._C import _functorch as _vmap
-from torch._functorch.predispatch import lazy_load_decompositions
+from torch._functorch import predispatch
 
 from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, lift, primal, unchecked
 from autograd_lib.higher_order.series import Operation
@@ -69,7 +69,7 @@ def linear(function: Any) -> None:
 
     @jet_rule(function)
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
-        require_first_only(function, x, args, kwargs)
+        require_first_only(function, x, *args, *kwargs.values())
         return by_coefficient(called, x, *args, **kwargs)
 
 
@@ -89,8 +89,9 @@ def by_coefficient(function: Callable[..., Any], x: Jet, *args: Any, **kwargs: A
 
     This is `torch.vmap` without its checks of arguments, which take longer than most functions.
     """
-    lazy_load_decompositions()
-    size = len(x.stack)
+    if not predispatch.DECOMPOSITIONS_LOADED:
+        predispatch.lazy_load_decompositions()
+    size = x.stack.shape[0]
     level = _vmap._vmap_increment_nesting(size, "error")
     try:
         result = function(_vmap._add_batch_dim(x.stack, 0, level), *args, **kwargs)
@@ -117,13 +118,13 @@ def contract(operation: Operation, x: Tensor, y: Tensor) -> Tensor:
 def plus(product: Tensor, addend: Tensor) -> Tensor:
     """Add to a matrix product that nothing else holds: in place where that is possible."""
     stack, live = lift(addend, product.ndim)
+    sizes = zip(stack.shape[1:], product.shape, strict=False)
+    wider = addend.ndim > product.ndim or any(n not in (1, size) for n, size in sizes)
     shared = torch._C._are_functorch_transforms_active() or stack.dtype != product.dtype
-    if shared or not isinstance(product, Jet) or len(stack) > len(product.stack):
-        return product + addend
-    if torch.broadcast_shapes(addend.shape, product.shape) != product.shape:
+    if wider or shared or not isinstance(product, Jet) or len(stack) > len(product.stack):
         return product + addend
     algebra_of(product, addend)
-    product.stack[: len(stack)] += stack
+    product.stack[: len(stack)].add_(stack)
     product.live = max(product.live, live)
     return product
 

@@ -32,7 +32,7 @@ jet_rule(torch.atleast_1d)(lambda x: x if x.ndim else x.reshape(1))
 
 @jet_rule(torch.broadcast_tensors)
 def _broadcast_tensors(*tensors: Tensor) -> Any:
-    shape = torch.broadcast_shapes(*[x.shape for x in tensors])
+    shape = torch.broadcast_tensors(*primal(tensors))[0].shape
     return tuple(x if x.shape == shape else x.expand(shape) for x in tensors)
 
 
