@@ -60,7 +60,7 @@ def _has_batch_dimension(shapes: list[tuple[int, ...]]) -> bool:
 
 
 def _samples(operation: str, batch: tuple[Any, Any]) -> float:
-    """Samples in a batch as a whole; NaN if neither all of it nor its targets tell.
+    """Samples in a batch, by all its tensors or by its targets alone; NaN if neither tell.
 
     A batch of graphs has more nodes than targets, and CTC takes targets end to end.
     """
@@ -80,18 +80,15 @@ def split(
     """
     # Not by `from_numpy`, which warns of arrays that are read-only.
     batch = tree_map_only(np.ndarray, torch.tensor, batch)
-    whole = _samples(operation, batch) if size is None else batch_size(operation, batch)
-    parts = [(whole, batch)]
-    if size is not None and size < whole:
-        ends = [(start, min(start + size, int(whole))) for start in range(0, int(whole), size)]
-        parts = [
-            (end - start, tree_map_only(Tensor, itemgetter(slice(start, end)), batch))
-            for start, end in ends
-        ]
+    parts = [batch]
+    if size is not None and size < (whole := batch_size(operation, batch)):
+        cuts = [slice(start, start + size) for start in range(0, whole, size)]
+        parts = [tree_map_only(Tensor, itemgetter(cut), batch) for cut in cuts]
     found = []
-    for samples, (inputs, targets) in parts:
-        share = float(samples if count is None else count(targets))
-        found.append(Piece(inputs if isinstance(inputs, tuple) else (inputs,), targets, share))
+    for part in parts:
+        share = _samples(operation, part) if count is None else count(part[1])
+        inputs = part[0] if isinstance(part[0], tuple) else (part[0],)
+        found.append(Piece(inputs, part[1], float(share)))
     return found
 
 

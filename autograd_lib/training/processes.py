@@ -162,27 +162,26 @@ def parallelize(
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
     """Clip to a norm over all gradients, sharded and sparse ones included; return what it was."""
     # PyTorch 2.13 takes no mixture of sharded and plain tensors; the parameters of a loss are
-    # not sharded with the model. Of sparse gradients it knows neither norm nor factor.
+    # not sharded with the model. Of sparse gradients it has no norm and takes no factor.
     kinds: dict[bool, list[Tensor]] = {}
+    sparse: list[Tensor] = []  # their values, one for each index
     for parameter in parameters:
-        if parameter.grad is not None:
-            if parameter.grad.is_sparse:  # one entry for each index, whose values are the norm's
-                parameter.grad = parameter.grad.coalesce()
+        grad = parameter.grad
+        if grad is not None and grad.is_sparse:
+            parameter.grad = grad.coalesce()
+            sparse.append(parameter.grad.values())
+        elif grad is not None:
             kinds.setdefault(is_distributed(parameter), []).append(parameter)
-    norms = []
+    grads = [[p.grad for p in kind if p.grad is not None] for kind in kinds.values()]
+    if sparse or not grads:
+        grads.append(sparse)
+    norms = map(nn.utils.get_total_norm, grads)
+    whole = [norm.full_tensor() if is_distributed(norm) else norm for norm in norms]
+    total = whole[0] if len(whole) == 1 else torch.stack(whole).norm()
     for kind in kinds.values():
-        grads = [p.grad for p in kind if p.grad is not None]
-        norm = nn.utils.get_total_norm([g.values() if g.is_sparse else g for g in grads])
-        norms.append(norm.full_tensor() if is_distributed(norm) else norm)
-    if not norms:
-        return torch.zeros(())
-    total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-    for kind in kinds.values():
-        dense = [p for p in kind if p.grad is not None and not p.grad.is_sparse]
-        nn.utils.clip_grads_with_norm_(dense, limit, total)
-        for p in kind:
-            if p.grad is not None and p.grad.is_sparse:
-                p.grad.values().mul_((limit / (total + 1e-6)).clamp(max=1.0))
+        nn.utils.clip_grads_with_norm_(kind, limit, total)
+    for values in sparse:
+        values.mul_((limit / (total + 1e-6)).clamp(max=1.0))
     return total
 
 
