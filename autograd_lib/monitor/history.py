@@ -30,6 +30,7 @@ UNWATCHED = (
 _LOOK_EVERY = 64  # so many steps issues are looked for, in the rows that have come to the host
 _MICRO_BATCHES = 16  # in a step, for whose norms there is room
 _SETTLED = 3  # the step from which on zero initialization explains no gradient of zero
+_NOISE = 1e-4  # a norm smaller than this, relative to its module's largest, may be all rounding
 _EXCUSED_SKIPS = 20  # in a row: by then a scaler has lowered its scale by a factor of a million
 _MOST_EPISODES = 20  # of one kind in one parameter: more would tell nothing new
 _CPU = torch.device("cpu")
@@ -258,15 +259,18 @@ class Record:
         """Where a norm has fallen below the threshold, or those of a whole module are below it.
 
         A gradient may be zero by construction, as that of the bias of attention's keys: softmax
-        does not change with it.
+        does not change with it. What is there then is the rounding of the module's other gradients.
         """
-        below = finite & (norm < self._below)
-        grown = np.logical_or.accumulate(np.vstack([self.grown, finite & ~below]))
-        self.grown = grown[-1]
         owners = self._owners
         begins = [i for i, owner in enumerate(owners) if i == 0 or owner != owners[i - 1]]
+        lengths = np.diff([*begins, len(owners)])
+        largest = np.maximum.reduceat(np.where(finite, norm, 0.0), begins, axis=1)
+        below = finite & (norm < self._below)
+        some = finite & ~below & (norm > _NOISE * np.repeat(largest, lengths, axis=1))
+        grown = np.logical_or.accumulate(np.vstack([self.grown, some]))
+        self.grown = grown[-1]
         whole = np.logical_and.reduceat(below | (self.numel == 0), begins, axis=1)
-        whole = np.repeat(whole, np.diff([*begins, len(owners)]), axis=1)
+        whole = np.repeat(whole, lengths, axis=1)
         whole &= [owner is not None for owner in owners]
         whole[steps < _SETTLED] = False
         return below & (grown[:-1] | whole)

@@ -2797,5 +2797,7 @@ def test_what_vanishing_is() -> None:
     # One that never was there, while others of its module are.
     assert vanishing(*[{"w": 1.0, "b": 0.0}] * 5) == []
     assert vanishing(*[{"w": None, "b": 0.0}] * 5) == []
+    # Rounding of the module's other gradients is not one that was there.
+    assert vanishing(*[{"w": 1.0, "b": noise} for noise in (5e-8, 5e-9, 5e-8, 5e-9)]) == []
     # The whole module, after one of them had been there.
     assert vanishing({"w": 1.0, "b": 0.0}, zero, zero) == [("w", 2), ("b", 3)]
