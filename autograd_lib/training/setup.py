@@ -34,15 +34,12 @@ def check_arguments(
     metrics: Iterable[str],
 ) -> None:
     """Raise for what cannot be trained, would fail in the middle, or would change nothing."""
-    for kind, value, remedy in (
-        (nn.Module, model, ""),
-        (Optimizer, optimizer, _ONE_OPTIMIZER),
-        (AutogradConfig, config, ""),
-    ):
+    given: dict[type, object] = {nn.Module: model, Optimizer: optimizer, AutogradConfig: config}
+    for kind, value in given.items():
         if not isinstance(value, kind):
             raise TypeError(
                 f"AutogradTrainingSystem: expected {kind.__name__}, got {type(value).__name__}"
-                + remedy
+                + (_ONE_OPTIMIZER if kind is Optimizer else "")
             )
     if (reduction := getattr(loss_fn, "reduction", "mean")) != "mean":
         raise ValueError(

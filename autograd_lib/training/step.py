@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -89,11 +89,9 @@ class ForwardBackward:
         try:
             yield
         except RuntimeError as error:
-            own, came = (
-                {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
-                for tensors in (self.model.parameters(), _tensors((piece.inputs, piece.targets)))
-            )
-            if came - own:
+            batch = tree_leaves((piece.inputs, piece.targets))
+            came, own = _floating_types(batch), _floating_types(self.model.parameters())
+            if not came <= own:
                 error.add_note(
                     f"{self.operation}: the batch is in {', '.join(sorted(came))}, the model in "
                     f"{', '.join(sorted(own))}; convert the data once, as x.float() (of NumPy "
@@ -102,8 +100,8 @@ class ForwardBackward:
             raise
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _floating_types(values: Iterable[Any]) -> set[str]:
+    return {str(v.dtype) for v in values if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 def micro_batches(

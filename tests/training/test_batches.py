@@ -159,8 +159,9 @@ def test_tables_in_float64():
     with pytest.raises(RuntimeError) as raised:
         system.train_step(x.double(), y)
     note = (
-        "train_step: the batch is in float32, float64, the model in float32; convert the data "
-        'once, as x.float() (of NumPy x.astype("float32")), or the model, as model.double()'
+        "train_step: the batch is in torch.float32, torch.float64, the model in torch.float32; "
+        'convert the data once, as x.float() (of NumPy x.astype("float32")), or the model, as '
+        "model.double()"
     )
     assert raised.value.__notes__ == [note]
     assert_same({**everything(system), "gradients": 0}, {**before, "gradients": 0})

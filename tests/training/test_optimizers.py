@@ -193,6 +193,30 @@ def test_an_optimizer_in_evaluation_mode_is_left_there_until_training_goes_on():
     system.train_step(*batches[1])
 
 
+@pytest.mark.parametrize("kind", ["sparse", "modes", "accelerate"])
+def test_with_and_without_monitor_and_guard_training_is_the_same(kind: str):
+    found = []
+    for watched in (True, False):
+        torch.manual_seed(0)
+        model = Words(kind == "sparse")
+        make = Averaging if kind == "modes" else torch.optim.SGD
+        optimizer = make(model.parameters(), lr=0.1, momentum=0.9)
+        if kind == "accelerate":
+            accelerate = pytest.importorskip("accelerate")
+            optimizer = accelerate.Accelerator(cpu=True).prepare(optimizer)
+        training = {"clip_norm": 0.1, "max_nonfinite": 3 * watched}
+        config = configured(training=training, monitoring={"enabled": watched})
+        system = AutogradTrainingSystem(model, optimizer, nn.CrossEntropyLoss(), config)
+        draw = torch.Generator().manual_seed(1)
+        batches = [
+            (torch.randint(9, (6, 3), generator=draw), torch.randint(3, (6,), generator=draw))
+            for _ in range(5)
+        ]
+        losses = [row["loss"] for row in system.fit(batches, 2, batches)]
+        found.append([model.state_dict(), optimizer.state_dict(), losses])
+    assert_same(*found)
+
+
 # --- optimizers that a step cannot use
 
 
