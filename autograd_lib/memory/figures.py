@@ -182,6 +182,7 @@ def plot_memory(
     ax.set_xlabel("operation of the step")
     ax.set_ylabel(f"bytes alive, in {unit}")
     ax.margins(x=0)
+    ax.set_ylim(top=1.15 * peak / divisor)  # room for the word above
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     return ax
 
