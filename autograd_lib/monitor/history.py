@@ -398,7 +398,8 @@ class Record:
         self.step, self._fed, self._mark = state["step"], self.rings["fields"].count, None
         self.issues = [Issue(*issue) for issue in state["issues"]]
         for name in ("lasting", "grown"):
-            setattr(self, name, self._by_name(name, state[name], state["names"]).numpy())
+            kept = state.get(name, torch.zeros(len(state["names"]), dtype=torch.bool))
+            setattr(self, name, self._by_name(name, kept, state["names"]).numpy())
 
     def _by_name(self, ring: str, values: Tensor, names: Sequence[str]) -> Tensor:
         """Records of the parameters `names` as records of those that are watched now."""
