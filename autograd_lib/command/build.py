@@ -18,7 +18,7 @@ from autograd_lib.command.data import Task, load_data
 from autograd_lib.command.named import called, imported, takes_any_name
 from autograd_lib.config.records import OPTIMIZERS, AutogradConfig, OptimizerConfig
 from autograd_lib.models import CustomCNNModel, CustomRNNModel, CustomTransformerModel
-from autograd_lib.training.processes import Peers
+from autograd_lib.training.distributed import Peers
 from autograd_lib.training.system import AutogradTrainingSystem
 
 _MODELS: dict[str, Callable[..., Any]] = {

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autograd_lib.core.snapshot import random_state, set_random_state
-from autograd_lib.training.processes import optimized
+from autograd_lib.training.distributed import optimized
 
 Stop = Callable[[], int]
 

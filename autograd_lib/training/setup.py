@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from autograd_lib.config.records import AutogradConfig, OptimizerConfig, Settings
 from autograd_lib.core.shards import is_distributed
 from autograd_lib.monitor.monitor import GradientMonitor
-from autograd_lib.training.processes import optimized
+from autograd_lib.training.distributed import optimized
 
 _ONE_OPTIMIZER = (
     "; of a wrapper pass the optimizer inside. With several, make a system of each and write the "

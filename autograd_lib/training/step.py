@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autograd_lib.core.batches import Count, Piece, check_counted, nothing, split
-from autograd_lib.training.processes import Peers, synchronized
+from autograd_lib.training.distributed import Peers, synchronized
 
 _T = TypeVar("_T")
 

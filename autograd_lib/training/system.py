@@ -27,8 +27,7 @@ from autograd_lib.core.snapshot import drop_gradients, random_state, seed_all, s
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
 from autograd_lib.nonfinite.guard import NonFinite, NonFiniteGuard
 from autograd_lib.report.progress import progress
-from autograd_lib.training import processes, setup
-from autograd_lib.training import state as checkpoint
+from autograd_lib.training import distributed, saving, setup
 from autograd_lib.training.loop import (
     Stop,
     averaged,
@@ -118,18 +117,18 @@ class AutogradTrainingSystem:
         setup.check_arguments(
             *(model, optimizer, loss_fn, self.config), scheduler=scheduler, metrics=self.metrics
         )
-        self.settings = setup.settings_of(self.config, processes.module_of(model))
-        self.peers = processes.Peers()
+        self.settings = setup.settings_of(self.config, distributed.module_of(model))
+        self.peers = distributed.Peers()
         self._loss_module = loss_fn if isinstance(loss_fn, nn.Module) else nn.Module()
         self._loss_parameters = [p for p in self._loss_module.parameters() if p.requires_grad]
         self.device = next(model.parameters()).device
         if replace(self.settings, precision="fp32", micro_batch=None) != Settings():
-            self.settings.apply(processes.module_of(model))
-        self.model = processes.parallelize(model, optimizer, self.peers, self.config.distributed)
+            self.settings.apply(distributed.module_of(model))
+        self.model = distributed.parallelize(model, optimizer, self.peers, self.config.distributed)
         self.peers.broadcast([*self._loss_module.parameters(), *self._loss_module.buffers()])
         # Parameters that are not optimized too: their gradients would add up until they overflow.
         everything = [
-            *processes.optimized(optimizer),
+            *distributed.optimized(optimizer),
             *self.model.parameters(),
             *self._loss_parameters,
         ]
@@ -158,7 +157,7 @@ class AutogradTrainingSystem:
     @property
     def module(self) -> nn.Module:
         """The model without its `DistributedDataParallel`."""
-        return processes.module_of(self.model)
+        return distributed.module_of(self.model)
 
     def __repr__(self) -> str:
         return (
@@ -231,8 +230,8 @@ class AutogradTrainingSystem:
             if self.monitor is not None:
                 self.monitor.look()
             self.scaler.unscale_(self.optimizer)
-            self.gradient_norm = processes.clip_gradients(
-                processes.optimized(self.optimizer), limit
+            self.gradient_norm = distributed.clip_gradients(
+                distributed.optimized(self.optimizer), limit
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -436,8 +435,8 @@ class AutogradTrainingSystem:
         random = {"now": random_state(), "epoch_start": self._epoch_start}
         state = {
             "signature": self._signature(),
-            "model": checkpoint.full_tensors(self.module.state_dict(), first),
-            "optimizer": checkpoint.full_tensors(self.optimizer.state_dict(), first),
+            "model": saving.full_tensors(self.module.state_dict(), first),
+            "optimizer": saving.full_tensors(self.optimizer.state_dict(), first),
             "loss": self._loss_module.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -456,7 +455,7 @@ class AutogradTrainingSystem:
             state["trained"] = state["model"]
             with averaged(self.optimizer):
                 averages = tree_map_only(Tensor, Tensor.clone, self.module.state_dict())
-            state["model"] = checkpoint.full_tensors(averages, first)
+            state["model"] = saving.full_tensors(averages, first)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -465,12 +464,12 @@ class AutogradTrainingSystem:
         Raises:
             ValueError: It is of another model, loss, optimizer or scheduler. Nothing is changed.
         """
-        checkpoint.check_signature(self._signature(), state["signature"])
+        saving.check_signature(self._signature(), state["signature"])
         if self.monitor is not None and state["monitor"] is not None:
             self.monitor.load_state_dict(state["monitor"])  # or raises and changes nothing
-        checkpoint.load_module(self.module, state.get("trained", state["model"]))
-        checkpoint.load_module(self._loss_module, state["loss"])
-        checkpoint.load_optimizer(self.optimizer, state["optimizer"])
+        saving.load_module(self.module, state.get("trained", state["model"]))
+        saving.load_module(self._loss_module, state["loss"])
+        saving.load_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -488,7 +487,7 @@ class AutogradTrainingSystem:
         drop_gradients(self._parameters)
 
     def _signature(self) -> dict[str, Any]:
-        return checkpoint.signature(self.module, self._loss_module, self.optimizer, self.scheduler)
+        return saving.signature(self.module, self._loss_module, self.optimizer, self.scheduler)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all that training resumes from to one file.
@@ -505,7 +504,7 @@ class AutogradTrainingSystem:
         state = self.state_dict()
         with self.peers.raise_on_all():
             if self.peers.rank == 0:
-                checkpoint.write(state, Path(path))
+                saving.write(state, Path(path))
 
     def load(self, path: str | PathLike[str]) -> None:
         """Resume from a file that `save` wrote, also in the middle of an epoch.
@@ -524,7 +523,7 @@ class AutogradTrainingSystem:
                 or scheduler. Nothing is changed.
         """
         with self.peers.raise_on_all():
-            state = checkpoint.read(Path(path))
+            state = saving.read(Path(path))
         self.load_state_dict(state)
         if self.directory is not None and Path(path).resolve().parent == self.directory.resolve():
             self._owns_files = True

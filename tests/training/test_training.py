@@ -48,7 +48,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from autograd_lib.config import load_config
 from autograd_lib.functions.losses import CustomLossFunction
 from autograd_lib.report import progress as _progress
-from autograd_lib.training import state as _saving
+from autograd_lib.training import saving as _saving
 from autograd_lib.training.system import AutogradTrainingSystem
 
 NAN = math.nan
@@ -1168,7 +1168,7 @@ import io, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import torch
-from autograd_lib.training import state as _saving
+from autograd_lib.training import saving as _saving
 
 state = _saving.read(Path({str(path)!r}))
 del state["format"]
@@ -1514,7 +1514,7 @@ def test_checkpoints_every_few_steps(tmp_path: Path):
         steps.append(state["progress"]["step"])
         write(state, path)
 
-    with mock.patch("autograd_lib.training.state.write", noting):
+    with mock.patch("autograd_lib.training.saving.write", noting):
         system.fit(loader, 2)
     assert steps == [0, 4, 5, 8, 10]
 

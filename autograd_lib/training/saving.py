@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.shards import is_distributed
 from autograd_lib.core.snapshot import writable_buffers
-from autograd_lib.training.processes import optimized
+from autograd_lib.training.distributed import optimized
 
 _FORMAT = "autograd_lib training state, version 3"
 
