@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autograd_lib.core.snapshot import ModuleState, without_gradients
 from autograd_lib.gradients import check_module
-from autograd_lib.nonfinite.replay import observe, outcome, readable
 from autograd_lib.nonfinite.parts import GRAD, Parts, gather, norm_of
+from autograd_lib.nonfinite.replay import observe, outcome, readable
 from autograd_lib.nonfinite.report import UNLINKED, NonFinite
 from autograd_lib.nonfinite.spikes import Spikes
 
