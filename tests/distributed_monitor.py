@@ -320,6 +320,30 @@ def fsdp_parts_without_gradient(rank: int) -> None:
 
 
 @scenario
+def fsdp_looked_at_before_clipping(rank: int) -> None:
+    def run(module: nn.Module, inputs: Tensor) -> dict[str, Any]:
+        optimizer = adam(module)
+        with GradientMonitor(module, optimizer) as monitor:
+            for x in inputs:
+                module(x).square().mean().backward()
+                monitor.look()
+                nn.utils.clip_grad_norm_(module.parameters(), 0.01)
+                optimizer.step()
+                optimizer.zero_grad()
+        return monitor.history
+
+    inputs = batches()[:, 0]
+    expected, sharded = (
+        run(model(), inputs.flatten(1, 2)),
+        run(fully_shard(model()), inputs[:, rank]),
+    )
+    np.testing.assert_allclose(sharded["total_norm"], expected["total_norm"], rtol=1e-4)
+    np.testing.assert_allclose(expected["clipped_norm"], 0.01, rtol=1e-3)
+    np.testing.assert_allclose(sharded["clipped_norm"], expected["clipped_norm"], rtol=1e-4)
+    on_all_ranks(sharded)
+
+
+@scenario
 def hsdp(rank: int) -> None:
     """Replicated along one dimension of the mesh, sharded along the other."""
     inputs = batches()
