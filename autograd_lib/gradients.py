@@ -40,8 +40,8 @@ class GradientStatistics(Table, dict[str, Any]):
 
     A NaN makes every statistic of its parameter NaN but the counts, as in PyTorch's reductions.
 
-    The summary of a `GradientMonitor` has `["step"]` and `["issues"]` too, and of the last three
-    kinds of statistics only `numel` unless it was asked to collect the others.
+    The summary of a `GradientMonitor` has `["step"]` and `["issues"]` too, and of the last two
+    items only `numel`, unless it was asked to collect the others.
     """
 
     def _table(self) -> tuple[str, Row, list[Row]]:

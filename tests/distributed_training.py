@@ -762,7 +762,9 @@ def resumed_where_a_rank_has_no_more(rank: int, strategy: str, shared: Path) -> 
     undisturbed.fit(own, 1)
     path = shared / f"unequal_{strategy}"
     trained = system(strategy, directory=str(path), save_every=3)
-    error, text = (OSError, "disk") if rank == 0 else (RuntimeError, "loader of rank 0 failed")
+    error, text = (
+        (OSError, "disk") if rank == 0 else (RuntimeError, "loader of rank 0 raised an error")
+    )
     with pytest.raises(error, match=text):
         trained.fit(Failing(own, at=3) if rank == 0 else own, 1)
     again = system(strategy)

@@ -23,7 +23,7 @@ Columns = dict[str, np.ndarray]
 
 
 class Readings:
-    """What a monitor gives, and only then waits for the device."""
+    """How a monitor is read. Only these methods wait for the device."""
 
     _record: Record
     _activations: Activations | None
@@ -50,12 +50,11 @@ class Readings:
         `["step"]` and `["names"]` say what the rows and columns are, `["numel"]` how many elements
         a parameter has. `["present"]` tells where there was a gradient, `["missing"]` where one was
         required and there was none. `["norm"]`, `["mean"]`, `["std"]`, `["min"]`, `["max"]`,
-        `["abs_max"]` are NaN where there was none.
-        `["total_norm"]` and `["skipped"]` have one entry a step, and so has `["clipped_norm"]`: the
-        total norm after clipping where `look()` was called before, else NaN. There, if collected,
-        are
-        `["zero_fraction"]`, `["nan_count"]`, `["inf_count"]`, `["cosine"]`, `["update_ratio"]`, NaN
-        in the steps between; and `["histogram"]` of shape [recorded steps, parameters, 64], with
+        `["abs_max"]` are NaN where there was none. `["total_norm"]` and `["skipped"]` have one
+        entry a step, and so has `["clipped_norm"]`: the total norm after clipping where `look()`
+        was called before, else NaN. If collected, the history also has `["zero_fraction"]`,
+        `["nan_count"]`, `["inf_count"]`, `["cosine"]` and `["update_ratio"]`, NaN in the steps
+        between; and `["histogram"]` of shape [recorded steps, parameters, 64], with
         `["histogram_step"]` and 65 `["histogram_edges"]`, powers of two: the first bin holds zeros
         too, the last one all that is larger.
         """
@@ -99,7 +98,7 @@ class Readings:
 
         Args:
             micro_batch: Samples in one micro-batch of one process.
-            last: Estimate from so many of the last steps only: as the loss falls the scale grows.
+            last: Use only the last so many steps, because the scale grows as the loss falls.
 
         Returns:
             The estimate from the remembered steps, with its interval.
@@ -189,10 +188,11 @@ class Readings:
         Returns:
             `"gradients/total_norm"`; `"gradients/clipped_norm"` where `look()` was called before
             clipping; and `"gradients/norm/NAME"`, or what else was asked for, of each parameter
-            that had a gradient. Of a complex mean the real part. Empty before the first step.
+            that had a gradient. Of a complex mean it gives the real part. Empty before the first
+            step.
 
         Raises:
-            ValueError: A statistic is unknown, or was not collected.
+            ValueError: A statistic is unknown or was not collected, once a step is recorded.
 
         Example:
             >>> import torch

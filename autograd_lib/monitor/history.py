@@ -53,8 +53,8 @@ class Issue(NamedTuple):
 
     Attributes:
         kind: "nan" (some element is), "inf" (some element is, and none NaN), "exploding" (the norm
-            is above `explode_above`), "vanishing" (it has fallen below `vanish_below`, or from the
-            third step on those of all parameters of the module are below) or "missing" (the
+            is above `explode_above`), "vanishing" (the norm fell below `vanish_below`; or, from the
+            third step on, the norms of all parameters of its module are below it) or "missing" (the
             parameter requires a gradient and has none).
         parameter: The parameter's name.
         step: The step at which it began. While it lasts there is no second issue; a problem that

@@ -61,12 +61,12 @@ _MOST_PLANS = 8  # of patterns of absent gradients; then zeros stand in for thos
 class GradientMonitor(Readings):
     r"""Watch the gradient of every parameter at every step, without waiting for the device.
 
-    A step is one `optimizer.step()` where an optimizer is given: what is seen are the gradients as
-    the optimizer sees them, accumulated, reduced over processes, clipped, and unscaled; `look()`
-    records them before they are clipped. The parameters watched are those of the model that this
-    optimizer holds at the moment. Without an optimizer all are, and a step is one completed
-    `backward()` that reaches a parameter, with `.grad` as it stands. Parameters that join, leave
-    or are replaced are followed: the history has a column for each name.
+    A step is one `optimizer.step()` where an optimizer is given. The monitor records the gradients
+    that the optimizer receives: accumulated, averaged over processes, clipped, unscaled. Call
+    `look()` to record them before they are clipped. The parameters watched are those of the model
+    that this optimizer holds at the moment. Without an optimizer all are, and a step is one
+    completed `backward()` that reaches a parameter, with `.grad` as it stands. Parameters that
+    join, leave or are replaced are followed: the history has a column for each name.
 
     Shared parameters count once, under their first name; sparse gradients as if densified, complex
     ones by modulus; half-precision ones are reduced in float32, where their norm is finite. For
@@ -89,10 +89,9 @@ class GradientMonitor(Readings):
         optimizer: Its `step()` is a step. Of a wrapper (Accelerate's, Opacus's, a Lookahead) the
             optimizer inside is taken. Optimizers that step within backward and release gradients
             need a monitor each: without `optimizer` that is an error at the first step.
-        scaler: The `GradScaler` in use. Values are then unscaled, with fused optimizers too, and a
-            step that it skips is recorded as skipped, and is no issue before the twentieth in a
-            row. Without it, a backward that no optimizer step
-            follows counts as accumulation.
+        scaler: The `GradScaler` in use. The monitor then unscales values, with fused optimizers
+            too, and records which steps the scaler skips; that is an issue only from the twentieth
+            skip in a row on. Without `scaler` a skipped step looks like accumulation.
         history: How many recorded steps to remember, at 57 bytes for each step and parameter, on
             the host (of a model on CUDA in pinned memory).
         every: Record the first step and each `every`-th step after it. `update_every` and
@@ -275,7 +274,7 @@ class GradientMonitor(Readings):
         self.remove_hooks()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        step = self._record.step + 1
+        step = self._record.step + (not self._is_open)  # `look` has opened it, perhaps
         self._weights = None
         self._taken += 1
         if not has_closure(args, kwargs):  # else the gradients are yet to come
@@ -318,9 +317,9 @@ class GradientMonitor(Readings):
         before clipping; at the optimizer's step only `history["clipped_norm"]` is recorded, the
         total norm that is left. In a closure, too, call it before clipping.
 
-        Looked at again before that step, the gradients take the place of those seen before; so do
-        the next ones where no step follows, as after an exception. Without an optimizer they take
-        the place of those at the end of the last backward. Where the hooks are not registered each
+        A second `look()` before the optimizer's step overwrites the first. If no step follows, as
+        after an exception, the next `look()` overwrites it too. Without an optimizer it overwrites
+        what was recorded at the end of the last backward. Where the hooks are not registered, each
         call is a step. With `scaler` it does not matter whether `scaler.unscale_(optimizer)` was
         called before.
 

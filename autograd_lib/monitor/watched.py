@@ -123,8 +123,8 @@ class Watched:
         if places.keys().isdisjoint({**named, **replaced}.values()):
             raise ValueError(
                 "GradientMonitor: expected an optimizer of parameters of the model, got one that "
-                "holds none of them; make the optimizer of model.parameters(), and after what "
-                "replaces them, or pass the model that it trains"
+                "holds none of them; make the optimizer of model.parameters(), after anything "
+                "that replaces parameters, or pass the model that it trains"
             )
         return replaced
 

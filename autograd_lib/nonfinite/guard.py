@@ -40,10 +40,9 @@ def find_nonfinite(model: nn.Module, step: Step) -> NonFinite | None:
     whose NaN is still there in the loss or a gradient; failing that, one whose NaN is not. An
     infinity that the code writes down, such as a mask filled with -inf, is no culprit: what turns
     it into a NaN is. An Inf that leaves no NaN behind is reported only if it reaches the loss or
-    a gradient. A parameter, buffer, target or argument of `model` that holds a NaN from which
-    theirs descends is the culprit whatever operation it surfaces in; so is one that holds an Inf
-    from which a NaN descends. One that the code masks out is reported only if nothing else is
-    wrong.
+    a gradient. If that NaN comes from a NaN or an Inf that was in a parameter, buffer, target or
+    argument of `model` before, this tensor is the culprit, not the operation in which it first
+    shows. A tensor whose NaN the code masks out is reported only if nothing else is wrong.
 
     How it observes: a `TorchDispatchMode` around `step` sees each ATen operation, one
     forward pre-hook on `model` its arguments; `torch.compile`d code runs eagerly, backward on
@@ -115,10 +114,10 @@ class NonFiniteGuard:
     If `step` raises, the guard restores all that and replays the step once. If a NaN was made or
     given before the same exception came again, the report is a note on the exception, which passes
     on. Other processes know nothing of it, so the replay ends before its first collective
-    operation; a `DistributedDataParallel` wrapper is passed by.
+    operation; the replay bypasses a `DistributedDataParallel` wrapper.
 
-    With `spike_above` the guard reads the norm of the gradient instead of a sum, of what this step
-    added to it, unscaled and over all processes. A step whose norm is more than so many times the
+    With `spike_above` the guard reads, instead of a sum, the norm of what this step added to the
+    gradients, unscaled and over all processes. A step whose norm is more than so many times the
     median of the last 100 finite norms is refused too: it is restored, not replayed, and reported
     with kind "spike". Nothing is refused before the median has seen 20 steps. The norms of spikes
     count, so that the median follows when larger gradients are there to stay.

@@ -20,8 +20,8 @@ class Spikes:
     def __init__(self, above: float) -> None:
         if not isinstance(above, int | float) or not above > 1:
             raise ValueError(
-                f"NonFiniteGuard: expected spike_above to be a number above 1, got {above!r}; it "
-                "says how many times the median of the norms before a norm may be"
+                f"NonFiniteGuard: expected spike_above to be a number above 1, got {above!r}; a "
+                "step whose norm is more than so many times the median of recent norms is refused"
             )
         self._above = above
         self._norms: deque[float] = deque(maxlen=_REMEMBERED)

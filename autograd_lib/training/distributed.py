@@ -110,7 +110,10 @@ class Peers:
             if failed is not None:
                 raise failed
             if any(failures):
-                raise RuntimeError(f"the loader of rank {failures.index(True)} failed; see there")
+                raise RuntimeError(
+                    f"the loader of rank {failures.index(True)} raised an error; the output of "
+                    "that rank holds its traceback"
+                )
             if not all(present):
                 raise ValueError(
                     f"the loader of rank {present.index(False)} gives no batch; expected one that "

@@ -49,7 +49,7 @@ class AutogradTrainingSystem:
     r"""Train a model: one step, the loop over epochs, and all that must survive an interruption.
 
     A step runs forward and backward by micro-batches, under autocast, watched by a
-    `NonFiniteGuard`; then it clips, lets the optimizer step and the scheduler. Losses of
+    `NonFiniteGuard`. It then clips the gradients, steps the optimizer and the scheduler. Losses of
     micro-batches and of processes are weighted by what they count, so that the gradient is that of
     the mean over the whole batch,
 
@@ -65,17 +65,17 @@ class AutogradTrainingSystem:
 
     Args:
         model: Called as ``model(*inputs)``; on its device, in training mode.
-        optimizer: Of its parameters, and of those of `loss_fn` if it has some. One with modes, as
-            schedule-free ones are, is in training mode from a step on, and evaluation and
-            checkpoints are those of its averaged weights; call its `eval()` to use the model.
+        optimizer: Of its parameters, and of those of `loss_fn` if it has some. A
+            schedule-free one has modes: each step puts it into training mode, evaluation and
+            checkpoints use its averaged weights. Call its `eval()` before you use the model.
         loss_fn: ``loss_fn(output, targets)`` is a mean.
         config: What `load_config` returns; by default a monitor and a guard, in fp32.
         scheduler: Steps after each step of the optimizer.
         count: ``count(targets)`` is how many terms that mean has. By default the number of
             samples; for `nn.CrossEntropyLoss` and `nn.NLLLoss` the targets that are not ignored,
             by their weights.
-        metrics: By name, functions like `loss_fn` that `evaluate` averages in the same way, but for
-            the weights of classes.
+        metrics: Functions ``(output, targets)`` by name. `evaluate` averages them like the loss,
+            but without weights of classes.
 
     Attributes:
         model: What is called; `module` is the model inside a wrapper.
@@ -512,10 +512,10 @@ class AutogradTrainingSystem:
         Optimizer and scheduler go on with the values that were saved, the learning rate included,
         whatever they were made with. Files are read with ``weights_only=True`` after a look at
         their checksums, and all that can be wrong is found before anything is changed. The number
-        of processes may be another one:
-        the batches are those of an uninterrupted run if `data.batch_size` is divided among them;
-        bits are equal for an equal number only, and with DDP of up to two processes: more of them
-        add up the first step after `load` in another order, as DDP orders its buckets anew then.
+        of processes may differ: the batches are those of an uninterrupted run if `data.batch_size`
+        is divided among them. Resuming is equal to the last bit only with the same number of
+        processes, and with DDP only for up to two: with more, DDP sums the first step after `load`
+        in another order, as it orders its buckets anew.
 
         Raises:
             OSError: The file cannot be read.

@@ -2408,6 +2408,28 @@ def test_a_look_at_every_other_step() -> None:
     np.testing.assert_allclose(monitor.history["clipped_norm"], 2**0.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("update_every", [1, 2])
+def test_updates_are_measured_at_the_same_steps_with_a_look(every: int, update_every: int) -> None:
+    ratios = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {"every": every, "update_every": update_every}
+        with GradientMonitor(model, optimizer, **options) as monitor:
+            for _ in range(6):
+                model(torch.ones(1, 2)).sum().backward()
+                if looks:
+                    monitor.look()
+                optimizer.step()
+                optimizer.zero_grad()
+        ratios.append(monitor.history["update_ratio"])
+    np.testing.assert_array_equal(*ratios)
+    due = (monitor.history["step"] - 1) % update_every == 0
+    np.testing.assert_array_equal(np.isfinite(ratios[1][:, 0]), due)
+
+
 # --- parameters are found anew at each step
 
 
