@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+# Whether what runs now is undone afterwards, so that nobody counts it as a step.
+is_replay: ContextVar[bool] = ContextVar("is_replay", default=False)
 
 
 class Generator(NamedTuple):

@@ -31,6 +31,7 @@ class Readings:
 
     def __init__(self) -> None:
         self._written: dict[Any, int] = {}  # up to which step, by directory or writer
+        self._writers: dict[Any, Any] = {}  # by directory
 
     def _is_unwatched(self) -> bool:
         raise NotImplementedError
@@ -170,13 +171,15 @@ class Readings:
         key, target = fspath(writer) if is_directory else weakref.ref(writer), writer
         if is_directory:
             _optional("to_tensorboard", "tensorboard")
-            target = import_module("torch.utils.tensorboard").SummaryWriter(key)
+            if key not in self._writers:  # kept, as each makes a file
+                self._writers[key] = import_module("torch.utils.tensorboard").SummaryWriter(key)
+            target = self._writers[key]
         history = self._record.arrays(self._written.get(key, 0))
         for row, step in enumerate(history["step"].tolist()):
             for name, value in scalars(history, row, ["norm"]).items():
                 target.add_scalar(name, value, step)
         if is_directory:
-            target.close()
+            target.flush()
         self._written[key] = self._record.last
 
     def scalars(self, *statistics: str) -> dict[str, float]:

@@ -6,6 +6,7 @@ were absent; of counts, cosines, ratios, histograms and activations where they w
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -299,13 +300,15 @@ class Record:
         if self.is_complex.any():
             statistics["mean"] = statistics["mean"].astype(np.complex128)
         total = root_sum_squares(torch.from_numpy(np.where(present, statistics["norm"], 0.0)))
+        skipped = self._were_skipped(steps)
+        total[torch.from_numpy(skipped & ~present.any(axis=1))] = math.nan  # already dropped
         found: dict[str, Any] = {
             "names": list(self.names),
             "numel": self.numel.copy(),
             "step": steps,
             "total_norm": total.numpy(),
             **statistics,
-            "skipped": self._were_skipped(steps),
+            "skipped": skipped,
             "present": present,
             "missing": absent == MISSING,
             "clipped_norm": np.full(len(steps), np.nan),

@@ -26,6 +26,7 @@ from autograd_lib.core.optimizers import innermost_optimizer
 from autograd_lib.core.reduction import Reduction
 from autograd_lib.core.rows import PLAIN, norms, root_sum_squares
 from autograd_lib.core.shards import is_distributed
+from autograd_lib.core.snapshot import is_replay
 from autograd_lib.core.statistics import COUNTS
 from autograd_lib.gradients import check_not_meta
 from autograd_lib.monitor.activations import ActivationHook, Activations
@@ -292,6 +293,8 @@ class GradientMonitor(Readings):
             self._weights = None
 
     def _after_backward(self) -> None:
+        if is_replay.get():  # of a guard, which undoes it
+            return
         reached, parameters = self._end.reached, self._live_parameters()
         pairs = zip(self._record.names, parameters, strict=bool(parameters))
         if released := [n for n, p in pairs if p.grad is None and id(p) in reached]:

@@ -116,6 +116,10 @@ class NonFiniteGuard:
     on. Other processes know nothing of it, so the replay ends before its first collective
     operation; the replay bypasses a `DistributedDataParallel` wrapper.
 
+    With a `GradScaler`, call `scaler.step(optimizer)` and `scaler.update()` only after a step that
+    the guard let pass. A `GradientMonitor` counts a refused step if the loop then calls its
+    `look(skipped=True)`.
+
     With `spike_above` the guard reads, instead of a sum, the norm of what this step added to the
     gradients, unscaled and over all processes. A step whose norm is more than so many times the
     median of the last 100 finite norms is refused too: it is restored, not replayed, and reported

@@ -30,6 +30,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
+from autograd_lib.core.snapshot import is_replay
 from autograd_lib.nonfinite.report import BLANK, OUTSIDE, UNLINKED, NonFinite
 from autograd_lib.nonfinite.values import Operand, kinds, named_tensors, real_values
 
@@ -94,6 +95,7 @@ def observe(
     # Without torch._dynamo, which takes seconds to import, nothing can have been compiled.
     dynamo = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if dynamo else contextlib.nullcontext()
+    token = is_replay.set(True)
     try:
         # On one thread sequence numbers are unique, and the stack shows who called backward.
         alone = contextlib.nullcontext() if raised is None else _alone(model)
@@ -107,6 +109,7 @@ def observe(
             return None
         raise
     finally:
+        is_replay.reset(token)
         hook.remove()
     return observer.conclude(result)
 

@@ -243,6 +243,8 @@ class AutogradTrainingSystem:
         self.reports.append(report)
         self._failed += 1
         drop_gradients(self._parameters)
+        if self.monitor is not None:
+            self.monitor.look(skipped=True)  # it counts the step, as the system does
         if self._failed >= self.config.training.max_nonfinite:
             raise FloatingPointError(
                 f"train_step: {self._failed} steps in a row were not finite, as many as "

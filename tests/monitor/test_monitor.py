@@ -28,7 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from autograd_lib import GradientMonitor, Issue, NoiseScale, compute_gradient_statistics
+from autograd_lib import (
+    GradientMonitor,
+    Issue,
+    NoiseScale,
+    NonFiniteGuard,
+    compute_gradient_statistics,
+    find_nonfinite,
+)
 from autograd_lib.core.reduction import Reduction
 from autograd_lib.core.rows import CPU_SIZES, norms
 from autograd_lib.monitor.history import Ring
@@ -2823,3 +2830,44 @@ def test_what_vanishing_is() -> None:
     assert vanishing(*[{"w": 1.0, "b": noise} for noise in (5e-8, 5e-9, 5e-8, 5e-9)]) == []
     # The whole module, after one of them had been there.
     assert vanishing({"w": 1.0, "b": 0.0}, zero, zero) == [("w", 2), ("b", 3)]
+
+
+# --- beside a guard
+
+
+def refused_at(step: int) -> tuple[nn.Module, NonFiniteGuard, Callable[[int], Callable[[], None]]]:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+
+    def make(i: int) -> Callable[[], None]:
+        x = torch.full((1, 2), torch.nan if i == step else 1.0)
+        return lambda: model(x).sum().backward()
+
+    return model, NonFiniteGuard(model), make
+
+
+def test_the_replay_of_a_guard_is_no_step() -> None:
+    model, guard, make = refused_at(2)
+    with GradientMonitor(model) as monitor:
+        for i in (1, 2, 3):
+            assert (guard(make(i)) is None) == (i != 2)
+            model.zero_grad()
+        assert find_nonfinite(model, make(1)) is None
+    assert monitor.history["step"].tolist() == [1, 2, 3]
+    assert np.isnan(monitor.history["total_norm"]).tolist() == [False, True, False]
+
+
+def test_a_step_that_a_guard_refused_is_recorded_as_skipped_without_a_norm() -> None:
+    model, guard, make = refused_at(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with GradientMonitor(model, optimizer) as monitor:
+        for i in (1, 2, 3):
+            if guard(make(i)) is None:
+                optimizer.step()
+            else:
+                monitor.look(skipped=True)
+            optimizer.zero_grad()
+    assert monitor.history["step"].tolist() == [1, 2, 3]
+    assert monitor.history["skipped"].tolist() == [False, True, False]
+    assert np.isnan(monitor.history["total_norm"]).tolist() == [False, True, False]
+    assert not monitor.issues

@@ -609,11 +609,16 @@ def test_a_batch_with_a_nan_changes_nothing_and_is_named():
     after = everything(system)
     assert all(grad is None for grad in after.pop("gradients"))
     assert after.pop("progress")[0] == 2
+    after.pop("monitor")  # it has the step, as skipped: below
     for key, value in after.items():
         assert_same(value, before[key], key)
     (report,) = system.reports
     assert (report.phase, report.kind, report.name) == ("input", "nan", "input")
     assert "1 skipped" in repr(system)
+    history = system.monitor.history
+    assert history["step"].tolist() == [1, 2]
+    assert history["skipped"].tolist() == [False, True]
+    assert np.isnan(history["total_norm"]).tolist() == [False, True]
 
 
 class Pole(nn.Module):
