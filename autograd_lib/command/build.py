@@ -59,9 +59,9 @@ def build(config: AutogradConfig) -> Run:
 
     Raises:
         ValueError: Model and data do not fit together, a name or an option is unknown or out of
-            its range, or the batch does not divide by the number of processes.
+            its range, a function of one's own fails, or the batch does not divide by the number of
+            processes.
         TypeError: A function of one's own returns something else than a `Task` or a module.
-        RuntimeError: It fails.
         ImportError: The data need a package that is not installed.
 
     Example:

@@ -6,7 +6,6 @@ has other sources, and results a little different.
 
 from __future__ import annotations
 
-import inspect
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from autograd_lib.command.named import called, check_options, imported
+from autograd_lib.command.named import called, imported
 
 VOCABULARY = 128  # ASCII; any other character is a question mark
 
@@ -91,9 +90,8 @@ def load_data(name: str, **options: Any) -> Task:
         The task.
 
     Raises:
-        ValueError: No such function or option, or an option is out of its range.
+        ValueError: No such function or option, or the function fails.
         TypeError: The function returns something else.
-        RuntimeError: The function fails.
         ImportError: scikit-learn is not installed, for "digits" and "rows".
 
     Example:
@@ -102,20 +100,13 @@ def load_data(name: str, **options: Any) -> Task:
         >>> tokens.shape, bool((tokens[1:] == following[:-1]).all())
         (torch.Size([16]), True)
     """
-    if name not in _LOADERS:
-        task = called("data", name, imported("data", name), options, {})
-        if not isinstance(task, Task):
-            raise TypeError(
-                f"data.name: expected {name} to return a Task, got {type(task).__name__}; write "
-                "`return autograd_lib.Task(train, test)`"
-            )
-        return task
-    known = inspect.signature(_LOADERS[name]).parameters
-    check_options("data", f"data {name!r}", options, known)
-    for key, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"data.options.{key}: expected an integer from 1 on, got {value!r}")
-    return _LOADERS[name](**options)
+    task = called("data", name, _LOADERS.get(name) or imported("data", name), options, {})
+    if not isinstance(task, Task):
+        raise TypeError(
+            f"data.name: expected {name} to return a Task, got {type(task).__name__}; write "
+            "`return autograd_lib.Task(train, test)`"
+        )
+    return task
 
 
 def _digits() -> Task:
@@ -146,6 +137,9 @@ def _rows() -> Task:
 
 
 def _source(length: int = 128, windows: int = 4000, test_windows: int = 500) -> Task:
+    sizes = {"length": length, "windows": windows, "test_windows": test_windows}
+    if wrong := {k: v for k, v in sizes.items() if type(v) is not int or v < 1}:
+        raise ValueError(f"expected options that are integers from 1 on, got {wrong}")
     folder = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, list[Tensor]] = {"windows": [], "test_windows": []}
     for path in sorted(folder.glob("[a-z]*.py")):  # others may be of this machine alone
@@ -160,8 +154,8 @@ def _source(length: int = 128, windows: int = 4000, test_windows: int = 500) -> 
         every = torch.cat([torch.empty(0, length + 1, dtype=torch.uint8), *found[option]])
         if count > len(every):
             raise ValueError(
-                f"data.options.{option}: expected at most {len(every)}, as many as {folder} has of "
-                f"that length, got {count}"
+                f"expected {option} to be at most {len(every)}, as many as {folder} has of that "
+                f"length, got {count}"
             )
         taken = every[torch.arange(count) * len(every) // count].long()  # evenly over all files
         datasets.append(TensorDataset(taken[:, :-1], taken[:, 1:]))

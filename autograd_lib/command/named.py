@@ -6,7 +6,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -17,17 +18,16 @@ def imported(section: str, name: str) -> Callable[..., Any]:
     """The function that ``package.module:function`` stands for; also of the current directory."""
     path, _, function = name.partition(":")
     if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(
-            0, here
-        )  # where `python -m` looks, and a command that is installed does not
+        sys.path.insert(0, here)  # as `python -m` does, and an installed command does not
     try:
         module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):
-            raise  # it is there, and imports what is not
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}.")
         raise ValueError(
             f"{section}.name: no module {path!r} in {here} or among what is installed; for a "
             f"function in {here}{os.sep}FILE.py write `name: FILE:function`"
+            if missing
+            else f"{section}.name: importing {path} failed: {_described(error)}"
         ) from error
     try:
         found = attrgetter(function)(module)
@@ -48,22 +48,23 @@ def called(
     given: Mapping[str, Any],
 ) -> Any:
     """Call with the options of a section, and with what they may not set."""
-    signature, own = inspect.signature(function), ":" in name
-    if not takes_any_name(signature):
-        owner = name if own else function.__name__
-        known = [parameter for parameter in signature.parameters if parameter not in given]
-        check_options(section, owner, options, known)
+    signature = inspect.signature(function)
+    known = [parameter for parameter in signature.parameters if parameter not in given]
+    for option in options if not takes_any_name(signature) else ():
+        if option not in known:
+            raise ValueError(
+                f"{section}.options.{option}: the options of {name} that nothing else sets are "
+                f"{', '.join(known) or 'none'}{nearest(option, known)}"
+            )
     try:
-        if own:
-            signature.bind(**given, **options)
-        else:
-            return function(**given, **options)
-    except (TypeError, ValueError) as error:
+        signature.bind(**given, **options)
+    except TypeError as error:
         raise ValueError(f"{section}.options: {error}") from error
     try:
         return function(**given, **options)
-    except Exception as error:  # not a wrong request: its traceback is of use
-        raise RuntimeError(f"{section}.name: {name} failed: {error}") from error
+    except Exception as error:
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(f"{section}: {name} failed: {_described(error)}") from error
 
 
 def takes_any_name(signature: inspect.Signature) -> bool:
@@ -71,12 +72,7 @@ def takes_any_name(signature: inspect.Signature) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
 
-def check_options(section: str, owner: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a name in the options of a section that their owner does not know."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"{section}.options.{name}: the options of {owner} that nothing else sets are "
-                f"{', '.join(known) or 'none'}{nearest(name, known)}"
-            )
+def _described(error: Exception) -> str:
+    """Say what was raised and where: the command shows no traceback."""
+    *_, place = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"

@@ -127,7 +127,9 @@ def test_windows_to_learn_from_and_to_judge_by_have_no_character_in_common(
 
 
 def test_more_windows_than_there_are_is_an_error_with_their_number() -> None:
-    with pytest.raises(ValueError, match=r"data\.options\.windows: expected at most \d+, .* got 9"):
+    with pytest.raises(
+        ValueError, match=r"source failed: .* expected windows to be at most \d+, .* got 9"
+    ):
         load_data("source", windows=9_000_000)
 
 
@@ -166,12 +168,12 @@ def test_the_loss_and_the_accuracy_of_text_are_over_all_positions() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("source", {"window": 3}, r"data\.options\.window: the options of data 'source' .* are "
+        ("source", {"window": 3}, r"data\.options\.window: the options of source .* are "
          r"length, windows, test_windows; did you mean 'windows'\?"),
         ("digits", {"length": 3}, r"data\.options\.length: the options of .* are none$"),
-        ("source", {"length": 0}, r"data\.options\.length: expected an integer from 1 on, got 0"),
-        ("source", {"length": True}, "expected an integer from 1 on, got True"),
-        ("source", {"windows": "3"}, "expected an integer from 1 on, got '3'"),
+        ("source", {"length": 0}, r"integers from 1 on, got {'length': 0}"),
+        ("source", {"length": True}, r"integers from 1 on, got {'length': True}"),
+        ("source", {"windows": "3"}, r"^data: source failed: .* 1 on, got {'windows': '3'}"),
     ],
 )  # fmt: skip
 def test_errors_name_the_path_and_the_nearest(name: str, options: dict, message: str) -> None:
@@ -181,13 +183,13 @@ def test_errors_name_the_path_and_the_nearest(name: str, options: dict, message:
 
 def test_without_scikit_learn_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install scikit-learn$"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn \("):
         load_data("digits")
 
 
 def test_without_sources_there_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(ValueError, match=f"expected at most 0, as many as {tmp_path} has"):
+    with pytest.raises(ValueError, match=f"windows to be at most 0, as many as {tmp_path} has"):
         load_data("source")
 
 
@@ -311,21 +313,22 @@ def test_options_and_features_reach_what_they_are_for() -> None:
         ({"model": {"name": "cnn"}}, r"model\.name: 'cnn' does not fit data\.name 'source'; what "
          r"fits is cnn on digits, rnn on rows, transformer on source"),
         ({"model": {"name": "transformer", "options": {"d_modle": 8}}},
-         r"model\.options\.d_modle: the options of CustomTransformerModel .* are d_model, .*;"
+         r"model\.options\.d_modle: the options of transformer .* are d_model, .*;"
          r" did you mean 'd_model'\?"),
-        ({"model": {"name": "transformer"}}, r"model\.options: .* missing 1 required positional "
-         "argument: 'd_model'"),
+        ({"model": {"name": "transformer"}}, r"model\.options: missing a required argument: "
+         "'d_model'"),
         ({"model": {"name": "transformer", "options": {"d_model": 8, "vocab_size": 3}}},
-         r"model\.options\.vocab_size: the options of CustomTransformerModel that nothing "
+         r"model\.options\.vocab_size: the options of transformer that nothing "
          "else sets are d_model, num_layers"),
         ({"model": {"name": "transformer", "options": {"d_model": 8, "custom_gradients": True}}},
          r"model\.options\.custom_gradients: .* that nothing else sets are d_model"),
         ({"model": {"name": "transformer", "options": {"d_model": 8, "num_heads": 3}}},
-         r"model\.options: CustomTransformerModel: expected num_heads to divide d_model=8"),
-        ({"optimizer": {"options": {"beta": 1}}}, r"optimizer\.options\.beta: the options of AdamW "
+         r"model: transformer failed: ValueError: CustomTransformerModel: expected num_heads to "
+         "divide d_model=8"),
+        ({"optimizer": {"options": {"beta": 1}}}, r"optimizer\.options\.beta: the options of adamw "
          r"that nothing else sets are betas, eps, .*; did you mean 'betas'\?"),
         ({"optimizer": {"options": {"lr": 1}}}, r"optimizer\.options\.lr: .* nothing else sets"),
-        ({"optimizer": {"options": {"betas": [2, 0.9]}}}, r"optimizer\.options: Invalid beta"),
+        ({"optimizer": {"options": {"betas": [2, 0.9]}}}, r"optimizer: adamw failed: .*Invalid beta"),
         ({"data": {"batch_size": 51}}, r"data\.batch_size: expected at most 50, .* got 51"),
         ({"training": {"device": "gpu"}}, r"training\.device: expected a device that works here, "
          r"got 'gpu' \(Expected one of cpu"),

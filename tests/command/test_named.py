@@ -103,7 +103,8 @@ def test_a_class_within_a_class_of_a_package(module: str, tmp_path: Path):
         ({"options": {}}, {}, ValueError, r"^data\.options: missing a required argument: 'number'"),
         ({"name": "{m}:nothing"}, {}, TypeError, r"^data\.name: expected .*:nothing to return a "
          r"Task, got int; write `return autograd_lib\.Task\(train, test\)`$"),
-        ({"name": "{m}:broken"}, {}, RuntimeError, r"^data\.name: .*:broken failed: 20$"),
+        ({"name": "{m}:broken"}, {}, ValueError, r"^data: .*:broken failed: KeyError: 20 "
+         r"\(.*mine_\d+\.py, line 28\)$"),
         ({}, {"name": "{m}:fixed"}, ValueError, r"^model\.name: '.*:fixed' does not fit data\.name "
          r"'.*:squares'; what fits .* and on these data a function that takes width$"),
         ({}, {"name": "cnn"}, ValueError, r"^model\.name: 'cnn' does not fit data\.name "),
@@ -125,13 +126,35 @@ def test_what_is_wrong_says_what_to_write(
         build(config_of(module, data, model))
 
 
-def test_an_error_of_ones_own_function_has_its_traceback(module: str):
-    with pytest.raises(RuntimeError) as raised:
+def test_an_error_of_ones_own_function_keeps_its_cause(module: str):
+    with pytest.raises(ValueError, match="failed") as raised:
         build(config_of(module, {"name": f"{module}:broken"}))
     assert isinstance(raised.value.__cause__, KeyError)
-    Path(f"{module}_b.py").write_text("import no_such_package\n")
-    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_package'"):
-        build(config_of(module, {"name": f"{module}_b:load"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("\nprint(undefined)", "NameError: name 'undefined' is not defined"),
+        ("def f(:", "SyntaxError: "),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named(module: str, text: str, said: str):
+    name = f"{module}_{next(COUNTER)}"
+    Path(f"{name}.py").write_text(text)
+    with pytest.raises(ValueError, match=rf"^data\.name: importing {name} failed: {said}"):
+        build(config_of(module, {"name": f"{name}:load"}))
+
+
+def test_the_command_says_in_a_sentence_what_failed(
+    module: str, capsys: pytest.CaptureFixture[str]
+):
+    Path("run.yaml").write_text(f"data: {{name: {module}:broken, options: {{number: 20}}}}\n")
+    assert main(["train", "run.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: data: {module}:broken failed: KeyError: 20 (")
+    assert error.count("\n") == 1
 
 
 def trained(config: AutogradConfig) -> Run:
