@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ __all__ = ["plot_graph", "plot_memory"]
 
 _Node = torch.autograd.graph.Node
 
-_MOST_NODES = 120  # beyond that the boxes are too small to read
+_MOST_NODES = 400  # a Transformer of six blocks; the picture of more would have too many pixels
 _MOST_MODULES = 8  # with a color of their own
 _OUTSIDE = "outside of modules"
 _COLORS = (
@@ -53,7 +54,7 @@ def plot_graph(tensor: Tensor, model: nn.Module | None = None, ax: Axes | None =
 
     Raises:
         TypeError: If `tensor` is not a tensor, or `ax` not an Axes.
-        ValueError: If the tensor has no graph, or its graph more than 120 nodes.
+        ValueError: If the tensor has no graph, or its graph more than 400 nodes.
         ImportError: If Matplotlib is not installed.
 
     Example:
@@ -72,34 +73,35 @@ def plot_graph(tensor: Tensor, model: nn.Module | None = None, ax: Axes | None =
             "plot_graph: the tensor has no graph (no grad_fn); compute it from tensors that "
             "require a gradient, outside of no_grad and before detach()"
         )
-    nodes, edges = _graph(tensor.grad_fn)
-    if len(nodes) > _MOST_NODES:
+    inputs = _graph(tensor.grad_fn)
+    if len(inputs) > _MOST_NODES:
         raise ValueError(
-            f"plot_graph: the graph has {len(nodes)} nodes, and at most {_MOST_NODES} can be read "
+            f"plot_graph: the graph has {len(inputs)} nodes, and at most {_MOST_NODES} can be read "
             "in a picture; draw the output of a submodule or of a smaller model"
         )
     names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-    places = _places(nodes, edges)
-    width = max(column for column, _ in places) + 1
-    depth = max(row for _, row in places) + 1
+    places = _places(inputs)
+    width, depth = (1 + max(ends) for ends in zip(*places.values(), strict=True))
     ax = sized_axes("plot_graph", ax, (max(4.0, 1.7 * width), max(2.5, 0.62 * depth)))
-    for start, end in edges:
-        (left, top), (right, bottom) = places[start], places[end]
-        bend = -0.35 if left == right and bottom > top + 1 else 0.0  # around the boxes between
-        style: dict[str, Any] = {"arrowstyle": "->", "color": _GREY, "shrinkA": 13, "shrinkB": 13}
-        style["connectionstyle"] = f"arc3,rad={bend}"
-        ax.annotate("", xy=places[end], xytext=places[start], arrowprops=style)
-    counted: set[int] = {part.untyped_storage()._cdata for part in _leaf_parts(nodes)}
-    for node, place in zip(nodes, places, strict=True):
-        leaf = getattr(node, "variable", None)
+    leaves = {
+        node: leaf for node in inputs if (leaf := getattr(node, "variable", None)) is not None
+    }
+    counted = {storage._cdata for storage in _storages(list(leaves.values()))}
+    style: dict[str, Any] = {"arrowstyle": "->", "color": _GREY, "shrinkA": 13, "shrinkB": 13}
+    for node, (column, row) in places.items():
+        for place in (places[following] for following in inputs[node]):
+            bend = -0.35 if place[0] == column and place[1] > row + 1 else 0.0  # around the boxes
+            arrow = {**style, "connectionstyle": f"arc3,rad={bend}"}
+            ax.annotate("", xy=place, xytext=(column, row), arrowprops=arrow)
+    for node, place in places.items():
+        leaf = leaves.get(node)
         if leaf is not None:
             label = names.get(id(leaf)) or f"leaf {list(leaf.shape)}"
         else:
             nbytes = _saved_bytes(node, counted)
             label = node.name().removesuffix("0").removesuffix("Backward").rpartition("::")[2]
             label += f"\n{readable_bytes(nbytes)}" if nbytes else ""
-        face = "#E5F5F0" if leaf is not None else "#E5F1F8"
-        edge = _COLORS[2] if leaf is not None else _COLORS[0]
+        face, edge = ("#E5F1F8", _COLORS[0]) if leaf is None else ("#E5F5F0", _COLORS[2])
         box = {"boxstyle": "round,pad=0.3", "facecolor": face, "edgecolor": edge}
         ax.text(*place, label, ha="center", va="center", size=8, color="black", bbox=box)
     ax.set_xlim(-0.7, width - 0.3)
@@ -108,13 +110,11 @@ def plot_graph(tensor: Tensor, model: nn.Module | None = None, ax: Axes | None =
     return ax
 
 
-def plot_memory(
-    model: nn.Module, step: Callable[[], object], ax: Axes | None = None, *, depth: int = 1
-) -> Axes:
-    """Draw the bytes alive over one step, by the module that allocated them.
+def plot_memory(model: nn.Module, step: Callable[[], object], ax: Axes | None = None) -> Axes:
+    """Draw the bytes alive over one step, by the child of the model that allocated them.
 
     The horizontal axis counts the operations of the step, forward and backward. A storage counts
-    from the operation that made it until it is freed, under the module whose forward or backward
+    from the operation that made it until it is freed, under the child whose forward or backward
     ran at that time; what stood before the step does not count. Compiled code shows none of its
     operations, and the scratch memory of kernels is not seen: `peak_bytes` counts that, too.
 
@@ -122,7 +122,6 @@ def plot_memory(
         model: Gives the names.
         step: Runs forward and backward; it is called once.
         ax: Where to draw; a new figure if None.
-        depth: How many parts of a qualified name tell modules apart: 1 for the model's children.
 
     Returns:
         The axes; the peak stands in the title.
@@ -149,29 +148,29 @@ def plot_memory(
             "`lambda: model(x).sum().backward()`, not its result"
         )
     ax = sized_axes("plot_memory", ax, (6.8, 3.4))
-    with _Allocations(model, depth) as seen:
+    seen = _Allocations(model)
+    with seen.tracker, seen:
         step()
-    curves = seen.curves()
-    if not curves:
+    alive = [*seen.alive, seen.now]
+    names = list(dict.fromkeys(name for row in alive for name in row))
+    if not names:
         raise ValueError(
             "plot_memory: step allocated nothing that can be seen; pass a step that runs the model "
             "eagerly, not in compiled code"
         )
-    outside = curves.pop(_OUTSIDE, None)
-    largest = sorted(curves, key=lambda name: -curves[name].max())
-    names = [name for name in curves if name in largest[:_MOST_MODULES]]
-    rows = [curves[name] for name in names]
-    if rest := [curves[name] for name in largest[_MOST_MODULES:]]:
-        names, rows = [*names, "other modules"], [*rows, np.sum(rest, axis=0)]
-    if outside is not None:
-        names, rows = [*names, _OUTSIDE], [*rows, outside]
-    total = np.sum(rows, axis=0)
+    curves = {name: np.array([row[name] for row in alive]) for name in names}
+    outside = {_OUTSIDE: curves.pop(_OUTSIDE)} if _OUTSIDE in curves else {}
+    small = sorted(curves, key=lambda name: -curves[name].max())[_MOST_MODULES:]
+    if small:
+        curves["other modules"] = np.sum([curves.pop(name) for name in small], axis=0)
+    curves |= outside
+    total = np.sum(list(curves.values()), axis=0)
     peak, peak_at = int(total.max()), int(total.argmax())
     unit, divisor = ("MiB", 2**20) if peak >= 2**20 else ("KiB", 2**10)
     ax.stackplot(
         np.arange(len(total)),
-        *(row / divisor for row in rows),
-        labels=names,
+        *(curve / divisor for curve in curves.values()),
+        labels=list(curves),
         colors=_COLORS,
         step="post",
     )
@@ -188,121 +187,87 @@ def plot_memory(
 
 
 class _Allocations(TorchDispatchMode):
-    """Notes each storage that an operation makes, with the module that ran, until it is freed."""
+    """Counts the bytes of the storages that operations make, by module, until they are freed."""
 
-    def __init__(self, model: nn.Module, depth: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.now: Counter[str] = Counter()  # bytes alive by module
+        self.alive: list[Counter[str]] = []  # the same after each operation
         self.backward_at: int | None = None
-        self._depth = depth
-        self._operations = 0
-        self._events: list[tuple[int, str, int]] = []  # operation, module, bytes or minus bytes
+        self.tracker = ModuleTracker()
         self._known: set[int] = set()  # addresses of the storages that live
-        self._is_open = True
-        self._tracker = ModuleTracker()
         for name, module in model.named_modules():  # else it names modules by their type
-            self._tracker._known_modules[module] = name
-            self._tracker._seen_modules.add(module)
-
-    def __enter__(self) -> _Allocations:
-        self._tracker.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._tracker.__exit__(*exception)
-        self._is_open = False
+            self.tracker._known_modules[module] = name
+            self.tracker._seen_modules.add(module)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._note((args, kwargs), is_new=False)
         result = func(*args, **(kwargs or {}))
-        if self.backward_at is None and self._tracker.is_bw:
-            self.backward_at = self._operations
+        if self.backward_at is None and self.tracker.is_bw:
+            self.backward_at = len(self.alive)
         self._note(result, is_new=True)
-        self._operations += 1
+        self.alive.append(self.now.copy())
         return result
 
     def _note(self, values: Any, *, is_new: bool) -> None:
-        for tensor in tree_leaves(values):
-            for part in storage_parts(tensor) if isinstance(tensor, Tensor) else ():
-                storage = part.untyped_storage()
-                if storage._cdata in self._known:
-                    continue
+        running = max(self.tracker.parents - {"Global"}, key=len, default="")
+        name = running.partition(".")[0] or _OUTSIDE
+        for storage in _storages(values):
+            if storage._cdata not in self._known:
                 self._known.add(storage._cdata)
-                name, nbytes = self._module(), storage.nbytes() if is_new else 0
-                self._events.append((self._operations, name, nbytes))
+                nbytes = storage.nbytes() if is_new else 0
                 weakref.finalize(storage, self._freed, storage._cdata, name, nbytes)
+                if nbytes:
+                    self.now[name] += nbytes
 
     def _freed(self, address: int, name: str, nbytes: int) -> None:
-        if self._is_open:
-            self._known.discard(address)
-            self._events.append((self._operations, name, -nbytes))
-
-    def _module(self) -> str:
-        running = max(self._tracker.parents - {"Global"}, key=len, default="")
-        return ".".join(running.split(".")[: self._depth]) or _OUTSIDE
-
-    def curves(self) -> dict[str, Any]:
-        """Bytes alive after each operation, by module; modules that made nothing are left out."""
-        changes: dict[str, Any] = {}
-        for operation, name, nbytes in self._events:
-            if nbytes:
-                change = changes.setdefault(name, np.zeros(self._operations + 1, np.int64))
-                change[operation] += nbytes
-        return {name: change.cumsum() for name, change in changes.items()}
+        self._known.discard(address)
+        self.now[name] -= nbytes
 
 
-def _graph(root: _Node) -> tuple[list[_Node], list[tuple[int, int]]]:
-    """Nodes in topological order from the root, and edges between their places."""
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the storages that hold the data of the tensors in `values`."""
+    for tensor in tree_leaves(values):
+        for part in storage_parts(tensor) if isinstance(tensor, Tensor) else ():
+            yield part.untyped_storage()
+
+
+def _graph(root: _Node) -> dict[_Node, list[_Node]]:
+    """What each node hands its gradients to, in topological order from the root."""
     inputs: dict[_Node, list[_Node]] = {}  # holds the nodes, so that each stays one Python object
-    order, pending = [], [(root, False)]
+    pending = [root]
     while pending:
-        node, is_done = pending.pop()
-        if is_done:
-            order.append(node)
-        elif node not in inputs:
+        node = pending.pop()
+        if node not in inputs:
             inputs[node] = [following for following, _ in node.next_functions if following]
-            pending.append((node, True))
-            pending.extend((following, False) for following in reversed(inputs[node]))
-    order.reverse()
-    place = {node: at for at, node in enumerate(order)}
-    return order, [(place[node], place[following]) for node in order for following in inputs[node]]
+            pending += inputs[node]
+    order = [*TopologicalSorter(inputs).static_order()]
+    return {node: inputs[node] for node in reversed(order)}
 
 
-def _places(nodes: list[_Node], edges: list[tuple[int, int]]) -> list[tuple[float, float]]:
+def _places(inputs: dict[_Node, list[_Node]]) -> dict[_Node, tuple[int, int]]:
     """Column and row of each node: below all that leads to it, the longest path on the left."""
-    rows, heights = [0] * len(nodes), [0] * len(nodes)
-    for start, end in sorted(edges):  # the order is topological
-        rows[end] = max(rows[end], rows[start] + 1)
-    for start, end in sorted(edges, reverse=True):
-        heights[start] = max(heights[start], heights[end] + 1)
+    rows, heights = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, 0)
+    for node, below in inputs.items():
+        for following in below:
+            rows[following] = max(rows[following], rows[node] + 1)
+    for node in reversed(inputs):
+        heights[node] = max((heights[following] + 1 for following in inputs[node]), default=0)
     taken: Counter[int] = Counter()
-    places = [(0.0, 0.0)] * len(nodes)
-    for at in sorted(range(len(nodes)), key=lambda at: -heights[at]):
-        places[at] = float(taken[rows[at]]), float(rows[at])
-        taken[rows[at]] += 1
-    return places
-
-
-def _leaf_parts(nodes: list[_Node]) -> Iterator[Tensor]:
-    for node in nodes:
-        if (leaf := getattr(node, "variable", None)) is not None:
-            yield from storage_parts(leaf)
+    places = {}
+    for node in sorted(inputs, key=lambda node: -heights[node]):
+        places[node] = taken[rows[node]], rows[node]
+        taken[rows[node]] += 1
+    return {node: places[node] for node in inputs}
 
 
 def _saved_bytes(node: _Node, counted: set[int]) -> int:
     """Bytes of the storages that a node saves and that nobody counted; 0 once it has run."""
-    total = 0
     names = [name for name in dir(node) if name.startswith("_saved_")]
-    for name in [*names, "saved_tensors"]:
-        try:
-            saved = getattr(node, name, None)
-        except RuntimeError:  # backward has run and freed what was saved
-            return 0
-        for tensor in tree_leaves(saved):
-            if isinstance(tensor, Tensor):
-                for part in storage_parts(tensor):
-                    storage = part.untyped_storage()
-                    total += 0 if storage._cdata in counted else storage.nbytes()
-                    counted.add(storage._cdata)
-    return total
+    try:
+        saved = [getattr(node, name, None) for name in [*names, "saved_tensors"]]
+    except RuntimeError:  # backward has run and freed what was saved
+        return 0
+    new = {s._cdata: s.nbytes() for s in _storages(saved) if s._cdata not in counted}
+    counted.update(new)
+    return sum(new.values())

@@ -94,6 +94,15 @@ def test_a_picture_of_a_graph_keeps_none_of_it_alive():
     assert ax.texts
 
 
+def test_a_transformer_of_six_blocks_can_be_drawn():
+    model = CustomTransformerModel(11, 8, num_layers=6)
+    ax = plot_graph(model(torch.ones(1, 2, dtype=torch.long)).sum(), model)
+    places = [text.get_position() for text in ax.texts if text.get_text()]
+    assert len(set(places)) == len(places) > 158  # a GPT-2 of two layers has so many
+    assert {name for name, _ in model.named_parameters()} <= set(labels(ax))
+    ax.figure.canvas.draw()
+
+
 def test_shared_weights_are_one_leaf():
     layer = nn.Linear(4, 4, bias=False)
     assert labels(plot_graph(layer(layer(torch.ones(1, 4))), layer)).count("weight") == 1
@@ -114,9 +123,9 @@ def test_what_has_no_graph_is_refused(tensor, error, message):
 
 def test_a_graph_too_large_to_read_is_refused_with_its_size():
     x = y = torch.ones(1, requires_grad=True)
-    for _ in range(200):
+    for _ in range(400):
         y = y.exp()
-    with pytest.raises(ValueError, match="the graph has 201 nodes, and at most 120"):
+    with pytest.raises(ValueError, match="the graph has 401 nodes, and at most 400"):
         plot_graph(y)
     assert x.grad is None
 
@@ -161,14 +170,16 @@ def test_memory_is_told_apart_by_module_in_backward_too():
     assert last == 4 * (256 * 512 + 512)
 
 
-def test_depth_tells_submodules_apart():
-    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2))
+def test_small_modules_share_a_color():
+    model = nn.Sequential(*(nn.Linear(4, 4 * 2**i) for i in range(10)))
 
     def step():
-        model(torch.ones(2, 4)).sum().backward()
+        sum(layer(torch.ones(8, 4)).sum() for layer in model).backward()
 
-    assert "0.1" in areas(plot_memory(model, step, depth=2))
-    assert "0.1" not in areas(plot_memory(model, step))
+    assert list(areas(plot_memory(model, step))) == [
+        *map(str, range(2, 10)),
+        *("other modules", "outside of modules"),
+    ]
 
 
 def test_what_stood_before_the_step_does_not_count():
