@@ -62,6 +62,9 @@ class Elementary:
         return y, slope, 2 * half
 
 
+ELEMENTARY: dict[Any, Elementary] = {}  # by the function of PyTorch
+
+
 class Recurrence(Elementary):
     """The first of up to three functions of x whose derivatives are polynomials in them and in x.
 

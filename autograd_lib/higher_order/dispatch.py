@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 RULES: dict[Any, Callable[..., Any]] = {}
+LINEAR: set[str] = set()  # names of functions that act on each coefficient alone
 # Each Python function of these modules has its own source as its rule.
 _IN_PYTHON = ("torch.functional", "torch.nn.functional")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from autograd_lib.higher_order.algebra import Elementary, Taylor
+from autograd_lib.higher_order.algebra import ELEMENTARY, Elementary, Taylor
 from autograd_lib.higher_order.dispatch import RULES, Jet, lift
 from autograd_lib.higher_order.inputs import Inputs, check_tensor, check_uncompiled, follow
 from autograd_lib.higher_order.series import derivative
@@ -81,6 +81,7 @@ def jet_rule(*functions: Callable[..., Any], derivative: bool = False) -> Callab
 
 def _integral(function: Any, slope: Callable[[Tensor], Tensor]) -> Callable[[Jet], Jet]:
     elementary = Elementary(getattr(function, "apply", function), slope)
+    ELEMENTARY[function] = elementary
     return lambda x: x.algebra.elementary(elementary, x)
 
 

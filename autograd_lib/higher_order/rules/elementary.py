@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.algebra import Elementary, Recurrence
+from autograd_lib.higher_order.algebra import ELEMENTARY, Elementary, Recurrence
 from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, primal
 from autograd_lib.higher_order.series import power
 from autograd_lib.higher_order.taylor import jet_rule
@@ -21,6 +21,8 @@ def elementary(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _elementwise(elementary: Elementary, *functions: Any) -> None:
+    ELEMENTARY.update(dict.fromkeys(functions, elementary))
+
     @jet_rule(*functions)
     def rule(x: Jet) -> Tensor:
         return x.algebra.elementary(elementary, x)

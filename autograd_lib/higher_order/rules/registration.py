@@ -12,7 +12,15 @@ from torch import Tensor
 from torch._C import _functorch as _vmap
 from torch._functorch import predispatch
 
-from autograd_lib.higher_order.dispatch import Jet, algebra_of, jets, lift, primal, unchecked
+from autograd_lib.higher_order.dispatch import (
+    LINEAR,
+    Jet,
+    algebra_of,
+    jets,
+    lift,
+    primal,
+    unchecked,
+)
 from autograd_lib.higher_order.series import Operation
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -62,6 +70,7 @@ def require_first_only(function: Any, x: Any, *others: Any) -> None:
 def linear(function: Any) -> None:
     """Functions linear in their first argument, applied to each coefficient."""
     name = function.__name__
+    LINEAR.add(name)
     # The method takes sizes one by one, too.
     called: Any = (
         getattr(Tensor, name, function) if function is getattr(torch, name, 0) else function
@@ -76,6 +85,7 @@ def linear(function: Any) -> None:
 @family
 def linear_elementwise(function: Any) -> None:
     """Linear functions of the whole stack, since they count no dimension from the left."""
+    LINEAR.add(function.__name__)
 
     @jet_rule(function)
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
