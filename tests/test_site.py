@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote_plus, unquote, urlsplit
 
 import bs4
 import pytest
@@ -408,6 +408,51 @@ def test_searching_from_any_page_finds_a_place_that_exists(tab: Any) -> None:
         assert not urlsplit(link).fragment or unquote(urlsplit(link).fragment) in anchors(target)
     results.first.click()
     assert tab.locator("h1").inner_text().startswith("Gradients")
+
+
+SEARCHES = {
+    "inplace operation": "basics.html#writing-over-what-backward-needs",
+    "in-place operation": "basics.html#writing-over-what-backward-needs",
+    "one of the variables needed for gradient computation has been modified by an inplace "
+    "operation": "basics.html#writing-over-what-backward-needs",
+    "retain_graph": "basics.html",
+    "hook": "basics.html#hooks-in-one-look",
+    "custom autograd function": "custom_functions.html",
+    "hessian": "higher_order.html",
+    "jet": "api/higher_order.html#autograd_lib.jet",
+    "wandb": "monitoring.html",
+    "tensorboard": "api/monitor.html#autograd_lib.GradientMonitor.to_tensorboard",
+    "gradient clipping": "monitoring.html",
+    "NaN": "debugging.html",
+    "exploding gradients": "debugging.html#vanishing-or-exploding",
+    "freeze layers": "training.html#a-frozen-backbone",
+    "resume": "training.html",
+    "hugging face": "training.html",
+    "set_to_none": "training.html",
+    "mixed precision": "checkpointing_amp.html",
+    "checkpoint": "checkpointing_amp.html",
+    "loss scale": "checkpointing_amp.html#the-loss-scale",
+    "torch.compile": "benchmarking.html#eager-against-compiled",
+    "FSDP": "distributed.html",
+}
+
+
+@pytest.mark.parametrize("query", SEARCHES)
+def test_the_best_page_is_found_first(query: str, tab: Any) -> None:
+    visit(tab, f"search.html?q={quote_plus(query)}")
+    first = tab.locator("#search-results li a").first.get_attribute("href")
+    assert first.removeprefix("book/").startswith(SEARCHES[query])
+
+
+def test_a_search_shows_words_and_no_markup() -> None:
+    text = (SITE / "_static" / "search-index.js").read_text(encoding="utf-8")
+    pages = json.loads(text.removeprefix("const searchIndex = ").removesuffix(";\n"))
+    places = [place for _, _, sections in pages for place in sections]
+    assert any("does not require grad" in printed for *_, printed in places)
+    keys = re.findall(r"@\w+{(\w+)", (ROOT / "book" / "references.bib").read_text(encoding="utf-8"))
+    for _, title, shown, _ in places:
+        assert not re.search(r"\\[a-z]{2,}|\$", title)
+        assert not [key for key in keys if re.search(rf"\b{key}\b", shown)]
 
 
 def test_searching_for_nonsense_says_so(tab: Any) -> None:

@@ -1,4 +1,4 @@
-// Searches `searchIndex`: [[file, page title, [[anchor, section title, text], ...]], ...].
+// Searches `searchIndex`: [[file, page title, [[anchor, section title, text, printed], ...]], ...].
 "use strict";
 
 (function () {
@@ -7,26 +7,96 @@
   const field = document.querySelector("article .bd-search input");
   field.value = query;
 
-  const words = query.toLowerCase().match(/[\p{L}\p{N}_]+/gu) || [];
+  // What people write in two ways, as a pattern that finds both.
+  const SAME = {
+    inplace: "in[- ]?place",
+    oom: "(?:oom|out of memory)",
+    wandb: "(?:wandb|weights & biases)",
+    nan: "(?:nans?|not finite|nonfinite)(?![\\p{L}])",
+    freeze: "(?:freez|froz)",
+    amp: "(?:amp(?![\\p{L}])|mixed precision|autocast)",
+    float16: "(?:float16|fp16|half)",
+    bfloat16: "(?:bfloat16|bf16)",
+    gpu: "(?:gpu|cuda)",
+  };
+  const REPEATS = /^(exercise|sources|what to remember)/i;
+  const COMMON = new Set(
+    "a an and are as at be by can do does for from how i in is it my of on or that the this to was what when where which why with".split(" "),
+  );
+  const ENDINGS = /(?:ations?|ating|ated|ates?|ions?|ings?|ed|es|s|e)$/;
   const escape = (text) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+
+  function stem(word) {
+    const short = word.replace(ENDINGS, "");
+    return short.length >= 4 ? short : word;
+  }
+
+  const plain = query
+    .toLowerCase()
+    .replace(/\bin[- ]place\b/g, "inplace")
+    .replace(/\bout of memory\b/g, "oom")
+    .replace(/\b(automatic )?mixed precision\b/g, "amp");
+  const typed = plain.match(/[\p{L}\p{N}_]+/gu) || [];
+  const telling = typed.filter((word) => !COMMON.has(word));
+  const words = telling.length > 0 ? telling : typed;
   // A word of the query matches at the start of a word, or after an underscore of a name.
-  const starts = words.map((word) => new RegExp(`(?<![\\p{L}\\p{N}])${escape(word)}`, "giu"));
+  const source = words.map((word) => `(?<![\\p{L}\\p{N}])${SAME[word] || escape(stem(word))}`);
+  const starts = source.map((pattern) => new RegExp(pattern, "giu"));
+  const whole = source.map((pattern) => new RegExp(`${pattern}(?:s|ed|ing)?(?![\\p{L}])`, "giu"));
+  const phrase = new RegExp(
+    typed.map((word) => SAME[word] || escape(stem(word))).join("[\\p{L}\\p{N}]*[^\\p{L}\\p{N}]+"),
+    "iu",
+  );
   const count = (text, pattern) => (text.match(pattern) || []).length;
 
-  function score(pageTitle, title, text) {
+  const places = searchIndex.flatMap(([file, pageTitle, sections]) =>
+    sections.map(([anchor, title, text, printed], index) => ({
+      // The first section is the page itself.
+      link: index === 0 ? file : `${file}#${anchor}`,
+      place: index === 0 ? "" : pageTitle,
+      pageTitle,
+      title,
+      text,
+      printed,
+      // Exercises, sources, summaries and the table of contents repeat what a section has said;
+      // a chapter explains what the reference lists.
+      weight: REPEATS.test(title) || file.endsWith("/index.html") ? 0.5 : /\/api\//.test(file) ? 0.8 : 1,
+    })),
+  );
+  const average = places.reduce((sum, place) => sum + place.text.length, 0) / places.length;
+  // A word weighs more, the fewer places have it.
+  const rarity = starts.map((pattern) => {
+    const having = places.filter((p) => count(`${p.title} ${p.text} ${p.printed}`, pattern) > 0);
+    return Math.log(1 + places.length / (1 + having.length));
+  });
+
+  function score(place) {
     let total = 0;
-    for (const pattern of starts) {
-      const heading = count(title, pattern);
-      const body = count(text, pattern);
-      if (heading + body === 0) return 0;
-      const density = body / Math.sqrt(text.length + 200);
-      total += 4 * Math.min(heading, 1) + Math.min(count(pageTitle, pattern), 1) + density;
+    let matched = 0;
+    const length = 0.5 + place.text.length / (2 * average);
+    starts.forEach((pattern, i) => {
+      // A whole word of a title tells more than the beginning of one.
+      const title = count(place.title, pattern) && (count(place.title, whole[i]) ? 1 : 0.6);
+      const page = Math.min(count(place.pageTitle, pattern), 1);
+      const body = count(place.text, pattern);
+      const printed = count(place.printed, pattern);
+      if (title + body + printed === 0) return;
+      matched += 1;
+      const often = (n) => n / (n + 1.5 * length);
+      total += rarity[i] * (3 * title + page + 2 * often(body) + often(printed));
+    });
+    if (matched === 0) return 0;
+    const all = rarity.reduce((sum, value) => sum + value, 0);
+    if (words.length > 1) {
+      if (phrase.test(place.title)) total += 2 * all;
+      if (phrase.test(place.text) || phrase.test(place.printed)) total += all;
     }
-    return title.toLowerCase() === query.toLowerCase().trim() ? total + 10 : total;
+    if (place.title.toLowerCase() === query.toLowerCase().trim()) total += 4 * all;
+    return total * place.weight * (matched / words.length) ** 3;
   }
 
   function mark(element, text) {
-    const pattern = new RegExp(`(?<![\\p{L}\\p{N}])(?:${words.map(escape).join("|")})[\\p{L}\\p{N}]*`, "giu");
+    const pattern = new RegExp(`(?:${source.join("|")})[\\p{L}\\p{N}]*`, "giu");
     let last = 0;
     for (const match of text.matchAll(pattern)) {
       element.append(text.slice(last, match.index));
@@ -37,12 +107,18 @@
     return element;
   }
 
-  function excerpt(text) {
-    const at = Math.min(...starts.map((pattern) => text.search(pattern)).filter((i) => i >= 0));
-    if (!Number.isFinite(at)) return text.slice(0, 180) + (text.length > 180 ? " …" : "");
-    const begin = at < 60 ? 0 : text.indexOf(" ", at - 60) + 1;
-    const end = Math.min(text.length, begin + 220);
-    return (begin > 0 ? "… " : "") + text.slice(begin, end) + (end < text.length ? " …" : "");
+  // The part of a text around the whole query, or else around the first word that it has.
+  function excerpt(place) {
+    for (const text of [place.text, place.printed]) {
+      const together = text.search(phrase);
+      const first = Math.min(...starts.map((p) => text.search(p)).filter((i) => i >= 0));
+      const at = together >= 0 ? together : first;
+      if (!Number.isFinite(at)) continue;
+      const begin = at < 60 ? 0 : text.indexOf(" ", at - 60) + 1;
+      const end = Math.min(text.length, begin + 220);
+      return (begin > 0 ? "… " : "") + text.slice(begin, end) + (end < text.length ? " …" : "");
+    }
+    return place.text.slice(0, 180) + (place.text.length > 180 ? " …" : "");
   }
 
   const status = document.getElementById("search-status");
@@ -51,18 +127,9 @@
     field.focus();
     return;
   }
-  const found = searchIndex
-    .flatMap(([file, pageTitle, sections]) =>
-      sections.map(([anchor, title, text], index) => ({
-        // The first section is the page itself.
-        link: index === 0 ? file : `${file}#${anchor}`,
-        place: index === 0 ? "" : pageTitle,
-        title,
-        text,
-        score: score(pageTitle, title, text),
-      })),
-    )
-    .filter((item) => item.score > 0)
+  const found = places
+    .map((place) => ({ ...place, score: score(place) }))
+    .filter((place) => place.score > 0)
     .sort((a, b) => b.score - a.score);
 
   const shown = found.slice(0, LIMIT);
@@ -85,7 +152,7 @@
       place.textContent = item.place;
       entry.append(place);
     }
-    if (item.text) entry.append(mark(document.createElement("p"), excerpt(item.text)));
+    if (item.text || item.printed) entry.append(mark(document.createElement("p"), excerpt(item)));
     list.append(entry);
   }
   document.getElementById("search-results").append(list);

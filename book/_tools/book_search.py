@@ -6,6 +6,7 @@ Sphinx's own search loads its summaries by `fetch`, which a page opened from a f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
+COMMANDS = re.compile(r"\\[a-zA-Z]+|\\.|[{}$^_&]")  # of LaTeX
 NOT_SEARCHED = (
     nodes.section,
     nodes.title,
@@ -26,26 +28,50 @@ NOT_SEARCHED = (
 )
 
 
-def sections(document: nodes.document) -> Iterator[tuple[str, str, str]]:
-    """Yield anchor, title and text of each section and each documented object of a page."""
+def sections(document: nodes.document) -> Iterator[tuple[str, str, str, str]]:
+    """Yield anchor, title, text and printed output of each section and documented object."""
     for part in document.findall(lambda node: isinstance(node, nodes.section | addnodes.desc)):
         if isinstance(part, nodes.section):
-            anchor, title = part["ids"][0], part[0].astext()
+            anchor, title = part["ids"][0], _words(part[0])
         else:
             signature = part[0]
             anchor = (signature.get("ids") or [""])[0]
             title = signature.get("fullname") or signature.astext()
-        yield anchor, title, " ".join(" ".join(_own_text(part)).split())
+        text, printed = (
+            " ".join(" ".join(found).split())
+            for found in (_own_text(part), _own_text(part, outputs=True))
+        )
+        yield anchor, title, text, printed
 
 
-def _own_text(part: nodes.Element) -> Iterator[str]:
+def _own_text(part: nodes.Element, *, outputs: bool = False, inside: bool = False) -> Iterator[str]:
+    """Yield the paragraphs and the code of a part, or what its code prints, without subsections."""
     for child in part.children:
-        if isinstance(child, NOT_SEARCHED) or child.get("nb_element") == "cell_code_output":
+        if isinstance(child, NOT_SEARCHED):
             continue
-        if isinstance(child, nodes.TextElement):
-            yield child.astext()
-        else:
-            yield from _own_text(child)
+        within = inside or child.get("nb_element") == "cell_code_output"
+        if not isinstance(child, nodes.TextElement):
+            yield from _own_text(child, outputs=outputs, inside=within)
+        elif within == outputs:
+            yield _words(child)
+
+
+def _words(element: nodes.Element) -> str:
+    """Text as one reads it: formulas lose their commands, citations their keys."""
+    found = []
+    for node in element.findall(nodes.Text):
+        parents = list(_parents(node, element))
+        if any(parent.get("refdomain") == "cite" for parent in parents):
+            continue
+        is_formula = any(isinstance(parent, nodes.math | nodes.math_block) for parent in parents)
+        found.append(COMMANDS.sub(" ", node) if is_formula else node)
+    return "".join(found)
+
+
+def _parents(node: nodes.Node, last: nodes.Element) -> Iterator[nodes.Element]:
+    while node is not last:
+        node = node.parent
+        yield node
 
 
 def collect_sections(app: Sphinx, document: nodes.document) -> None:
@@ -91,4 +117,4 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("env-purge-doc", forget_sections)
     app.connect("env-merge-info", merge_sections)
     app.connect("html-collect-pages", add_search_page)
-    return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": 1}
+    return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": 2}
