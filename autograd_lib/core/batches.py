@@ -1,9 +1,23 @@
-"""A batch, cut into micro-batches whose mean losses weigh what they count."""
+"""What a batch is, how a model is called with it, and how it is cut into micro-batches.
+
+A batch is a mapping of keyword arguments, or a pair ``(inputs, targets)`` whose inputs are a
+tensor, a tuple of positional or a mapping of keyword arguments. The one way to use it:
+
+- ``batch = read_batch(operation, batch)`` makes plain containers and tensors of what a loader
+  gives, so that PyTorch's pytrees see all of it; a batch that was read stays as it is;
+- ``pieces = micro_batches(operation, batch, size, count)`` of `training.step`, where ``count`` is
+  the user's, or ``terms_of(loss_fn, model)``;
+- ``ForwardBackward(operation, model, loss_fn, precision, device)(pieces)`` runs them, where
+  ``loss_fn`` is None for the model's own loss. With ``trusted=False`` it raises where the own loss
+  of the model is not the mean over what `terms_of` counts. Whoever compares the gradient with that
+  of the whole batch, as `autotune` does, need not ask for it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -11,29 +25,89 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+Batch = dict[str, Any] | tuple[Any, Any]
 Count = Callable[[Any], float | Tensor]
 
 
 class Piece(NamedTuple):
-    """A micro-batch: arguments of the model, targets, and the weight of its mean loss."""
+    """A micro-batch, how many terms its mean loss has, and the weight of that mean."""
 
-    inputs: tuple[Any, ...]
-    targets: Any
+    batch: Batch
+    terms: float
     share: float
 
 
-def pair(batch: Any) -> tuple[Any, Any]:
-    """Inputs and targets, as a loader gives them; its collate_fn makes a list of a tuple."""
+def read_batch(operation: str, batch: Any) -> Batch:
+    """Plain dicts, tuples and tensors, from what a loader or a tokenizer gives."""
+    if isinstance(batch, Mapping):
+        return _plain(batch)
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         of = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise ValueError(
-            f"fit: expected the loader to give (inputs, targets), got {type(batch).__name__}{of}; "
-            "set collate_fn of the loader"
+            f"{operation}: expected a batch to be a mapping of the model's arguments or a pair "
+            f"(inputs, targets), got {type(batch).__name__}{of}; set collate_fn of the loader, "
+            "with several inputs in a tuple of their own and None for targets that there are not"
         )
-    inputs, targets = batch
+    inputs, targets = map(_plain, batch)
+    if isinstance(inputs, dict) and targets is None:
+        return inputs
+    # The collate_fn of a loader makes a list of a tuple.
     return tuple(inputs) if isinstance(inputs, list) else inputs, targets
+
+
+def _plain(tree: Any) -> Any:
+    # What pytrees do not know, as the dict of a tokenizer, is a leaf of theirs.
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, Mapping):
+            return _plain(dict(leaf))
+        # Not by `from_numpy`, which warns of arrays that are read-only.
+        return torch.tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+    return tree_map(convert, tree)
+
+
+def call(model: Callable[..., Any], batch: Batch) -> Any:
+    """The output of a model for a batch."""
+    inputs = batch if isinstance(batch, dict) else batch[0]
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def targets_of(batch: Batch) -> Any:
+    """What a loss, a count and a metric are given: of a mapping all of it."""
+    return batch if isinstance(batch, dict) else batch[1]
+
+
+def own_loss(operation: str, output: Any, batch: Batch) -> Tensor:
+    """The loss that a model has computed itself for a batch, where there is no `loss_fn`."""
+    unused = isinstance(batch, tuple) and batch[1] is not None
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("loss")
+    elif hasattr(output, "loss"):
+        found = output.loss
+    elif isinstance(output, tuple) and output:
+        found = output[0]
+    if unused or not isinstance(found, Tensor) or found.dim():
+        came = "a pair with targets, which the model is not given" if unused else described(output)
+        raise ValueError(
+            f"{operation}: without loss_fn, expected the model's output to have its loss, as "
+            'output.loss, output["loss"], the first of a tuple or the output itself, a scalar '
+            f"tensor, got {came}; give the model what its loss needs, as labels in a batch that is "
+            "a mapping, or give loss_fn, as `lambda output, targets: output[1]`"
+        )
+    return found
+
+
+def described(value: Any) -> str:
+    """What an error says came: a shape, or a type and what it holds."""
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    within = f" of {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
+    return f"{type(value).__name__}{within}"
 
 
 def batch_size(operation: str, batch: Any) -> int:
@@ -59,36 +133,31 @@ def _has_batch_dimension(shapes: list[tuple[int, ...]]) -> bool:
     return all(shapes) and len({shape[0] for shape in shapes}) == 1
 
 
-def _samples(operation: str, batch: tuple[Any, Any]) -> float:
+def samples_of(operation: str, batch: Batch) -> float:
     """Samples in a batch, by all its tensors or by its targets alone; NaN if neither tell.
 
     A batch of graphs has more nodes than targets, and CTC takes targets end to end.
     """
-    for part in (batch, batch[1]):
-        if _has_batch_dimension(_shapes(part)):
-            return batch_size(operation, part)
+    for shapes in map(_shapes, (batch, targets_of(batch))):
+        if _has_batch_dimension(shapes):
+            return shapes[0][0] or batch_size(operation, batch)
     return math.nan
 
 
-def split(
-    operation: str, batch: tuple[Any, Any], size: int | None, count: Count | None
-) -> list[Piece]:
+def split(operation: str, batch: Any, size: int | None, count: Count | None) -> list[Piece]:
     """Cut a batch into pieces of at most `size` samples, each with what it counts as its share.
 
-    Without a size the batch stays whole, and need not have one batch dimension. NumPy arrays
-    become tensors.
+    Without a size the batch stays whole, and need not have one batch dimension.
     """
-    # Not by `from_numpy`, which warns of arrays that are read-only.
-    batch = tree_map_only(np.ndarray, torch.tensor, batch)
-    parts = [batch]
-    if size is not None and size < (whole := batch_size(operation, batch)):
+    parts = [read_batch(operation, batch)]
+    if size is not None and size < (whole := batch_size(operation, parts[0])):
         cuts = [slice(start, start + size) for start in range(0, whole, size)]
-        parts = [tree_map_only(Tensor, itemgetter(cut), batch) for cut in cuts]
+        parts = [tree_map_only(Tensor, itemgetter(cut), parts[0]) for cut in cuts]
     found = []
     for part in parts:
-        share = _samples(operation, part) if count is None else count(part[1])
-        inputs = part[0] if isinstance(part[0], tuple) else (part[0],)
-        found.append(Piece(inputs, part[1], float(share)))
+        targets = targets_of(part)
+        terms = samples_of(operation, part) if count is None else float(count(targets))
+        found.append(Piece(part, terms, terms))
     return found
 
 
@@ -97,8 +166,10 @@ def check_counted(operation: str, total: float) -> None:
     if math.isnan(total):
         raise ValueError(
             f"{operation}: how much a batch weighs beside others is not known, as its targets have "
-            "no batch dimension; give the system count=, how many terms the mean in loss_fn has, "
-            "as `lambda targets: len(targets[1])`"
+            "no batch dimension, or the model computes the loss itself and the batch has no "
+            "labels; give the system count=, how many terms the mean in the loss has, as `lambda "
+            "targets: len(targets[1])`, or leave micro_batch out: a contrastive loss, as CLIP's, "
+            "cannot be divided at all"
         )
     if not total > 0:
         raise ValueError(
@@ -107,8 +178,15 @@ def check_counted(operation: str, total: float) -> None:
         )
 
 
-def terms_of(loss_fn: object, *, weighted: bool = True) -> Count | None:
-    """How many terms the mean of a loss of PyTorch has; None for the number of samples."""
+def terms_of(
+    loss_fn: object, model: nn.Module | None = None, *, weighted: bool = True
+) -> Count | None:
+    """How many terms the mean of a loss has, for losses of PyTorch and the model's own (None).
+
+    None for the number of samples.
+    """
+    if loss_fn is None:
+        return partial(_labels, shifted=model is not None and _shifts(model))
     if loss_fn in (F.cross_entropy, F.nll_loss):
         loss_fn = nn.CrossEntropyLoss()  # of which these are the defaults
     if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
@@ -125,7 +203,71 @@ def terms_of(loss_fn: object, *, weighted: bool = True) -> Count | None:
     return count
 
 
+# The model's own loss
+
+
+def _labels(batch: Any, *, shifted: bool) -> float | Tensor:
+    """How many labels the loss of a model is the mean over; NaN where the batch has none."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        return math.nan
+    if labels.is_floating_point():  # a mean over all elements
+        return labels.numel()
+    return torch.count_nonzero((labels[..., 1:] if shifted else labels) != -100)
+
+
+def _shifts(model: nn.Module) -> bool:
+    """Whether the labels of a model of `transformers` are the tokens before which it stands.
+
+    `loss_type` names its loss, and stands for that of a decoder where it is None.
+    """
+    for module in model.modules():
+        if hasattr(module, "loss_type"):
+            decodes = module.loss_type in (None, "ForCausalLM", "ForConditionalGeneration")
+            return decodes and not getattr(module.config, "is_encoder_decoder", False)
+    return False
+
+
+_MEANS = ("NllLoss", "MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy")
+
+
+def terms_in(loss: Tensor) -> Tensor | float | str:
+    """How many terms a loss is the mean of, by its graph; a sentence where that does not tell."""
+    node: Any = loss.grad_fn
+    name = type(node).__name__.removesuffix("Backward0")
+    while name in ("_DDPSinkBackward", "ToCopy"):  # which change nothing
+        node = node.next_functions[loss.output_nr if name[0] == "_" else 0][0]
+        name = type(node).__name__.removesuffix("Backward0")
+    if name.startswith("Compiled"):
+        return "it is compiled, so that nobody sees what it is the mean of"
+    if not name.startswith(_MEANS) or node._saved_reduction != 1:
+        return f"it ends in {name}, not in one mean over labels"
+    return node._saved_total_weight if name.startswith("Nll") else node._saved_self.numel()
+
+
+def check_own(operation: str, model: nn.Module, seen: Sequence[tuple[Piece, Any]]) -> None:
+    """Raise unless each loss is a mean over the labels by which its micro-batch is weighted.
+
+    What `terms_in` found is read here, after all work is queued: a device is waited for once.
+    """
+    for piece, found in seen:
+        if isinstance(found, str):
+            why = found
+        elif piece.terms != float(found):
+            why = f"it is a mean over {float(found):g} terms, the batch has {piece.terms:g} labels"
+        else:
+            continue
+        raise ValueError(
+            f"{operation}: the own loss of {type(model).__name__} cannot be divided into "
+            f"micro-batches or among processes: {why}; leave micro_batch out, give loss_fn, or "
+            "give count=, if it is a mean over what that counts, as `lambda batch: "
+            "len(batch['labels'])`"
+        )
+
+
 def nothing(output: Any) -> Tensor:
     """A zero that depends on an output: a process with nothing to add takes part all the same."""
     leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    # The model's own loss, a scalar, is NaN where it is a mean over nothing.
+    leaves = [leaf for leaf in leaves if leaf.dim()] or leaves
     return sum((leaf.sum() * 0 for leaf in leaves), start=torch.zeros(()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -15,6 +15,7 @@ from autograd_lib.config.records import DistributedConfig
 from autograd_lib.core.shards import is_distributed
 
 _T = TypeVar("_T")
+_END = object()  # of a loader, in place of a batch
 
 
 class Peers:
@@ -86,7 +87,7 @@ class Peers:
                 raise other
 
     def even_batches(
-        self, batches: Iterable[_T], last: _T | None = None
+        self, batches: Iterable[_T], last: _T | None = None, name: str = "loader"
     ) -> Iterator[tuple[_T, bool]]:
         """Batches, and whether they count: equally many on every process.
 
@@ -96,34 +97,40 @@ class Peers:
         Args:
             batches: Of this process.
             last: The one before them.
+            name: What messages call the loader.
         """
         iterator, batch = iter(batches), last
         while True:
-            found, failed = None, None
+            found, failed = cast(Any, _END), None
             try:
-                found = next(iterator, None)
+                found = next(iterator, _END)
+                if found is None:
+                    raise ValueError(
+                        f"the {name} gives None for a batch; expected a mapping or a pair (inputs, "
+                        "targets): let its collate_fn or its generator skip what is empty"
+                    )
             except Exception as error:
                 failed = error
-            batch = batch if found is None else found
-            status = self.gather(found is not None, batch is not None, failed is not None)
+            batch = batch if found is _END else found
+            status = self.gather(found is not _END, batch is not None, failed is not None)
             counted, present, failures = (list(flags) for flags in zip(*status, strict=True))
             if failed is not None:
                 raise failed
             if any(failures):
                 raise RuntimeError(
-                    f"the loader of rank {failures.index(True)} raised an error; the output of "
+                    f"the {name} of rank {failures.index(True)} raised an error; the output of "
                     "that rank holds its traceback"
                 )
             if not all(present):
                 raise ValueError(
-                    f"the loader of rank {present.index(False)} gives no batch; expected one that "
+                    f"the {name} of rank {present.index(False)} gives no batch; expected one that "
                     "can be gone through in each epoch, as a list or a DataLoader, and at least "
                     "one batch for every process"
                 )
             if not any(counted):
                 return
             assert batch is not None
-            yield batch, found is not None
+            yield batch, found is not _END
 
 
 def parallelize(

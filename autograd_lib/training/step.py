@@ -9,9 +9,21 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
-from autograd_lib.core.batches import Count, Piece, check_counted, nothing, split
+from autograd_lib.core.batches import (
+    Count,
+    Piece,
+    call,
+    check_counted,
+    check_own,
+    described,
+    nothing,
+    own_loss,
+    split,
+    targets_of,
+    terms_in,
+)
 from autograd_lib.training.distributed import Peers, synchronized
 
 _T = TypeVar("_T")
@@ -25,17 +37,20 @@ class ForwardBackward:
 
     Attributes:
         operation: What messages of errors begin with.
-        model: Called as ``model(*inputs)``.
-        loss_fn: ``loss_fn(output, targets)`` is a mean.
+        model: Called with the inputs of a batch, as `core.batches` says.
+        loss_fn: ``loss_fn(output, targets)`` is a mean; None for the loss that the model computes.
         precision: A field of `Settings`: autocast to it, unless it is "fp32".
-        device: Where inputs and targets are moved.
+        device: Where batches are moved.
+        trusted: Whether the shares of micro-batches are taken as they are. Else an own loss of the
+            model has to be the mean over its labels, by which `terms_of` weighs them.
     """
 
     operation: str
     model: nn.Module
-    loss_fn: Callable[..., Tensor]
+    loss_fn: Callable[..., Tensor] | None
     precision: str
     device: torch.device
+    trusted: bool = True
 
     def __call__(
         self,
@@ -52,9 +67,13 @@ class ForwardBackward:
                 wanted.
         """
         mean: Tensor | None = None
+        divided = not self.trusted and (len(pieces) > 1 or world > 1)
+        seen: list[tuple[Piece, Any]] = []
         for i, piece in enumerate(pieces):
             with synchronized(self.model, last=i == len(pieces) - 1):
-                loss = self.forward(piece)[1]  # the output is freed before backward
+                loss = self.forward(piece, divided)[1]  # the output is freed before backward
+                if divided and self.loss_fn is None and piece.share:
+                    seen.append((piece, terms_in(loss)))
                 if not loss.requires_grad:
                     raise ValueError(
                         f"{self.operation}: the loss depends on nothing that requires a gradient; "
@@ -64,33 +83,42 @@ class ForwardBackward:
                 (weighted if scale is None else scale(weighted)).backward()
             part = _times(loss.detach(), piece.share)
             mean = part if mean is None else mean + part
+        check_own(self.operation, self.model, seen)
         assert mean is not None
         return mean
 
-    def forward(self, piece: Piece) -> tuple[Any, Tensor]:
+    def forward(self, piece: Piece, divided: bool = False) -> tuple[Any, Tensor]:
         """Output and mean loss of a micro-batch; a zero for the loss where its share is zero."""
-        inputs, targets = move((piece.inputs, piece.targets), self.device)
+        batch = move(piece.batch, self.device)
         dtype = _DTYPES[self.precision]
         autocast = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-        with self._explaining(piece), autocast:
-            output = self.model(*inputs)
-            loss = self.loss_fn(output, targets) if piece.share else nothing(output)
+        with self._explaining(batch), autocast:
+            output = call(self.model, batch)
+            if not piece.share:
+                return output, nothing(output)
+            if self.loss_fn is None:
+                return output, own_loss(self.operation, output, batch)
+            loss = self.loss_fn(output, targets_of(batch))
         if not isinstance(loss, Tensor) or loss.dim():
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
-                f"{self.operation}: expected loss_fn to return a scalar, got {got}; return the "
-                "mean over the samples, or over the terms that count(targets) counts"
+                f"{self.operation}: expected loss_fn to return a scalar, got {described(loss)}; "
+                "return the mean over the samples, or over the terms that count(targets) counts"
+            )
+        if divided and loss is getattr(output, "loss", None):
+            raise ValueError(
+                f"{self.operation}: loss_fn returns the model's own loss, which micro-batches and "
+                "processes divide by labels, not by samples; leave loss_fn out, or give count="
             )
         return output, loss
 
     @contextlib.contextmanager
-    def _explaining(self, piece: Piece) -> Iterator[None]:
+    def _explaining(self, batch: Any) -> Iterator[None]:
         """Say of an error what may have caused it: numbers of another type than the model's."""
         try:
             yield
         except RuntimeError as error:
-            batch = tree_leaves((piece.inputs, piece.targets))
-            came, own = _floating_types(batch), _floating_types(self.model.parameters())
+            came = _floating_types(tree_leaves(batch))
+            own = _floating_types(self.model.parameters())
             if not came <= own:
                 error.add_note(
                     f"{self.operation}: the batch is in {', '.join(sorted(came))}, the model in "
@@ -106,7 +134,7 @@ def _floating_types(values: Iterable[Any]) -> set[str]:
 
 def micro_batches(
     operation: str,
-    batch: tuple[Any, Any],
+    batch: Any,
     size: int | None,
     count: Count | None,
     *,
@@ -120,9 +148,10 @@ def micro_batches(
 
     Args:
         operation: What messages of errors begin with.
-        batch: Inputs and targets.
+        batch: A mapping, or inputs and targets.
         size: Samples in a micro-batch; None for all.
-        count: How many terms the mean of the loss has, given targets; None for one a sample.
+        count: How many terms the mean of the loss has, given targets, or a batch that is a mapping;
+            None for one a sample.
         peers: The processes of the step; None for this one alone.
         counts: Whether this process adds anything to the mean.
     """
@@ -144,8 +173,8 @@ def micro_batches(
 
 
 def move(tree: _T, device: torch.device) -> _T:
-    """Inputs or targets, with every tensor on a device."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), tree)
+    """A batch, with all that can be moved on a device: tensors, packed sequences, graphs."""
+    return tree_map(lambda x: x.to(device, non_blocking=True) if hasattr(x, "to") else x, tree)
 
 
 def _times(loss: Tensor, factor: float) -> Tensor:

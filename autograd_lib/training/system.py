@@ -21,7 +21,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map_only
 
 from autograd_lib.config.records import AutogradConfig, Settings
-from autograd_lib.core.batches import Count, Piece, check_counted, pair, split, terms_of
+from autograd_lib.core.batches import (
+    Count,
+    Piece,
+    check_counted,
+    samples_of,
+    split,
+    targets_of,
+    terms_of,
+)
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.snapshot import drop_gradients, random_state, seed_all, set_random_state
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
@@ -105,7 +113,7 @@ class AutogradTrainingSystem:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        loss_fn: Callable[[Any, Any], Tensor],
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
         config: AutogradConfig | None = None,
         *,
         scheduler: LRScheduler | None = None,
@@ -134,7 +142,8 @@ class AutogradTrainingSystem:
         ]
         self._parameters = list(dict.fromkeys(everything))
         self.optimizer, self.loss_fn, self.scheduler = optimizer, loss_fn, scheduler
-        self.count = terms_of(loss_fn) if count is None else count
+        self.count = terms_of(loss_fn, self.module) if count is None else count
+        self._trusted = count is not None
         # What metrics average over: class weights apply to the loss only.
         weighted = count is None and getattr(loss_fn, "weight", None) is not None
         self._terms = terms_of(loss_fn, weighted=False) if weighted else self.count
@@ -168,7 +177,7 @@ class AutogradTrainingSystem:
 
     # One step
 
-    def train_step(self, inputs: Any, targets: Any) -> Tensor:
+    def train_step(self, inputs: Any, targets: Any = None) -> Tensor:
         """Run one step of the optimizer on a batch.
 
         A step whose loss or gradients are not finite is skipped, with a warning and an entry in
@@ -192,7 +201,7 @@ class AutogradTrainingSystem:
         setup.check_trains("train_step", self.config)
         return self._train((inputs, targets))
 
-    def _train(self, batch: tuple[Any, Any], counts: bool = True) -> Tensor:
+    def _train(self, batch: Any, counts: bool = True) -> Tensor:
         size, count = self.settings.micro_batch, self.count
         if has_modes(self.optimizer):
             cast(Any, self.optimizer).train()  # does nothing if it trains already
@@ -221,7 +230,10 @@ class AutogradTrainingSystem:
         return [self._loss, *(p.grad for p in self._loss_parameters)]
 
     def _run(self, operation: str, model: nn.Module) -> ForwardBackward:
-        return ForwardBackward(operation, model, self.loss_fn, self.settings.precision, self.device)
+        precision = self.settings.precision
+        return ForwardBackward(
+            operation, model, self.loss_fn, precision, self.device, self._trusted
+        )
 
     def _update(self) -> None:
         """Clip, and step optimizer, scaler and scheduler."""
@@ -313,7 +325,7 @@ class AutogradTrainingSystem:
     ) -> _Row:
         began = time.perf_counter()
         for batch, counts in self._batches(loader):
-            self._losses.append(self._train(pair(batch), counts))
+            self._losses.append(self._train(batch, counts))
             self._position += 1
             if self.peers.rank == 0:
                 show(
@@ -400,15 +412,17 @@ class AutogradTrainingSystem:
         sums = [torch.zeros(len(self.metrics) + 3, device=self.device)]
         self.peers.broadcast(self.module.buffers())
         with evaluating(self.module, self.optimizer):
-            for batch, counts in self.peers.even_batches(loader):
-                (piece,) = split("evaluate", pair(batch), None, self.count)
+            for batch, counts in self.peers.even_batches(loader, name="validation loader"):
+                (piece,) = split("evaluate", batch, None, self.count)
+                if self.loss_fn is None and math.isnan(piece.terms):
+                    piece = piece._replace(share=samples_of("evaluate", piece.batch))
                 share = piece.share * counts
                 terms = share
                 if self._terms is not None and self._terms is not self.count:
-                    terms = float(self._terms(piece.targets)) * counts
+                    terms = float(self._terms(targets_of(piece.batch))) * counts
                 output, loss = run.forward(piece._replace(share=share))
                 if terms:
-                    targets = move(piece.targets, self.device)
+                    targets = move(targets_of(piece.batch), self.device)
                     judged = [metric(output, targets) * terms for metric in self.metrics.values()]
                     values = [loss * share, *judged, share, terms]
                     on_device = [torch.as_tensor(v, device=self.device).float() for v in values]

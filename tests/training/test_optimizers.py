@@ -172,7 +172,7 @@ def test_an_optimizer_comes_back_to_training_after_an_exception():
     batches = batches_of((8,), 8)
     system.train_step(*batches[0])
     before = everything(system)
-    with pytest.raises(ValueError, match="expected the loader to give"):
+    with pytest.raises(ValueError, match="expected a batch to be a mapping"):
         system.evaluate([batches[0], (1, 2, 3)])
     assert_same(everything(system), before)
     system.train_step(*batches[1])
