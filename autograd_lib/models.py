@@ -39,17 +39,13 @@ class CustomTransformerModel(nn.Module):
 
     Args:
         vocab_size: Number of tokens.
-        d_model: Width of an embedding.
+        d_model: Width of an embedding; the heads of attention are the largest number of 8, 4, 2 and
+            1 that divides it.
         num_layers: Number of blocks.
-        num_heads: Heads of attention, a divisor of `d_model`; None for the largest of 8, 4, 2 and
-            1 that is one.
         max_length: Largest number of positions.
         dropout: Probability of dropout for embeddings, attention weights and branches, in [0, 1).
         custom_gradients: Whether GELU is `low_memory_gelu`, which saves a byte per element where
             GELU saves four; in float64 the gradient is the same.
-
-    Raises:
-        ValueError: `num_heads` does not divide `d_model`.
 
     Example:
         >>> model = CustomTransformerModel(vocab_size=100, d_model=64)
@@ -63,24 +59,15 @@ class CustomTransformerModel(nn.Module):
         d_model: int,
         *,
         num_layers: int = 4,
-        num_heads: int | None = None,
         max_length: int = 512,
         dropout: float = 0.0,
         custom_gradients: bool = False,
     ) -> None:
         super().__init__()
-        if num_heads is None:
-            num_heads = next(heads for heads in (8, 4, 2, 1) if d_model % heads == 0)
-        if d_model % num_heads:
-            raise ValueError(
-                f"CustomTransformerModel: expected num_heads to divide d_model={d_model}, got "
-                f"{num_heads}; None takes the largest of 8, 4, 2 and 1 that does"
-            )
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.positions = nn.Embedding(max_length, d_model)
         self.dropout = nn.Dropout(dropout)
-        block = partial(_TransformerBlock, dropout=dropout, custom=custom_gradients)
-        blocks = [block(d_model, num_heads) for _ in range(num_layers)]
+        blocks = [_TransformerBlock(d_model, dropout, custom_gradients) for _ in range(num_layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
@@ -137,9 +124,9 @@ class CustomTransformerModel(nn.Module):
 class _TransformerBlock(nn.Module):
     """Attention and a feed-forward network, each normalized first and added to its input."""
 
-    def __init__(self, width: int, heads: int, *, dropout: float, custom: bool) -> None:
+    def __init__(self, width: int, dropout: float, custom: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = math.gcd(width, 8)
         self.norm1 = nn.LayerNorm(width)
         # Without biases: softmax ignores that of the keys, whose gradient would be rounding.
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -159,9 +146,6 @@ class _TransformerBlock(nn.Module):
         x = x + self.dropout(self.out_proj(mixed.transpose(1, 2).flatten(2)))
         inner = self.activation(self.linear1(self.norm2(x)))
         return x + self.dropout(self.linear2(inner))
-
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}"
 
 
 def _initialize(module: nn.Module) -> None:
@@ -291,7 +275,6 @@ class CustomRNNModel(nn.Module):
         hidden_size: Features of the state.
         output_size: Features of the output, by a linear layer; None for the states themselves.
         num_layers: Number of layers.
-        dropout: Probability of dropout between layers and before the linear layer, in [0, 1).
 
     Example:
         >>> rnn = CustomRNNModel(input_size=100, hidden_size=128)
@@ -306,15 +289,11 @@ class CustomRNNModel(nn.Module):
         output_size: int | None = None,
         *,
         num_layers: int = 1,
-        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(_RecurrentBlock(input_size, hidden_size, dropout=0.0))
-        for _ in range(num_layers - 1):
-            self.blocks.append(_RecurrentBlock(hidden_size, hidden_size, dropout))
-        self.head: nn.Module = nn.Identity()
-        if output_size is not None:
-            self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden_size, output_size))
+        sizes = [input_size] + [hidden_size] * num_layers
+        self.blocks = nn.Sequential(*(_RecurrentBlock(*pair) for pair in pairwise(sizes)))
+        self.head = nn.Identity() if output_size is None else nn.Linear(hidden_size, output_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the outputs.
@@ -329,11 +308,10 @@ class CustomRNNModel(nn.Module):
 
 
 class _RecurrentBlock(nn.Module):
-    """Dropout and one layer."""
+    """One layer, which returns its states alone."""
 
-    def __init__(self, inputs: int, hidden: int, dropout: float) -> None:
+    def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
         self.rnn = nn.LSTM(inputs, hidden, batch_first=True)
         of_inputs, recurrent, bias, other_bias = self.rnn.parameters()
         nn.init.xavier_uniform_(of_inputs)
@@ -344,8 +322,7 @@ class _RecurrentBlock(nn.Module):
         nn.init.ones_(bias.data[hidden : 2 * hidden])  # the second of four gates
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.rnn(self.dropout(x))[0]
-        return output
+        return self.rnn(x)[0]
 
 
 class _LowMemoryGELU(nn.GELU):
