@@ -536,27 +536,6 @@ def test_values_are_of_yaml_1_2(write, text, value):
                 "mapping, got datetime.date(2001, 12, 14)"
             ],
         ),
-        # what could not be written to a file that is read again
-        (
-            'model: {options: {a: "\\ud800"}}',
-            [r"model.options.a: expected text without lone surrogates, got '\ud800'"],
-        ),
-        (
-            'model: {options: {a: [{"b\\udfff": 1}]}}',
-            [r"model.options.a.0: expected text without lone surrogates, got 'b\udfff'"],
-        ),
-        (
-            'training: {directory: "\\udc80"}',
-            [r"training.directory: expected text without lone surrogates, got '\udc80'"],
-        ),
-        (
-            "model: {options: {a: 18446744073709551616, b: -9223372036854775809}}",
-            ["model.options.a: expected an integer of 64 bits, got 18446744073709551616"],
-        ),
-        (
-            "optimizer: {options: {b: [-9223372036854775809]}}",
-            ["optimizer.options.b.0: expected an integer of 64 bits, got -9223372036854775809"],
-        ),
         ("0: 1", ["0: unknown key; known here are " + ", ".join(DEFAULTS)]),
         *(
             (f"# one\n{text}", ["not plain YAML: an anchor, alias or tag in line 2"])
@@ -661,9 +640,6 @@ def test_a_mapping_is_checked_like_a_file():
     nested["a"] = nested
     assert problems({"training": {"epochs": "3"}}) == [
         "training.epochs: expected an integer >= 0, got '3'"
-    ]
-    assert problems({"model": {"options": {"a": "\ud800", "b": 10**5000}}}) == [
-        r"model.options.a: expected text without lone surrogates, got '\ud800'"
     ]
     assert problems({1: {}})[0].startswith("1: unknown key; known here are autograd_system, ")
     assert problems({"model": {"options": {"a": {1}}}}) == [
@@ -796,8 +772,6 @@ def test_an_override_does_not_hide_a_mistake_of_the_file(write):
             TypeError,
             r"options\.a to be a string, a number, .*, got <class",
         ),
-        (ModelConfig, {"options": {"a": 2**64}}, ValueError, r"options\.a to be an integer of 64"),
-        (ModelConfig, {"options": {"\ud800": 1}}, ValueError, "to be text without lone surrog"),
         (OptimizerConfig, {"lr": 0}, ValueError, "lr to be a number > 0, got 0"),
         (OptimizerConfig, {"lr": float("inf")}, ValueError, "lr to be a number > 0"),
         (OptimizerConfig, {"lr": "1"}, TypeError, "lr to be a number > 0, got '1'"),
