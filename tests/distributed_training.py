@@ -12,6 +12,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -390,6 +391,50 @@ def nothing_counts_on_a_rank(rank: int, strategy: str, _: Path) -> None:
     y[:] = -100
     with pytest.raises(ValueError, match="count gives 0 for the whole batch"):
         trained.train_step(*of_rank((x, y), rank, 2))
+
+
+class Labelled(nn.Module):
+    """Computes its own loss, as models of `transformers` do."""
+
+    def __init__(self, balance: float = 0.0) -> None:
+        super().__init__()
+        self.inner, self.balance = language_model(), balance
+        self.blocks = self.inner.blocks
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.inner(tokens)
+        loss = TokenLoss()(logits, labels)
+        if self.balance:
+            loss = loss + self.balance * logits.square().mean()
+        return {"loss": loss, "logits": logits}
+
+
+@scenario
+def own_loss(rank: int, strategy: str, _: Path) -> None:
+    """The model's own loss in a batch that is a mapping, weighted by labels over all ranks."""
+    for counted in (0, 2):  # by the second rank: no labels, or few
+        x, y = tokens()
+        y[2:, counted:] = -100
+        _, losses, expected = bare([(x, y)], language_model(), TokenLoss())
+        expected = {f"inner.{name}": gradient for name, gradient in expected.items()}
+        part = dict(zip(("tokens", "labels"), of_rank((x, y), rank, 2), strict=True))
+        for size in (None, 1):
+            for unused in (False, True):  # when it looks for them, DDP wraps outputs
+                config = configured(strategy, performance=Settings(micro_batch=size))
+                config = replace(
+                    config, distributed=replace(config.distributed, find_unused_parameters=unused)
+                )
+                model = Labelled()
+                made = sgd(model.parameters())
+                trained = AutogradTrainingSystem(model, made, config=config)
+                loss = trained.train_step(part)
+                assert loss.item() == pytest.approx(losses[0], rel=1e-6)
+                error = apart(gradients(trained), expected)
+                assert error < 1e-6, error
+    model = Labelled(balance=0.1)
+    trained = AutogradTrainingSystem(model, sgd(model.parameters()), config=configured(strategy))
+    with pytest.raises(ValueError, match="own loss of .* cannot be divided .*: it ends in Add"):
+        trained.train_step(part)
 
 
 @scenario

@@ -22,6 +22,34 @@ from autograd_lib.nonfinite.guard import GuardedStep, NonFinite, NonFiniteGuard,
 _TOTAL_NORM = "gradients/total_norm"
 
 
+class Refusals:
+    """Steps that were not finite: a report and a warning for each, an error for too many in a row.
+
+    Args:
+        operation: What messages begin with.
+        option: What they call `most`.
+        most: So many in a row are too many.
+    """
+
+    def __init__(self, operation: str, option: str, most: int) -> None:
+        self._operation, self._option, self._most = operation, option, most
+        self.reports: list[NonFinite] = []
+        self.in_a_row = 0
+
+    def add(self, found: NonFinite, step: int, *, again: bool = False) -> None:
+        """Report a step; `again` if it is counted already."""
+        self.reports.append(found)
+        title = repr(found).partition("\n")[0]
+        title += f", module {found.module!r}" if found.module else ""
+        warnings.warn(f"{self._operation}: step {step} is skipped: {title}", stacklevel=4)
+        self.in_a_row += not again
+        if self.in_a_row >= self._most and not again:
+            raise FloatingPointError(
+                f"{self._operation}: {self.in_a_row} steps in a row were not finite, as many as "
+                f"{self._option} allows; the last one:\n{found}"
+            )
+
+
 class FrameworkCallback:
     """What is the same in both frameworks."""
 
@@ -36,10 +64,10 @@ class FrameworkCallback:
                 f"got {unknown}; model, optimizer and scaler are the framework's"
             )
         self.monitors: list[GradientMonitor] = []
-        self.reports: list[NonFinite] = []
-        self._guarded, self._max_nonfinite, self._options = guard, max_nonfinite, options
+        self._refusals = Refusals(self._operation, "max_nonfinite", max_nonfinite)
+        self.reports = self._refusals.reports
+        self._guarded, self._options = guard, options
         self._loaded: dict[str, Any] = {}
-        self._in_a_row = 0
         self._spoiled: list[GradientMonitor] = []  # those whose step, not over yet, is not finite
         self._scaler: GradScaler | None = None
         self._guard: NonFiniteGuard | None = None
@@ -54,7 +82,8 @@ class FrameworkCallback:
     def state_dict(self) -> dict[str, Any]:
         """The histories, as tensors and plain values."""
         monitors = [monitor.state_dict() for monitor in self.monitors]
-        return {"monitors": monitors, "in_a_row": self._in_a_row} if monitors else self._loaded
+        in_a_row = self._refusals.in_a_row
+        return {"monitors": monitors, "in_a_row": in_a_row} if monitors else self._loaded
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there when training begins."""
@@ -71,7 +100,7 @@ class FrameworkCallback:
         loaded, self._loaded = self._loaded, {}
         for monitor, state in zip(self.monitors, loaded.get("monitors", ()), strict=False):
             monitor.load_state_dict(state)
-        self._in_a_row = loaded.get("in_a_row", 0)
+        self._refusals.in_a_row = loaded.get("in_a_row", 0)
         for monitor in self.monitors:
             monitor.register_hooks()
 
@@ -119,7 +148,6 @@ class FrameworkCallback:
         """
         if self._step is None or (found := self._step.end(loss, replay, owned)) is None:
             return
-        self.reports.append(found)
         again, monitor = bool(self._spoiled), self.monitors[place]
         if self._scaler is None:  # else the scaler is left to find them, and skips the step
             if monitor not in self._spoiled:
@@ -127,20 +155,11 @@ class FrameworkCallback:
                 monitor.remove_hooks()  # until the step is over: it is recorded already
             drop_gradients(self._step.parameters if owned is None else owned)
         self._spoiled.append(monitor)
-        title = repr(found).partition("\n")[0]
-        title += f", module {found.module!r}" if found.module else ""
-        warnings.warn(f"{self._operation}: step {number} is skipped: {title}", stacklevel=2)
-        self._in_a_row += not again
-        if self._in_a_row >= self._max_nonfinite and not again:
-            self._detach()
-            raise FloatingPointError(
-                f"{self._operation}: expected finite gradients, got NaN or Inf in {self._in_a_row} "
-                f"steps in a row, at last: {title}; the callback's `reports` say more"
-            )
+        self._refusals.add(found, number, again=again)
 
     def _end_of_step(self) -> None:
         if not self._spoiled:
-            self._in_a_row = 0
+            self._refusals.in_a_row = 0
         for monitor in self._spoiled if self._scaler is None else ():
             monitor.register_hooks()
         self._spoiled = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
+from autograd_lib.core.batches import call, own_loss, read_batch
 from autograd_lib.higher_order.algebra import Taylor
 from autograd_lib.higher_order.dispatch import Jet, lift
 from autograd_lib.higher_order.inputs import (
@@ -63,9 +64,9 @@ class DerivativeTower(Table, Sequence[dict[str, Tensor]]):
 
 def derivative_tower(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
+    loss_fn: Callable[[Any, Any], Tensor] | None,
     input: Any,
-    target: Any,
+    target: Any = None,
     order: int = 2,
     direction: Mapping[str, Tensor] | None = None,
 ) -> DerivativeTower:
@@ -81,8 +82,10 @@ def derivative_tower(
         model: a module; its parameters that require a gradient are differentiated, shared ones
             once. Its parameters, gradients, buffers and mode are the same afterwards; during the
             call its parameters are replaced, so no other thread may use it.
-        loss_fn: `loss_fn(model(input), target)` is the loss, a scalar.
-        input: what `model` is called with.
+        loss_fn: `loss_fn(model(input), target)` is the loss, a scalar; None for the loss that the
+            model computes itself, as `output.loss`.
+        input: what `model` is called with; without `loss_fn` a mapping of keyword arguments or a
+            tuple of positional ones is taken apart.
         target: the second argument of `loss_fn`.
         order: the highest derivative K, at least 1.
         direction: a tensor for each of those parameters, by name. Without one, the gradient divided
@@ -124,11 +127,17 @@ def derivative_tower(
     if not parameters:
         raise ValueError("derivative_tower: no parameter of the model requires a gradient")
 
+    def loss() -> Tensor:
+        if loss_fn is not None:
+            return loss_fn(model(input), target)
+        batch = read_batch("derivative_tower", (input, target))
+        return own_loss("derivative_tower", call(model, batch), batch)
+
     def inside(values: Mapping[str, Tensor], action: Callable[[Tensor], Any]) -> Any:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         # The backward of the action runs inside, too: it computes a checkpointed block again.
         with _reparametrize_module(model, {**buffers, **values}, tie_weights=True):
-            return action(check_scalar("derivative_tower", loss_fn(model(input), target)))
+            return action(check_scalar("derivative_tower", loss()))
 
     with torch.enable_grad():
         v = _direction(inside, parameters) if direction is None else direction

@@ -6,7 +6,6 @@ import math
 import signal
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map_only
 
+from autograd_lib.callbacks.shared import Refusals
 from autograd_lib.config.records import AutogradConfig, Settings
 from autograd_lib.core.batches import (
     Count,
@@ -33,7 +33,7 @@ from autograd_lib.core.batches import (
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.snapshot import drop_gradients, random_state, seed_all, set_random_state
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
-from autograd_lib.nonfinite.guard import NonFinite, NonFiniteGuard
+from autograd_lib.nonfinite.guard import NonFiniteGuard
 from autograd_lib.report.progress import progress
 from autograd_lib.training import distributed, saving, setup
 from autograd_lib.training.loop import (
@@ -155,10 +155,12 @@ class AutogradTrainingSystem:
         self.monitor = setup.monitor_of(self.config, self.module, optimizer, self.scaler)
         self.step = self.epoch = 0
         self.history: list[_Row] = []
-        self.reports: list[NonFinite] = []
+        most = self.config.training.max_nonfinite
+        self._refusals = Refusals("train_step", "training.max_nonfinite", most)
+        self.reports = self._refusals.reports
         self.gradient_norm: Tensor | None = None
         self._loss = torch.zeros(())
-        self._position = self._failed = 0
+        self._position = 0
         self._owns_files = False  # whether the directory holds this run
         self._losses: list[Tensor] = []  # of the epoch
         self._epoch_start: dict[str, Any] | None = None  # random states when the epoch began
@@ -214,10 +216,13 @@ class AutogradTrainingSystem:
             report = self.guard(lambda: self._forward_backward(pieces))
         self.step += 1
         if report is None:
-            self._failed = 0
+            self._refusals.in_a_row = 0
             self._update()
         else:
-            self._skip(report)
+            drop_gradients(self._parameters)
+            if self.monitor is not None:
+                self.monitor.look(skipped=True)  # it counts the step, as the system does
+            self._refusals.add(report, self.step)
         return self.peers.sum(self._loss)
 
     def _forward_backward(self, pieces: list[Piece]) -> list[Tensor | None]:
@@ -250,20 +255,6 @@ class AutogradTrainingSystem:
         skipped = self.scaler.get_scale() < scale
         if self.scheduler is not None and not skipped:
             self.scheduler.step()
-
-    def _skip(self, report: NonFinite) -> None:
-        self.reports.append(report)
-        self._failed += 1
-        drop_gradients(self._parameters)
-        if self.monitor is not None:
-            self.monitor.look(skipped=True)  # it counts the step, as the system does
-        if self._failed >= self.config.training.max_nonfinite:
-            raise FloatingPointError(
-                f"train_step: {self._failed} steps in a row were not finite, as many as "
-                f"training.max_nonfinite allows; the last one:\n{report}"
-            )
-        title = repr(report).partition("\n")[0]
-        warnings.warn(f"train_step: step {self.step} is skipped: {title}", stacklevel=4)
 
     # Many steps
 
@@ -464,7 +455,7 @@ class AutogradTrainingSystem:
                 "step": self.step,
                 "epoch": self.epoch,
                 "position": self._position,
-                "failed": self._failed,
+                "failed": self._refusals.in_a_row,
             },
         }
         if has_modes(self.optimizer):
@@ -493,7 +484,7 @@ class AutogradTrainingSystem:
         self.history = list(state["history"])
         progress = state["progress"]
         self.step, self.epoch = progress["step"], progress["epoch"]
-        self._position, self._failed = progress["position"], progress["failed"]
+        self._position, self._refusals.in_a_row = progress["position"], progress["failed"]
         self._losses = list(state["losses"].to(self.device))
         saved, rank = state["random"], self.peers.rank
         self._epoch_start = saved[rank % len(saved)]["epoch_start"]
@@ -560,15 +551,15 @@ class AutogradTrainingSystem:
     def compute_higher_order_gradients(
         self,
         input: Any,
-        target: Any,
+        target: Any = None,
         order: int = 2,
         direction: Mapping[str, Tensor] | None = None,
     ) -> DerivativeTower:
         """Derivatives of the loss along a direction; see `derivative_tower`.
 
         Args:
-            input: Given to the model.
-            target: Given to the loss.
+            input: Given to the model; without `loss_fn` a mapping of its arguments.
+            target: Given to `loss_fn`.
             order: Of the highest derivative.
             direction: A tensor for each trainable parameter, by name; None for that of the
                 gradient.

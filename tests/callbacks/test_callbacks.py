@@ -481,9 +481,9 @@ def test_training_stops_after_so_many_in_a_row(train: Train) -> None:
     callback = make(train, max_nonfinite=2)
     run = Run()
     text = (
-        f"{train.__name__}_callback: expected finite gradients, got NaN or Inf in 2 steps in a "
-        r"row, at last: NaN made in forward by aten\.log\.default, module '(net\.)?logarithm'; the "
-        r"callback's `reports` say more"
+        f"{train.__name__}_callback: 2 steps in a row were not finite, as many as max_nonfinite "
+        r"allows; the last one:\nNaN made in forward by aten\.log\.default\n"
+        r"module +(net\.)?logarithm\n"
     )
     with (
         pytest.warns(UserWarning, match="is skipped"),
@@ -677,7 +677,7 @@ def test_a_nan_of_a_loss_outside_the_model_is_named(
     callback = transformers_callback(max_nonfinite=1)
     with (
         pytest.warns(UserWarning, match="step 1 is skipped: NaN made in forward by aten.sqrt"),
-        pytest.raises(FloatingPointError, match=r"in 1 steps in a row.*aten\.sqrt\.default"),
+        pytest.raises(FloatingPointError, match=r"1 steps in a row.*\n.*aten\.sqrt\.default"),
     ):
         train_transformers(
             transformers,
