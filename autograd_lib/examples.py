@@ -41,7 +41,7 @@ Results = dict[str, Any]
 
 
 class AutogradExamples:
-    """The basic demonstration: gradients read, a loss learned, a step watched, a model trained."""
+    """The basic demonstration: gradients read, a loss learned, a model trained and watched."""
 
     @staticmethod
     def demonstrate_autograd_system() -> Results:
@@ -54,15 +54,14 @@ class AutogradExamples:
               says of the gradient of the mean squared error: `complete`, `norms`, `statistics`.
             - `loss`: `residuals`, `start` and `learned`, each `(alpha, beta)` of a
               `CustomLossFunction` that was fitted to them, and `values`, the loss before and after.
-            - `monitor`: the `model`, and `summary`, `history` and `issues` of a `GradientMonitor`
-              over `losses`, one a step.
             - `function`: `input`, `weight`, `output` and `gradients` (of both, for the sum of the
               output) of `CustomAutogradFunction`, and `checked`: first and second derivatives
               agree with finite differences.
             - `training`: `losses` of the `system`, an `AutogradTrainingSystem`, over as many steps;
-              `tower`, the derivatives of its loss up to the third; and for a `step` of that length
-              down the gradient `predicted`, the loss by the Taylor polynomials of order 0 to 3,
-              and `found`, the loss there.
+              `summary`, what its `GradientMonitor` says of the last one; `tower`, the derivatives
+              of its loss up to the third; and for a `step` of that length down the gradient
+              `predicted`, the loss by the Taylor polynomials of order 0 to 3, and `found`, the loss
+              there.
 
         Raises:
             RuntimeError: If a derivative does not agree with finite differences.
@@ -76,7 +75,6 @@ class AutogradExamples:
         return {
             "gradients": _gradients(),
             "loss": _loss(),
-            "monitor": _monitor(),
             "function": _function(),
             "training": _training(),
         }
@@ -229,25 +227,6 @@ def _loss() -> Results:
 
 
 @_reproducible()
-def _monitor() -> Results:
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
-    inputs = torch.randn(64, 8)
-    targets = inputs.prod(dim=1, keepdim=True).sign()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    with GradientMonitor(model, optimizer) as monitor:
-        for _ in range(20):
-            optimizer.zero_grad()
-            loss = F.mse_loss(model(inputs), targets)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    found = {"summary": monitor.get_gradient_summary(), "history": monitor.history}
-    print(f"Monitor: over {len(losses)} steps\n{found['summary']}\n")
-    return {"model": model, "losses": losses, **found, "issues": monitor.issues}
-
-
-@_reproducible()
 def _function() -> Results:
     input = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
@@ -268,6 +247,9 @@ def _training() -> Results:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     system = AutogradTrainingSystem(model, optimizer, F.mse_loss)
     losses = [system.train_step(inputs, targets).item() for _ in range(50)]
+    assert system.monitor is not None  # there is one by default
+    summary = system.monitor.get_gradient_summary()
+    print(f"Monitor: over {len(losses)} steps\n{summary}\n")
     tower = system.compute_higher_order_gradients(inputs, targets, order=3)
     step = 0.5
     terms = [value * (-step) ** k / math.factorial(k) for k, value in enumerate(tower.values)]
@@ -280,8 +262,8 @@ def _training() -> Results:
     )
     rows = [(f"order {order}", value) for order, value in enumerate(predicted)]
     _show(title, ["", "loss"], [*rows, ("found", found)])
-    results = {"system": system, "losses": losses, "tower": tower, "step": step}
-    return {**results, "predicted": predicted, "found": found}
+    results = {"system": system, "losses": losses, "summary": summary, "tower": tower}
+    return {**results, "step": step, "predicted": predicted, "found": found}
 
 
 # ------------------------------------------------------------------------------ the advanced ones
