@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from autograd_lib.core.statistics import STATISTICS
-from autograd_lib.report.explorer import Interactive, import_ipywidgets, script_json
+from autograd_lib.report.explorer import Interactive, script_json
 from autograd_lib.report.plots import Array, common_prefix, value_range
 
 __all__ = ["GradientDashboard"]
@@ -73,8 +73,7 @@ class GradientDashboard(Interactive):
                 "pass the monitor itself, not its history"
             )
         self._monitor = monitor
-        self._output: Any = None
-        self._key = ""
+        self._key = f"dashboard-{next(_keys)}"  # the page stores the choices under this key
         self._due = 0.0
 
     def __repr__(self) -> str:
@@ -93,30 +92,10 @@ class GradientDashboard(Interactive):
 
     def to_html(self) -> str:
         """Return the view of the history so far as HTML that stands alone."""
-        return self._html("")
-
-    def to_widget(self) -> Any:
-        """Return the live form, an ipywidgets output that `update` redraws.
-
-        Raises:
-            ImportError: If ipywidgets is not installed.
-        """
-        ipywidgets = import_ipywidgets("GradientDashboard")
-        if self._output is None:
-            self._output = ipywidgets.Output()
-            self._key = f"dashboard-{next(_keys)}"  # the page stores the choices under this key
-        self._redraw()
-        return self._output
-
-    def _redraw(self) -> None:
-        data = {"text/html": self._html(self._key), "text/plain": repr(self)}
-        self._output.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
-
-    def _html(self, key: str) -> str:
         history = self._monitor.history
         body = "<p>No step was recorded yet.</p>"
         if len(history["step"]):
-            state = _state(history, self._monitor.issues) | {"key": key}
+            state = _state(history, self._monitor.issues) | {"key": self._key}
             template = importlib.resources.files("autograd_lib.report").joinpath("dashboard.html")
             body = template.read_text(encoding="utf-8").replace("DATA", script_json(state), 1)
         return f'<figure class="dashboard"><!-- frames -->{body}<!-- /frames --></figure>'

@@ -28,19 +28,30 @@ _MOST_FRAMES = 400  # some 4 KiB each: more would make a page that is slow to lo
 class Interactive:
     """A mixin for figures that carry their controls and a script: a subclass defines `to_html`."""
 
+    _output: Any = None  # the live form, once it was asked for
+
     def to_html(self) -> str:
         raise NotImplementedError
 
     def to_widget(self) -> Any:
-        """Return the figure as an ipywidgets output, for a notebook with a kernel.
+        """Return the live form, an ipywidgets output, for a notebook with a kernel.
 
         Raises:
             ImportError: if ipywidgets is not installed.
         """
-        output = import_ipywidgets(type(self).__name__).Output()
+        try:
+            import ipywidgets  # noqa: PLC0415 - an optional dependency
+        except ImportError as error:
+            raise ImportError(
+                f"{type(self).__name__}: the live form needs ipywidgets: pip install ipywidgets"
+            ) from error
+        self._output = self._output or ipywidgets.Output()
+        self._redraw()
+        return self._output
+
+    def _redraw(self) -> None:
         data = {"text/html": self.to_html(), "text/plain": repr(self)}
-        output.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
-        return output
+        self._output.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self.to_html()}
@@ -115,16 +126,6 @@ class Explorer(Interactive):
 def script_json(state: dict[str, Any]) -> str:
     """Write data for a script element, so that nothing in it ends the element."""
     return json.dumps(state, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def import_ipywidgets(operation: str) -> Any:
-    try:
-        import ipywidgets  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError(
-            f"{operation}: the live form needs ipywidgets: pip install ipywidgets"
-        ) from error
-    return ipywidgets
 
 
 def _html_control(control: Control) -> str:
