@@ -433,7 +433,7 @@ def own_loss(rank: int, strategy: str, _: Path) -> None:
                 assert error < 1e-6, error
     model = Labelled(balance=0.1)
     trained = AutogradTrainingSystem(model, sgd(model.parameters()), config=configured(strategy))
-    with pytest.raises(ValueError, match="own loss of .* cannot be divided .*: it ends in Add"):
+    with pytest.raises(ValueError, match=r"own loss of .* cannot be divided .*: it ends in Add"):
         trained.train_step(part)
 
 

@@ -24,7 +24,7 @@ from autograd_lib.core.batches import (
     targets_of,
     terms_in,
 )
-from autograd_lib.training.distributed import Peers, synchronized
+from autograd_lib.training.distributed import Peers, module_of, synchronized
 
 _T = TypeVar("_T")
 
@@ -83,7 +83,7 @@ class ForwardBackward:
                 (weighted if scale is None else scale(weighted)).backward()
             part = _times(loss.detach(), piece.share)
             mean = part if mean is None else mean + part
-        check_own(self.operation, self.model, seen)
+        check_own(self.operation, module_of(self.model), seen)
         assert mean is not None
         return mean
 
