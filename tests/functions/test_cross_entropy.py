@@ -17,6 +17,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 
 from autograd_lib.functions.cross_entropy import linear_cross_entropy
+from autograd_lib.higher_order import jet
 from autograd_lib.memory import peak_bytes, saved_tensors
 
 
@@ -44,8 +45,21 @@ def pair(
     """What a user writes."""
     options.pop("chunk_size", None)
     class_weight = options.pop("class_weight", None)
+    softcap, z_loss = options.pop("softcap", None), options.pop("z_loss", 0.0)
+    if shift := options.pop("shift", 0):
+        input, target = input[..., :-shift, :], target[..., shift:]
     logits = F.linear(input, weight, bias).reshape(-1, len(weight))
+    if softcap or z_loss:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        class_weight = None if class_weight is None else class_weight.to(logits.dtype)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     loss = F.cross_entropy(logits, target.flatten(), class_weight, **options)
+    if z_loss:
+        kept = target.flatten() != options.get("ignore_index", -100)
+        squares = torch.where(kept, z_loss * logits.logsumexp(-1).square(), 0)
+        added = {"none": squares, "sum": squares.sum(), "mean": squares.sum() / kept.sum()}
+        loss = loss + added[options.get("reduction", "mean")]
     return loss.reshape(target.shape) if options.get("reduction") == "none" else loss
 
 
@@ -73,10 +87,24 @@ def agree(tensors: dict[str, Tensor], **options) -> None:
     has_bias=st.booleans(),
     class_weights=st.booleans(),
     ignored=st.sampled_from([-100, 0, 3]),
+    softcap=st.sampled_from([None, None, 0.01, 1, 30.0]),
+    z_loss=st.sampled_from([0, 0.0, 1e-4, 0.5]),
+    shift=st.sampled_from([0, 0, 1, True, 2]),
     seed=st.integers(0, 2**31),
 )
 def test_equals_the_pair(
-    shape, sizes, chunk_size, reduction, label_smoothing, has_bias, class_weights, ignored, seed
+    shape,
+    sizes,
+    chunk_size,
+    reduction,
+    label_smoothing,
+    has_bias,
+    class_weights,
+    ignored,
+    softcap,
+    z_loss,
+    shift,
+    seed,
 ) -> None:
     torch.manual_seed(seed)
     tensors = problem((*shape,), *sizes, seed=seed)
@@ -91,6 +119,9 @@ def test_equals_the_pair(
         ignore_index=ignored,
         reduction=reduction,
         label_smoothing=label_smoothing,
+        softcap=softcap,
+        z_loss=z_loss,
+        shift=shift if shape else 0,
         chunk_size=chunk_size,
     )
 
@@ -101,9 +132,16 @@ OPTIONS = [
     for smoothing in (0.0, 0.2)
     for class_weight in (None, torch.tensor([0.5, 2.0, 1.0, 0.0, 1.0, 3.0], dtype=torch.float64))
 ]
+# What heads of today add to it, alone and all together.
+EXTRAS = [
+    {"softcap": 2.0},
+    {"z_loss": 0.1},
+    {"shift": 2},
+    *({"softcap": 2.0, "z_loss": 0.1, "shift": 1} | options for options in OPTIONS[::3]),
+]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS + EXTRAS)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_first_and_second_derivatives(options: dict, has_bias: bool) -> None:
     tensors = problem()
@@ -130,13 +168,86 @@ def nested(loss_fn, tensors: dict[str, Tensor], **options) -> tuple[Tensor, ...]
     return torch.autograd.grad(value, operands)
 
 
-def test_third_derivatives() -> None:
+@pytest.mark.parametrize("options", [{}, EXTRAS[4]])
+def test_third_derivatives(options: dict) -> None:
     assert_close(
-        nested(linear_cross_entropy, problem(), chunk_size=3),
-        nested(pair, problem()),
+        nested(linear_cross_entropy, problem(), chunk_size=3, **options),
+        nested(pair, problem(), **options),
         rtol=1e-9,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3], *EXTRAS])
+def test_jet_follows(options: dict) -> None:
+    """Against Taylor mode on the pair, to order three along input and weight together."""
+    tensors = {k: v.detach() for k, v in problem((2, 5)).items()}
+    target = tensors.pop("target")
+    target[0, 3] = -100
+    along = {k: v.cos() for k, v in tensors.items()}
+
+    def bound(loss_fn, **more):
+        return lambda p: loss_fn(**p, target=target, **options, **more).sin().sum()
+
+    ours = jet(bound(linear_cross_entropy, chunk_size=3), tensors, along, 3)
+    assert_close(ours, jet(bound(pair), tensors, along, 3))
+
+
+def accuracy(target: Tensor, input: Tensor, weight: Tensor, **tensors: Tensor) -> Tensor:
+    """Right or not, by the class whose logit is the largest."""
+    return F.linear(input, weight, tensors["bias"]).argmax(-1) == target
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3] | {"ignore_index": 4}, EXTRAS[0]])
+def test_token_accuracy(options: dict, device: str) -> None:
+    """Beside a loss and gradients that are those without it; of the targets that are kept."""
+    tensors = problem((3, 7), device=device)
+    best = F.linear(*(tensors[k] for k in ("input", "weight", "bias"))).argmax(-1)
+    tensors["target"][:, ::2] = best[:, ::2]  # as learned
+    ignored = options.get("ignore_index", -100)
+    tensors["target"][1, 2:5] = ignored
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    operands = [tensors[k] for k in ("input", "weight", "bias")]
+    kept = tensors["target"] != ignored
+    right = (accuracy(**tensors) & kept).float()
+    assert 0.3 < right.sum() / kept.sum() < 0.9
+    assert ignored < 0 or (accuracy(**tensors) & ~kept).any()
+    for reduction in ("mean", "sum", "none"):
+        options = options | {"reduction": reduction, "chunk_size": 4}
+        plain = linear_cross_entropy(**tensors, **options)
+        loss, share = linear_cross_entropy(**tensors, **options, return_token_accuracy=True)
+        assert torch.equal(loss, plain)
+        assert_close(
+            torch.autograd.grad(loss.sum(), operands), torch.autograd.grad(plain.sum(), operands)
+        )
+        assert not share.requires_grad
+        assert_close(share, right if reduction == "none" else right.sum() / kept.sum())
+
+
+def test_token_accuracy_shifted_transformed_and_of_nothing() -> None:
+    tensors = {k: v.detach() for k, v in problem((3, 7)).items()}
+    x, weight, bias, target = tensors.values()
+    ask = lambda x, **more: linear_cross_entropy(  # noqa: E731
+        x, weight, target, bias, return_token_accuracy=True, chunk_size=4, **more
+    )
+    right = accuracy(target[:, 2:], x[:, :-2], weight, bias=bias).float()
+    assert_close(ask(x, shift=2)[1], right.mean())
+    assert_close(ask(x, shift=2, reduction="none")[1], right)
+    (_, dual), (_, tangent) = jvp(lambda x: ask(x, shift=2), (x,), (x.cos(),))
+    assert_close(dual, right.mean())
+    assert tangent == 0
+    by_sample = vmap(
+        lambda x, t: linear_cross_entropy(x, weight, t, bias, return_token_accuracy=True)
+    )
+    assert_close(by_sample(x, target)[1], accuracy(target, x, weight, bias=bias).float().mean(1))
+    losses, shares = ask(x, shift=9, reduction="none")
+    assert losses.shape == shares.shape == (3, 0)
+    assert all(value.isnan() for value in ask(x, shift=9))
+    in_halves = linear_cross_entropy(
+        *(t.bfloat16() for t in (x, weight)), target, return_token_accuracy=True
+    )
+    assert [value.dtype for value in in_halves] == [torch.float32] * 2
 
 
 def test_second_derivative_where_upstream_is_a_constant() -> None:
@@ -255,12 +366,12 @@ class TestTransforms:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("options", OPTIONS[:2] + OPTIONS[-1:])
+@pytest.mark.parametrize("options", OPTIONS[:2] + OPTIONS[-1:] + EXTRAS)
 def test_dtypes(dtype: torch.dtype, options: dict, device: str) -> None:
     """Against float64, with the error of the pair in the same dtype as the measure."""
     tensors = problem((300,), 32, 6, dtype, device)
     exact = {k: v.detach().double() if v.is_floating_point() else v for k, v in tensors.items()}
-    class_weight = options["class_weight"]
+    class_weight = options.get("class_weight")
     options = options | {"chunk_size": 64}
 
     def run(loss_fn, tensors: dict[str, Tensor], wide: torch.dtype) -> list[Tensor]:
@@ -307,7 +418,7 @@ def test_small_gradients_of_fp16_survive_until_they_are_scaled(device: str) -> N
 def test_autocast_of_the_head(dtype: torch.dtype, device: str) -> None:
     tensors = problem((50,), 8, 20, dtype, device)
     operands = [tensors[k] for k in ("input", "weight", "bias")]
-    options = {"label_smoothing": 0.3}
+    options = {"label_smoothing": 0.3, "softcap": 5.0, "z_loss": 0.01}
     with torch.autocast(device, torch.bfloat16):
         ours, theirs = linear_cross_entropy(**tensors, **options), pair(**tensors, **options)
         inside = torch.autograd.grad(ours, operands, retain_graph=True)
@@ -341,8 +452,13 @@ def test_only_what_is_required_is_computed_and_saved(needed: tuple[bool, ...], d
     assert loss.requires_grad == any(needed)
     operands = [tensors[k] for k, need in zip(names, needed, strict=True) if need]
     kept = [tensors["input"], tensors["target"], *operands] if operands else []
-    assert saved.total_bytes == sum(t.numel() * t.element_size() for t in kept)
+    expected = sum(t.numel() * t.element_size() for t in kept)
+    assert saved.total_bytes == expected
     assert saved.blind_spots == []
+    more = {"softcap": 3.0, "z_loss": 0.1, "shift": 1, "return_token_accuracy": True}
+    with saved_tensors(head) as saved:
+        linear_cross_entropy(**tensors, **more)
+    assert saved.total_bytes == expected  # the shifted targets in place of the targets
     if operands:
         grads = torch.autograd.grad(loss, operands)
         assert_close(grads, torch.autograd.grad(pair(**tensors), operands))
@@ -369,8 +485,12 @@ def test_the_logits_are_never_held() -> None:
         {"label_smoothing": 0.1},
         {"class_weight": torch.ones(classes)},
         {"reduction": "sum"},
+        {"z_loss": 0.1},
+        {"shift": 1},
     ):
         assert step(linear_cross_entropy, chunk_size=chunk, **options) < step(pair, **options) / 8
+    capped = step(linear_cross_entropy, chunk_size=chunk, softcap=3.0)
+    assert capped < 2 * grads + 2 * one_chunk + logits // 20  # the derivative of the cap is another
 
     def rows_apart(**tensors: Tensor) -> Tensor:
         return linear_cross_entropy(**tensors, chunk_size=chunk, reduction="none").sum()
@@ -399,12 +519,15 @@ def test_second_derivatives_hold_no_logits_either() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [0, 3])
-def test_nothing_to_learn_from(reduction: str, rows: int, device: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"z_loss": 0.1, **OPTIONS[1]}])
+def test_nothing_to_learn_from(options: dict, reduction: str, rows: int, device: str) -> None:
     """An empty batch, or all of it ignored: the pair's NaN for a mean, and gradients of zero."""
     tensors = problem((rows,), device=device)
     tensors["target"].fill_(-100)
-    ours = linear_cross_entropy(**tensors, reduction=reduction)
-    assert_close(ours, pair(**tensors, reduction=reduction), equal_nan=True)
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    options |= {"reduction": reduction}
+    ours = linear_cross_entropy(**tensors, **options)
+    assert_close(ours, pair(**tensors, **options), equal_nan=True)
     assert ours.isnan().any() == (reduction == "mean")
     operands = [tensors[k] for k in ("input", "weight", "bias")]
     for g, operand in zip(torch.autograd.grad(ours.sum(), operands), operands, strict=True):
@@ -508,6 +631,18 @@ def test_targets_out_of_range(bad: int, dtype: torch.dtype, device: str) -> None
         ({"label_smoothing": 1.5}, ValueError, r"in \[0, 1\] .* got 'mean', 1.5"),
         ({"chunk_size": 0}, ValueError, "chunk_size >= 1, got .* and 0"),
         ({"chunk_size": -3}, ValueError, "chunk_size >= 1, got .* and -3"),
+        ({"softcap": 0.0}, ValueError, "softcap to be None or a number above 0, got 0.0"),
+        ({"softcap": math.inf}, ValueError, "softcap .*, got inf"),
+        ({"softcap": torch.tensor(3.0)}, ValueError, r"softcap .*, got tensor\(3.\)"),
+        ({"z_loss": -1e-4}, ValueError, "z_loss to be a number of 0 or more, got -0.0001"),
+        ({"z_loss": None}, ValueError, "z_loss .* got None"),
+        ({"shift": -1}, ValueError, "shift to be an integer of 0 or more.*, got -1 and a target"),
+        ({"shift": 1.0}, ValueError, "shift .* got 1.0"),
+        (
+            {"shift": 1, "input": torch.ones(4), "target": torch.tensor(1)},
+            ValueError,
+            "a dimension of target to shift along, got 1 and a target of 0 dimensions",
+        ),
     ],
 )
 def test_refuses(change: dict, error: type[Exception], message: str) -> None:

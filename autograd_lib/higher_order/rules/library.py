@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autograd_lib.functions.activations import _CodedActivation, _LowMemoryReLU
+from autograd_lib.functions.cross_entropy import _composed, _LinearCrossEntropy
 from autograd_lib.functions.functions import (
     CustomAutogradFunction,
     _BentGradient,
@@ -53,3 +54,4 @@ def _safe_norm(x: Jet) -> Tensor:
 jet_rule(_LowMemoryReLU)(F.relu)
 jet_rule(_CodedActivation)(lambda x, kind: (kind.forward(x),))
 jet_rule(_Bound)(torch.clamp)
+jet_rule(_LinearCrossEntropy)(_composed)
