@@ -41,6 +41,11 @@ def check_arguments(
                 f"AutogradTrainingSystem: expected {kind.__name__}, got {type(value).__name__}"
                 + (_ONE_OPTIMIZER if kind is Optimizer else "")
             )
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(
+            "AutogradTrainingSystem: expected loss_fn to be a function of output and targets, or "
+            f"None for the model's own loss, got {type(loss_fn).__name__}; write config=..."
+        )
     if (reduction := getattr(loss_fn, "reduction", "mean")) != "mean":
         raise ValueError(
             f"AutogradTrainingSystem: expected a loss that is a mean, got reduction={reduction!r}; "

@@ -67,21 +67,30 @@ class AutogradTrainingSystem:
     itself, is another one as soon as the counts differ.) The gradients of a step stay in `.grad`
     until the next one begins.
 
+    A batch is a pair ``(inputs, targets)``, whose inputs are a tensor, a tuple of positional or a
+    mapping of keyword arguments of the model; or it is a mapping, with which the model is called as
+    ``model(**batch)``, and which then stands for the targets too. So a model of `transformers` and
+    what its tokenizer and collator make go in as they are, with the loss that the model computes
+    itself. That loss is divided by its labels: the integers that are not -100, without the first
+    of each sequence where the model shifts them. Where its graph shows anything else than a mean
+    over them (a contrastive loss, a balance of experts beside it), dividing it is an error.
+
     In a process group of more than one process the model is wrapped, unless it is already: in
     `DistributedDataParallel`, or by `fully_shard` of its `blocks` and of itself, after which
     `optimizer` holds the new parameters. All methods are collectives then.
 
     Args:
-        model: Called as ``model(*inputs)``; on its device, in training mode.
+        model: Called with the inputs of a batch; on its device, in training mode.
         optimizer: Of its parameters, and of those of `loss_fn` if it has some. A
             schedule-free one has modes: each step puts it into training mode, evaluation and
             checkpoints use its averaged weights. Call its `eval()` before you use the model.
-        loss_fn: ``loss_fn(output, targets)`` is a mean.
+        loss_fn: ``loss_fn(output, targets)`` is a mean. None for the model's own loss:
+            ``output.loss``, ``output["loss"]``, the first of a tuple or the output itself.
         config: What `load_config` returns; by default a monitor and a guard, in fp32.
         scheduler: Steps after each step of the optimizer.
         count: ``count(targets)`` is how many terms that mean has. By default the number of
             samples; for `nn.CrossEntropyLoss` and `nn.NLLLoss` the targets that are not ignored,
-            by their weights.
+            by their weights; for the model's own loss its labels.
         metrics: Functions ``(output, targets)`` by name. `evaluate` averages them like the loss,
             but without weights of classes.
 
@@ -107,6 +116,17 @@ class AutogradTrainingSystem:
         >>> losses = [system.train_step(x, y).item() for _ in range(20)]
         >>> losses[-1] < losses[0], system.step
         (True, 20)
+
+        A model that computes its loss itself, and a batch with its arguments by name:
+
+        >>> class Squares(nn.Linear):
+        ...     def forward(self, x, labels):
+        ...         return {"loss": nn.functional.mse_loss(super().forward(x), labels)}
+        >>> model = Squares(2, 1)
+        >>> system = AutogradTrainingSystem(model, torch.optim.SGD(model.parameters(), lr=0.01))
+        >>> rows = system.fit([{"x": x, "labels": y}], epochs=20)
+        >>> rows[-1]["loss"] < rows[0]["loss"]
+        True
     """
 
     def __init__(
@@ -186,10 +206,10 @@ class AutogradTrainingSystem:
         `reports`; what overflows in fp16 is left to the `GradScaler`.
 
         Args:
-            inputs: A tensor, or a tuple of arguments of the model; moved to its device. The first
-                dimension of all tensors is the batch, where micro-batches or processes divide it;
-                else they are of any form, as those of graphs. NumPy arrays become tensors.
-            targets: What `loss_fn` takes.
+            inputs: A tensor, or the model's arguments as a tuple or a mapping; moved to its device.
+                The first dimension of all tensors is the batch, where micro-batches divide it; else
+                they are of any form, as those of graphs. NumPy arrays become tensors.
+            targets: What `loss_fn` takes; without them it takes `inputs`, if that is a mapping.
 
         Returns:
             The mean loss of the whole batch, over all processes; detached.
@@ -197,8 +217,8 @@ class AutogradTrainingSystem:
         Raises:
             RuntimeError: The configuration says `enable_gradients: false`.
             FloatingPointError: `training.max_nonfinite` steps in a row were not finite.
-            ValueError: The batch is empty or cannot be divided, `count` gives zero for all of it,
-                or nothing requires a gradient.
+            ValueError: The batch is empty, it or the model's own loss cannot be divided, `count`
+                gives zero for all of it, or nothing requires a gradient.
         """
         setup.check_trains("train_step", self.config)
         return self._train((inputs, targets))
@@ -277,9 +297,9 @@ class AutogradTrainingSystem:
         workers once.)
 
         Args:
-            loader: Gives ``(inputs, targets)``, the same number each time; a sampler with
-                `set_epoch` is told the epoch. Processes may have numbers of batches that differ. A
-                generator lasts for one epoch.
+            loader: Gives batches, the same number each time; a sampler with `set_epoch` is told
+                the epoch. Processes may have numbers of batches that differ. A generator lasts for
+                one epoch.
             epochs: Number of epochs, in all.
             validation: What `evaluate` takes, after each epoch.
             on_epoch: Called with the row of each epoch.
@@ -391,7 +411,7 @@ class AutogradTrainingSystem:
         may have different numbers of batches: the mean is over the samples of all.
 
         Args:
-            loader: Gives ``(inputs, targets)``.
+            loader: Gives batches.
 
         Returns:
             "loss" and each metric, by name.
