@@ -125,7 +125,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of F.cross_entropy
         ignore_index,
         reduction,
         label_smoothing,
-        softcap,
+        softcap or 0.0,
         z_loss,
         return_token_accuracy,
         chunk_size,
@@ -133,7 +133,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of F.cross_entropy
         wanted,
     )
     forward_mode = any(unpack_dual(p).tangent is not None for p in operands)
-    results = (_composed if forward_mode else _chunked)(
+    results: tuple[Tensor | None, ...] = (_composed if forward_mode else _chunked)(
         input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1), class_weight, options
     )
     if reduction == "none":
@@ -189,7 +189,7 @@ class _Options:
     ignore_index: int
     reduction: str
     label_smoothing: float
-    softcap: float | None
+    softcap: float  # 0 for none
     z_loss: float
     accuracy: bool  # whether it is asked for
     chunk_size: int
@@ -216,7 +216,7 @@ class _Task:
     def logits(self, *operands: Tensor) -> Tensor:
         logits = F.linear(*(p.to(self.options.dtype).to(self.wide) for p in operands))
         cap = self.options.softcap
-        return logits if cap is None else cap * (logits / cap).tanh()
+        return cap * (logits / cap).tanh() if cap else logits
 
     def losses(self, rows: slice, logits: Tensor) -> Tensor:
         """Of some rows, by PyTorch's own operations, which know every derivative."""
@@ -312,8 +312,9 @@ def _work_through(
     ]
     buffer = x.new_empty(min(len(x), options.chunk_size), classes, dtype=wide)
     product = buffer if options.dtype == wide else torch.empty_like(buffer, dtype=options.dtype)
-    slopes = None if options.softcap is None else torch.empty_like(buffer)
-    z_factor, weighted = task.z_factor(), task.class_weight is not None
+    slopes = torch.empty_like(buffer) if options.softcap else None
+    z_factor = task.z_factor()
+    plain = task.class_weight is None and soft is None and not options.z_loss
     for rows in task.chunks():
         logits, p = (full[: rows.stop - rows.start] for full in (product, buffer))
         if bias is None:
@@ -327,16 +328,16 @@ def _work_through(
         # In place where both are one buffer: a row is read to its end before it is written.
         torch.log_softmax(seen, 1, dtype=wide, out=p)
         losses[rows] = -(p.gather(1, index[rows]) * hard[rows])[:, 0]
-        factors = hard[rows] if weighted or options.z_loss else None
+        factors = hard[rows]
         if soft is not None:
             losses[rows] -= p @ soft
-            factors = hard[rows] + soft.sum()
+            factors = factors + soft.sum()
         if options.z_loss:
             level = top.to(wide) - p.amax(1)
             losses[rows] += z_factor * level.square()
             factors = factors + 2 * z_factor * level[:, None]
         if any(options.wanted):
-            _derive(p, factors, hard[rows], soft, index[rows])
+            _derive(p, None if plain else factors, hard[rows], soft, index[rows])
             if slope is not None:
                 p *= slope
             _accumulate(grads, (x, weight, upstream), rows, p, logits.copy_(p))
@@ -345,7 +346,7 @@ def _work_through(
     return losses.masked_fill_(ignored, 0), best, grads
 
 
-def _cap(logits: Tensor, out: Tensor, slope: Tensor, cap: float | None) -> Tensor:
+def _cap(logits: Tensor, out: Tensor, slope: Tensor, cap: float) -> Tensor:
     """Write the capped logits to `out`, which may be `logits`, and the cap's derivative."""
     slope.copy_(logits).div_(cap).tanh_()
     torch.mul(slope, cap, out=out)
