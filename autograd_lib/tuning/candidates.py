@@ -12,10 +12,11 @@ import torch
 from autograd_lib.config.records import Settings
 from autograd_lib.report.tables import readable_bytes
 from autograd_lib.tuning.trials import Trial
-from autograd_lib.tuning.workbench import Workbench
+from autograd_lib.tuning.workbench import Workbench, is_out_of_memory
 
 _T = TypeVar("_T")
 
+ALLOWED = 30  # plain steps that a search may take for each candidate
 _LOOKS = 3
 
 
@@ -26,6 +27,7 @@ class Candidates:
         trials: By settings.
         notes: Sentences for the report.
         starved: Whether the last failure was for want of memory.
+        expected: How many candidates there will be, as far as can be told.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class Candidates:
         self.bench, self.budget, self.tolerance, self.show = bench, budget, tolerance, show
         self.trials: dict[Settings, Trial] = {}
         self.notes: list[str] = []
-        self.starved = False
+        self.starved, self.expected = False, 0
 
     def record(self, settings: Settings, **found: Any) -> None:
-        self.trials[settings] = replace(self.trials.get(settings, Trial(settings)), **found)
+        kind = self.bench.optimizer and type(self.bench.optimizer).__name__
+        trial = self.trials.get(settings, Trial(settings, optimizer=kind))
+        self.trials[settings] = replace(trial, **found)
 
     def has_failed(self, settings: Settings) -> bool:
         return settings in self.trials and self.trials[settings].verdict.startswith("failed")
@@ -48,8 +52,7 @@ class Candidates:
             return measure(settings)
         except Exception as error:
             # Whatever it is, the search goes on; memory that ran out leads to smaller steps.
-            out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            self.starved = out or "can't allocate memory" in str(error)  # says the CPU's allocator
+            self.starved = is_out_of_memory(error)
             lines = str(error).strip().splitlines() or [""]
             verdict = f"failed: {type(error).__name__}: {lines[0]:.60}".removesuffix(": ")
         # Leave `except` first, so that the traceback frees its tensors.
@@ -60,8 +63,17 @@ class Candidates:
         return None
 
     def measured(self, settings: Settings, measure: Callable[[Settings], _T]) -> _T | None:
-        self.show(f"candidate {len(self.trials | {settings: None})}: {settings}")
+        self.announce(str(settings), len(self.trials | {settings: None}))
         return self.attempt(settings, measure)
+
+    def announce(self, what: str, number: int | None = None) -> None:
+        """Show what is tried, how many candidates are left, and what the search takes at most."""
+        number = number or len(self.trials)
+        plain, total = self.trials.get(Settings(), Trial(Settings())).time, self.expected
+        text = f"candidate {number} of {max(number, total)}"
+        if plain is not None:
+            text += f", {ALLOWED * plain * max(number, total):.0f} s at most without compiling"
+        self.show(f"{text}: {what}")
 
     def is_accurate(self, settings: Settings) -> bool:
         error = self.trials.get(settings, Trial(settings)).gradient_error
@@ -83,16 +95,20 @@ class Candidates:
     def fast(self, candidates: Sequence[Settings], times: float) -> list[Settings]:
         """Those that take at most so many times what the fastest does, the fastest first.
 
-        Each runs one step; where that takes longer, the best of three counts.
+        Each runs one step. One that takes longer runs again, each time right after the fastest, as
+        what slows the machine lasts for several steps; the best of three counts.
         """
-        seconds: dict[Settings, float] = {}
-        slow = list(candidates)
-        for _ in range(_LOOKS):  # turn by turn: what slows the machine lasts for several steps
-            for s in slow:
-                if (took := self.measured(s, self.bench.seconds)) is not None:
-                    seconds[s] = min(took, seconds.get(s, math.inf))
+        look, seconds = self.bench.seconds, dict[Settings, float]()
+        fastest, least, slow = Settings(), 0.0, list[Settings]()
+        for again in range(_LOOKS):
+            for s in slow if again else candidates:
+                beside = self.attempt(fastest, look) if again else None
+                if (took := self.measured(s, look)) is not None:
+                    scaled = took * least / beside if beside else took
+                    seconds[s] = min(scaled, seconds.get(s, math.inf))
             seconds = {s: took for s, took in seconds.items() if not self.has_failed(s)}
-            least = min(seconds.values(), default=0.0)
+            fastest = min(seconds, key=seconds.__getitem__, default=Settings())
+            least = seconds.get(fastest, 0.0)
             slow = [s for s, took in seconds.items() if took > times * least]
         for s, took in seconds.items():
             self.record(s, time=took)

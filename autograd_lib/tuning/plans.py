@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from autograd_lib.checkpointing.plan import CheckpointPlan, plan_checkpoints
 from autograd_lib.config.records import Settings
+from autograd_lib.report.tables import readable_bytes
 from autograd_lib.tuning.candidates import Candidates
 
 _PLANS = 4  # how many candidates a plan is tried for
@@ -47,6 +48,8 @@ def _within_budget(
         if nothing_fits:
             budget = max(budget if left else 0, plan.curve[0][0])
         elif budget < plan.curve[0][0]:
+            least = readable_bytes(plan.curve[0][0])
+            candidates.note(f"Plan for {settings} failed: none is predicted to need below {least}.")
             return None
         plan = plan.within(budget)
         found = settings
@@ -64,7 +67,7 @@ def _within_budget(
 
 def _plan(candidates: Candidates, settings: Settings) -> CheckpointPlan | None:
     """Plans for one micro-batch, for any budget; None, with a note, if there are none."""
-    candidates.show(f"checkpoint plan for {settings}")
+    candidates.announce(f"checkpoint plan for {settings}")
     bench = candidates.bench
     try:
         return plan_checkpoints(
@@ -74,5 +77,5 @@ def _plan(candidates: Candidates, settings: Settings) -> CheckpointPlan | None:
             accumulate=settings.micro_batch is not None,
         )
     except Exception as error:  # a container's children need not be a chain
-        candidates.note(f"{settings}: {error}.")
+        candidates.note(f"Plan for {settings} failed: {error}.")
         return None

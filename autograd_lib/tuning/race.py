@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,9 +11,11 @@ import torch
 
 from autograd_lib.benchmark import Ratio, compare
 from autograd_lib.config.records import Settings
-from autograd_lib.tuning.candidates import Candidates
+from autograd_lib.tuning.candidates import ALLOWED, Candidates
 
-_ROUNDS = (5, 15, 45)  # the later ones for those that are still in question
+_ROUNDS = (5, 10, 20)  # the later ones for those that are still in question
+_LEAST_ROUNDS, _WARM_UP = 5, 4  # steps of each that a comparison takes
+_SHARE = 0.5 * ALLOWED  # plain steps that a race may take for each that enters it
 _CLOSE = 1.03  # times of so little difference are a tie without more rounds
 
 
@@ -30,15 +33,23 @@ class Race:
 
     def run(self, contenders: list[Settings], others: Sequence[Settings] = ()) -> Settings | None:
         """Time contenders and others; return the best contender, None if all of them fail."""
-        left, best = [*contenders, *others], None
+        left, best, plain = [*contenders, *others], None, self.trials.get(Settings())
         self.candidates.bench.keep(left)
-        for rounds in _ROUNDS:
+        unit = (plain and plain.time) or min(self.trials[s].time or math.inf for s in left)
+        allowed = _SHARE * unit * len(left)
+        for most in _ROUNDS:
+            turn = sum(self.trials[s].time or 0.0 for s in [*left, left[0]]) or unit
+            rounds = min(most, int(allowed / turn) - _WARM_UP)
+            if best is not None and rounds < _LEAST_ROUNDS:
+                break
+            rounds = max(rounds, _LEAST_ROUNDS)
+            allowed -= (rounds + _WARM_UP) * turn
             ratios, band = self.timed(left, rounds)
             ratios = {s: ratio for s, ratio in ratios.items() if s in contenders}
             if not ratios:
                 return None
             best, left, ties = self.settle(ratios, band)
-            if len(left) == 1 or (rounds > _ROUNDS[0] and len(ties) == len(left)):
+            if len(left) == 1 or (rounds > _LEAST_ROUNDS and len(ties) == len(left)):
                 break
         return best
 
@@ -47,7 +58,7 @@ class Race:
     ) -> tuple[dict[Settings, Ratio], float]:
         """Ratios to the first of those that do not fail, and how far noise alone takes a ratio."""
         names = {f"{s} ({number})": s for number, s in enumerate(entered)}
-        self.candidates.show(f"race of {len(names)} candidates")
+        self.candidates.announce(f"{rounds} rounds of {', '.join(map(str, entered))}")
         steps = {name: self.guarded(s) for name, s in names.items()}
         result = compare(steps, rounds=rounds, memory=False)
         left = [s for s in entered if not self.candidates.has_failed(s)]
@@ -95,8 +106,9 @@ class Race:
                 verdict = "tie: as fast as the best, at no smaller peak"
             else:
                 scaled = Ratio(*(value / level for value in ratio))
-                doubt = ", within the noise" if s in left else ""
-                verdict = f"slower: {scaled} times the fastest{doubt}"
+                verdict = f"slower: {scaled} times the fastest"
+                if s in left:
+                    verdict = f"tie: {scaled} times the fastest, within the noise"
             self.candidates.record(s, verdict=verdict)
         return best, left, ties
 

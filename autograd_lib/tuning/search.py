@@ -18,12 +18,12 @@ from autograd_lib.report.tables import readable_bytes
 from autograd_lib.tuning.candidates import Candidates
 from autograd_lib.tuning.plans import planned
 from autograd_lib.tuning.race import Race
+from autograd_lib.tuning.workbench import SEPARABLE
 
 _PRECISIONS: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16", "fp16")
 _SIZES = 4  # the whole batch, a half, a quarter, an eighth; smaller ones only where nothing fits
 _SLOW = 1.5  # times the fastest in a first look: more than noise makes of equals
 _HOPELESS = 4.0  # the same where micro-batches are not even tried: fp16 on most CPUs
-_SEPARABLE = 1e-6  # relative error in float64, where rounding alone makes 1e-15
 
 
 def search(candidates: Candidates, race: Race, compile: bool) -> Settings:
@@ -33,6 +33,9 @@ def search(candidates: Candidates, race: Race, compile: bool) -> Settings:
         ValueError: Nothing meets budget and tolerance.
     """
     sizes, plain = _sizes(candidates), Settings()
+    formats = len(_formats(candidates.bench.model))
+    candidates.expected = len(_PRECISIONS) * formats * min(len(sizes), _SIZES) + compile
+    candidates.fast([plain], 1.0)  # by which is told beforehand what the search takes
     accurate = _accurate(candidates, sizes)
     usual = candidates.fast(accurate, _HOPELESS)
     slow = [s for s in accurate if s not in usual]
@@ -50,18 +53,18 @@ def search(candidates: Candidates, race: Race, compile: bool) -> Settings:
 
 def _sizes(candidates: Candidates) -> list[int | None]:
     """Measure the reference; return the micro-batches that leave the gradient what it is."""
-    candidates.show("gradient in float64")
+    candidates.show("gradient in float64, by which the others are judged")
     bench = candidates.bench
     error = bench.measure_reference()
-    if not error <= _SEPARABLE:
-        why = "loss_fn is no mean over samples, or needs count"
+    if not error <= SEPARABLE:
+        why = "the loss is no mean over samples, or needs count"
         for name, m in bench.model.named_modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
                 why = f"{name!r} is a {type(m).__name__}"
                 break
         candidates.note(
-            f"Micro-batches left out: the gradient of two halves differs by {error:.1e} "
-            f"from that of the batch ({why})."
+            f"Micro-batches left out: what they give differs by {error:.1e} from what the whole "
+            f"batch gives ({why})."
         )
         return [None]
     sizes: list[int | None] = [None]
@@ -126,7 +129,7 @@ def _impossible(candidates: Candidates) -> str:
         return (
             f"autotune: nothing fits memory_budget={readable_bytes(candidates.budget)}; the least "
             f"attainable peak is {peak} bytes ({readable_bytes(peak)}), with {settings}; raise the "
-            "budget or use a smaller batch"
+            f"budget or use a smaller batch{_failures(candidates)}"
         )
     error, settings = min(errors, key=itemgetter(0), default=(0.0, Settings()))
     if not error <= candidates.tolerance:
@@ -135,4 +138,17 @@ def _impossible(candidates: Candidates) -> str:
             f"attainable error is {error:.2g}, with {settings}; raise the tolerance"
         )
     first = next(iter(trials))
-    return f"autotune: every candidate fails; {first.settings} {first.verdict}"
+    return (
+        f"autotune: every candidate fails; {first.settings} {first.verdict}{_failures(candidates)}"
+    )
+
+
+def _failures(candidates: Candidates) -> str:
+    """Why plans failed, one sentence each."""
+    noted = [note for note in candidates.notes if note.startswith("Plan for ")]
+    tried = [
+        f"{trial.settings}: {trial.verdict}."
+        for trial in candidates.trials.values()
+        if trial.settings.checkpoint
+    ]
+    return "".join(f"\n{line}" for line in noted + tried)

@@ -15,11 +15,14 @@ class Trial:
 
     Attributes:
         settings: The candidate.
-        time: Seconds of one step, forward and backward of the whole batch.
-        peak_bytes: Peak of the step above what stood before it, as `peak_bytes` measures it.
+        time: Seconds of one step: forward and backward of the whole batch, and the optimizer's
+            step where there is one.
+        peak_bytes: Peak of the step above what stood before it, as `peak_bytes` measures it, and
+            the optimizer's state.
         gradient_error: Relative L2 error of the gradient, over all parameters, against float64,
             with the probability of dropout at 0.
         verdict: Why it is the best, or what it fell short in.
+        optimizer: Class of the optimizer whose step and state are in time and peak; None for none.
     """
 
     settings: Settings
@@ -27,6 +30,7 @@ class Trial:
     peak_bytes: int | None = None
     gradient_error: float | None = None
     verdict: str = ""
+    optimizer: str | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,7 +43,7 @@ class TuningReport(Table):
         noise: Time of a candidate relative to itself in the race that decided.
         notes: What was left out of the search, and why; one sentence each.
         seconds: What the search took.
-        memory_budget: Bytes, as given.
+        memory_budget: Bytes; None for no limit.
         tolerance: Largest gradient error, as given.
     """
 
@@ -48,7 +52,7 @@ class TuningReport(Table):
     noise: Ratio
     notes: tuple[str, ...]
     seconds: float
-    memory_budget: float | None
+    memory_budget: int | None
     tolerance: float
 
     def table(self) -> str:
@@ -61,10 +65,12 @@ class TuningReport(Table):
     def _table(self) -> tuple[str, Row, list[Row]]:
         budget = "no budget"
         if self.memory_budget is not None:
-            budget = f"budget {readable_bytes(int(self.memory_budget))}"
+            budget = f"budget {readable_bytes(self.memory_budget)}"
+        step = self.trials[0].optimizer
         title = (
             f"{len(self.trials)} candidates in {self.seconds:.0f} s; {budget}, gradient error up "
             f"to {self.tolerance:.2g}, A/A noise {self.noise}"
+            + (f"; with step and state of {step}" if step else "")
         )
         least = self.trials[0].time or 0.0
         rows: list[Row] = []

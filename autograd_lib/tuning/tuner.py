@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from autograd_lib.core.optimizers import innermost_optimizer
 from autograd_lib.core.snapshot import preserved_random_state
 from autograd_lib.report.progress import progress
 from autograd_lib.tuning.candidates import Candidates
@@ -25,11 +29,12 @@ _Blocks = nn.Sequential | nn.ModuleList | Sequence[nn.Module]
 
 def autotune(
     model: nn.Module,
-    batch: tuple[Any, Any],
-    loss_fn: Callable[[Any, Any], Tensor],
-    memory_budget: float | None = None,
-    tolerance: float = 1e-2,
+    batch: Any,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    memory_budget: float | str | None = None,
+    tolerance: float = 5e-2,
     *,
+    optimizer: Optimizer | Callable[..., Optimizer] | None = None,
     blocks: _Blocks | None = None,
     count: Callable[[Any], float | Tensor] | None = None,
     compile: bool = True,
@@ -42,7 +47,7 @@ def autotune(
     $\lVert g - \hat g \rVert / \lVert \hat g \rVert$, measured with the probability of dropout
     at 0; time and peak are those of the model as given. The order of the search:
 
-    1. the float64 gradient, and whether it repeats; that of two micro-batches is the same unless
+    1. the float64 gradient, and whether it repeats; that of micro-batches is the same unless
        samples depend on one another (BatchNorm does that), which rules micro-batches out;
     2. gradient error of each precision and memory format, then the peak of each for the batch, a
        half, a quarter, an eighth (and less where nothing fits), which rule candidates out untimed;
@@ -53,37 +58,47 @@ def autotune(
 
     Of those that the A/A noise does not tell from the fastest, the one with the smallest peak is
     chosen. A candidate that fails, for want of memory or of a compiler or otherwise, is a trial
-    with a verdict that says so.
+    with a verdict that says so. Plans and compiling aside, the search takes about 30 times as long
+    as a plain step for each candidate; how long that is, how many candidates are left, and what is
+    being tried is shown in a terminal, where the search takes more than two seconds.
 
     The model itself never runs: candidates are copies of it, a few at a time, and parameters,
     gradients, buffers, hooks and random states are as before at the end. Hooks on its modules run
     with the copies. A loss function with parameters of its own should be an `nn.Module`, to be
-    copied too. In a terminal, a search of more than two seconds shows its progress.
+    copied too.
 
     Args:
-        model: Its parameters in float32, on the device and in the mode of training.
-        batch: Inputs (a tensor, or a tuple of tensors for as many arguments of `model`) and
-            targets; the first dimension of each tensor is the batch.
-        loss_fn: Called as `loss_fn(output, targets)`; a mean over the samples, or over what
-            `count` counts.
+        model: Its parameters in float32 or complex64, on the device and in the mode of training.
+        batch: A mapping of the model's keyword arguments, or a pair of inputs (a tensor, a tuple
+            of positional or a mapping of keyword arguments) and targets; the first dimension of
+            each tensor is the batch.
+        loss_fn: Called as `loss_fn(output, targets)`, of a batch that is a mapping as
+            `loss_fn(output, batch)`; a mean over the samples, or over what `count` counts. None
+            for the loss that the model itself computes.
         memory_budget: Bytes for the peak of one step above what stood before it; the step begins
-            and ends with every `.grad` None, and parameter gradients are part of it. None for no
-            limit.
+            and ends with every `.grad` None, and parameter gradients are part of it. A text such
+            as "80%" is a share of what the model's device has free. None for no limit.
         tolerance: Largest gradient error.
+        optimizer: Its step and its state then belong to time and peak: an optimizer of the model's
+            parameters, its class, or another function that makes one of a list of parameters.
         blocks: Which modules a plan is made for: an `nn.Sequential`, `nn.ModuleList` or list of
             modules within `model`, each taking the output of the one before. None for the
             container whose children save the most.
-        count: How many terms the mean of `loss_fn` has, given the targets of a micro-batch: for a
-            mean over tokens ``lambda t: (t != -100).sum()``. None for one a sample.
+        count: How many terms the mean of the loss has, given the targets of a micro-batch, or a
+            micro-batch that is a mapping: for a mean over tokens ``lambda t: (t != -100).sum()``.
+            None for the labels that PyTorch's losses, or the model's own, are means over, and for
+            one a sample otherwise.
         compile: Whether to try `torch.compile`, which takes from seconds to minutes.
 
     Returns:
         The report; `report.best.apply(model)` sets up the model.
 
     Raises:
-        TypeError: An argument is of the wrong type, or a trained parameter is not float32.
-        ValueError: Nothing meets budget and tolerance (the least attainable is named); the
-            gradient is random, zero or not finite in float64; the batch or an option is malformed.
+        TypeError: An argument is of the wrong type, or a trained parameter is neither float32 nor
+            complex64.
+        ValueError: Nothing meets budget and tolerance (the least that was reached is named, and
+            why each plan failed); the gradient is random, zero or not finite in float64; the batch
+            or an option is malformed.
         RuntimeError: Whatever the model raises in float64.
 
     Warns:
@@ -98,12 +113,13 @@ def autotune(
         >>> report.best.apply(model) is model
         True
     """
-    _check(model, batch, memory_budget, tolerance)
+    _check(model, memory_budget, tolerance)
     start = time.perf_counter()
     names = None if blocks is None else _names_of(model, blocks)
-    budget = sys.maxsize if memory_budget is None else int(memory_budget)
+    budget = _bytes_of(memory_budget, next(model.parameters()).device)
+    stepping = _optimizer_of(model, loss_fn, optimizer)
     with progress("autotune") as show, preserved_random_state(), torch.enable_grad():
-        bench = Workbench(model, batch, loss_fn, count, names)
+        bench = Workbench(model, batch, loss_fn, count=count, blocks=names, optimizer=stepping)
         candidates = Candidates(bench, budget, tolerance, show)
         race = Race(candidates)
         best = search(candidates, race, compile)
@@ -117,9 +133,48 @@ def autotune(
         race.noise,
         tuple(candidates.notes),
         time.perf_counter() - start,
-        memory_budget,
+        None if memory_budget is None else budget,
         tolerance,
     )
+
+
+def _bytes_of(memory_budget: float | str | None, device: torch.device) -> int:
+    """The budget in bytes, which is a share of what is free where it is a text."""
+    if memory_budget is None:
+        return sys.maxsize
+    if not isinstance(memory_budget, str):
+        return int(memory_budget)
+    if device.type == "cpu":
+        try:
+            available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+            free = 1024 * int(available[1])
+        except (OSError, TypeError) as error:
+            raise ValueError(
+                f"autotune: expected memory_budget in bytes, got {memory_budget!r}: this system "
+                "does not say in /proc/meminfo what memory is free"
+            ) from error
+    else:
+        module = torch.get_device_module(device)  # what it caches is free as well
+        cached = module.memory_reserved(device) - module.memory_allocated(device)
+        free = module.mem_get_info(device)[0] + cached
+    return int(free * float(memory_budget.removesuffix("%")) / 100)
+
+
+def _optimizer_of(model: nn.Module, loss_fn: object, optimizer: Any) -> Optimizer | None:
+    """The optimizer, or one that is made of the trained parameters of model and loss."""
+    if optimizer is None:
+        return None
+    roots = [root for root in (model, loss_fn) if isinstance(root, nn.Module)]
+    trained = dict.fromkeys(p for root in roots for p in root.parameters() if p.requires_grad)
+    if callable(optimizer):
+        optimizer = optimizer(list(trained))
+    found = innermost_optimizer("autotune", optimizer)
+    if not trained.keys() & {p for group in found.param_groups for p in group["params"]}:
+        raise ValueError(
+            f"autotune: expected an optimizer of the model's parameters, got one of others "
+            f"({type(found).__name__}); make it of model.parameters(), or pass its class"
+        )
+    return found
 
 
 def _names_of(model: nn.Module, blocks: _Blocks) -> str | list[str]:
@@ -135,27 +190,28 @@ def _names_of(model: nn.Module, blocks: _Blocks) -> str | list[str]:
     return known[0] if whole else known
 
 
-def _check(model: object, batch: object, memory_budget: float | None, tolerance: float) -> None:
+def _check(model: object, memory_budget: float | str | None, tolerance: float) -> None:
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         raise TypeError(
             f"autotune: expected a torch.nn.Module, got {type(model).__name__}; pass the model "
             "itself, before torch.compile"
         )
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(
-            f"autotune: expected batch to be a pair (inputs, targets), got {type(batch).__name__}; "
-            "several inputs stand in a tuple of their own"
-        )
-    if not tolerance > 0 or (memory_budget is not None and not memory_budget > 0):
+    share = isinstance(memory_budget, str) and re.fullmatch(r"\d+(\.\d+)?%", memory_budget)
+    amount = float(memory_budget[:-1]) if share else memory_budget
+    if not tolerance > 0 or not (
+        amount is None or (isinstance(amount, int | float) and amount > 0)
+    ):
         raise ValueError(
-            "autotune: expected memory_budget and tolerance to be numbers above 0, got "
-            f"{memory_budget!r} and {tolerance!r}"
+            "autotune: expected memory_budget and tolerance to be numbers above 0, or the budget a "
+            f"share such as '80%', got {memory_budget!r} and {tolerance!r}"
         )
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    if other := {name: dtype for name, dtype in trained.items() if dtype is not torch.float32}:
+    single = torch.float32, torch.complex64
+    if other := {name: dtype for name, dtype in trained.items() if dtype not in single}:
         raise TypeError(
-            f"autotune: expected parameters in float32, got {other}; pass model.float(): precision "
-            "is what is searched, and the optimizer keeps its parameters in float32"
+            f"autotune: expected parameters in float32 or complex64, got {other}; pass "
+            "model.float(), or complex ones by parameter.to(torch.complex64): precision is what is "
+            "searched, and the optimizer keeps its parameters in single precision"
         )
     if not trained:
         raise ValueError(

@@ -12,47 +12,60 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autograd_lib.benchmark import seconds_per_call
 from autograd_lib.checkpointing.measure import leaves_of
 from autograd_lib.config.records import Settings
-from autograd_lib.core.batches import Piece, batch_size
+from autograd_lib.core.batches import Batch, Count, Piece, batch_size, read_batch, terms_of
 from autograd_lib.core.snapshot import ModuleState, drop_gradients, seed_all
 from autograd_lib.memory import peak_bytes, saved_tensors
 from autograd_lib.training.step import ForwardBackward, micro_batches
+from autograd_lib.tuning.verify import Gradient, gradient_of, norm_of, relative_error, widened
 
-Gradient = list[Tensor]  # float64, one for each parameter; zeros where there is none
-
+SEPARABLE = 1e-6  # relative error in float64, where rounding alone makes 1e-15
 _SMALLEST_SCALE = 2.0**-24  # of the loss in fp16; below it even a gradient of 1 is rounded away
 _ROUNDING = 1e-10  # relative, of a float64 gradient that atomic additions sum in any order
 
 
 class Copy:
-    """A copy of model and loss function, set up by settings; in float64 where these are None."""
+    """A copy of model, loss and optimizer, set up by settings; in float64 where these are None."""
 
     def __init__(
-        self, model: nn.Module, loss_fn: Callable[..., Tensor], settings: Settings | None
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor] | None,
+        settings: Settings | None,
+        optimizer: Optimizer | None = None,
     ) -> None:
         # Together, for a loss that holds a parameter of the model.
-        self.model, self.loss_fn = copy.deepcopy((model, loss_fn))
+        self.model, self.loss_fn, self.optimizer = copy.deepcopy((model, loss_fn, optimizer))
         roots = [m for m in (self.model, self.loss_fn) if isinstance(m, nn.Module)]
         if settings is not None:
             settings.apply(self.model)
         else:
-            roots = [m.double() for m in roots]
+            roots = [m._apply(widened) for m in roots]
         self.modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
         self.parameters = list(dict.fromkeys(p for root in roots for p in root.parameters()))
-        self.state = ModuleState(self.modules)
+        self.device = self.parameters[0].device
+        self.state = ModuleState(self.modules, self.parameters if self.optimizer else ())
 
     def run(self, precision: str) -> ForwardBackward:
         """The training step, without its optimizer."""
-        device = self.parameters[0].device
-        return ForwardBackward("autotune", self.model, self.loss_fn, precision, device)
+        return ForwardBackward("autotune", self.model, self.loss_fn, precision, self.device)
+
+    @contextlib.contextmanager
+    def afresh(self) -> Iterator[None]:
+        """Without dropout, from the same buffers and parameters each time."""
+        self.state.restore_buffers()
+        with _without_dropout(self.modules):
+            yield
 
     def gradient(
         self,
@@ -60,13 +73,22 @@ class Copy:
         pieces: Sequence[Piece],
         scale: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Gradient]:
-        """Mean loss and gradient, without dropout, from the same buffers in every call."""
-        self.state.restore_buffers()
-        with _without_dropout(self.modules):
+        """Mean loss and gradient, without dropout."""
+        with self.afresh():
             loss = self.run(precision)(pieces, scale)
-        found = [_dense_gradient(p) for p in self.parameters]
+        found = gradient_of(self.parameters)
         drop_gradients(self.parameters)
         return loss, found
+
+    def loss(self, pieces: Sequence[Piece]) -> float:
+        """Mean loss alone, which takes the memory of a forward only."""
+        with self.afresh(), torch.no_grad():
+            return sum(piece.share * float(self.run("fp32").forward(piece)[1]) for piece in pieces)
+
+    def state_bytes(self) -> int:
+        """What the optimizer keeps from step to step."""
+        state = self.optimizer.state.values() if self.optimizer else ()
+        return sum(leaf.nbytes for leaf in tree_leaves(list(state)) if isinstance(leaf, Tensor))
 
 
 class Workbench:
@@ -75,14 +97,17 @@ class Workbench:
     def __init__(
         self,
         model: nn.Module,
-        batch: tuple[Any, Any],
-        loss_fn: Callable[..., Tensor],
-        count: Callable[[Any], float | Tensor] | None,
-        blocks: str | list[str] | None,
+        batch: Any,
+        loss_fn: Callable[..., Tensor] | None,
+        *,
+        count: Count | None = None,
+        blocks: str | list[str] | None = None,
+        optimizer: Optimizer | None = None,
     ) -> None:
-        self.model, self.loss_fn, self.count, self.blocks = model, loss_fn, count, blocks
+        self.model, self.loss_fn, self.optimizer, self.blocks = model, loss_fn, optimizer, blocks
+        self.count = terms_of(loss_fn, model) if count is None else count
         # Detached, or backward would leave gradients on inputs that require them.
-        self.batch = tree_map_only(Tensor, Tensor.detach, batch)
+        self.batch = tree_map_only(Tensor, Tensor.detach, read_batch("autotune", batch))
         self.size = batch_size("autotune", self.batch)
         self.scale = 2.0**16  # of the loss in fp16, where GradScaler begins
         self.copies: dict[Settings, Copy] = {}
@@ -92,7 +117,7 @@ class Workbench:
         """The copy on which `settings` run."""
         key = _without_pieces(settings)
         if key not in self.copies:
-            self.copies[key] = Copy(self.model, self.loss_fn, key)
+            self.copies[key] = Copy(self.model, self.loss_fn, key, self.optimizer)
         return self.copies[key]
 
     def keep(self, settings: Sequence[Settings]) -> None:
@@ -106,12 +131,15 @@ class Workbench:
             drop_gradients(made.parameters)
 
     def step(self, settings: Settings) -> Callable[[], None]:
-        """One forward and backward of the whole batch, which begins and ends without gradients."""
-        made, pieces, scaled = self.copy_for(settings), self.pieces(settings), self.scaled(settings)
+        """One training step of the whole batch, which begins and ends without gradients."""
+        made, pieces, scaler = self.copy_for(settings), self.pieces(settings), self.scaler(settings)
         run = made.run(settings.precision)
 
         def step() -> None:
-            run(pieces, scaled)
+            run(pieces, scaler.scale)
+            if made.optimizer is not None:
+                scaler.step(made.optimizer)
+                scaler.update()
             drop_gradients(made.parameters)
 
         return step
@@ -124,54 +152,76 @@ class Workbench:
     def pieces(self, settings: Settings) -> list[Piece]:
         return micro_batches("autotune", self.batch, settings.micro_batch, self.count)
 
-    def scaled(self, settings: Settings) -> Callable[[Tensor], Tensor] | None:
-        """Scales a loss in fp16 alone, as a `GradScaler` does."""
-        scale = self.scale
-        return (lambda loss: loss * scale) if settings.precision == "fp16" else None
+    def scaler(self, settings: Settings) -> torch.amp.GradScaler:
+        """Scales the loss in fp16, and leaves it alone otherwise."""
+        device, enabled = self.copy_for(settings).device.type, settings.precision == "fp16"
+        return torch.amp.GradScaler(device, self.scale, enabled=enabled)
 
     def error(self, settings: Settings) -> float:
         """Relative error of the gradient; in fp16 of the one that a `GradScaler` arrives at."""
-        made, pieces = self.copy_for(settings), self.pieces(settings)
-        loss, found = made.gradient(settings.precision, pieces, self.scaled(settings))
-        if settings.precision == "fp16":
-            while loss.isfinite() and not _is_finite(found) and self.scale > _SMALLEST_SCALE:
-                self.scale /= 2
-                loss, found = made.gradient("fp16", pieces, self.scaled(settings))
+        made, pieces, precision = self.copy_for(settings), self.pieces(settings), settings.precision
+        while True:
+            loss, found = made.gradient(precision, pieces, self.scaler(settings).scale)
+            overflown = not all(bool(g.isfinite().all()) for g in found) and loss.isfinite()
+            if precision != "fp16" or not overflown or self.scale <= _SMALLEST_SCALE:
+                break
+            self.scale /= 2
+        if precision == "fp16":
             found = [g / self.scale for g in found]
         return relative_error(found, self.reference)
 
     def peak(self, settings: Settings) -> int:
-        """Peak bytes of a step, above what stood before it."""
+        """Peak bytes of a step above what stood before it, and the state of the optimizer."""
         with warnings.catch_warnings():
             # Caches that the model itself renews are freed by one step and made by the next.
             warnings.simplefilter("ignore", UserWarning)
-            return peak_bytes(self.step(settings))
+            peak = peak_bytes(self.step(settings))
+        return peak + self.copy_for(settings).state_bytes()
 
     def seconds(self, settings: Settings) -> float:
         """Seconds of one step."""
         return seconds_per_call(self.step(settings), 1)
 
     def measure_reference(self) -> float:
-        """Set the float64 gradient; return how far that of two micro-batches is from it."""
-        made = Copy(self.model, self.loss_fn, None)
-        batch = tree_map_only(Tensor, _doubled, self.batch)
-        whole = micro_batches("autotune", batch, None, self.count)
+        """Set the float64 gradient; return how far micro-batches are from the batch.
+
+        Where they are the same to rounding, the reference is made of quarters or, if memory runs
+        out, of less: in float64 they take no more than a half of the batch in float32.
+        """
         try:
-            _check_leaves(made.run("fp32").forward(whole[0])[1], made.parameters)
-            seed_all(0)
-            _, self.reference = made.gradient("fp32", whole)
+            return self._measure_reference(tree_map_only(Tensor, widened, self.batch))
         except RuntimeError as err:
             err.add_note("autotune: raised by the reference, where model and batch are float64")
             raise
-        norm = sum(float(g.square().sum()) for g in self.reference) ** 0.5
+
+    def _measure_reference(self, batch: Batch) -> float:
+        error, made = self._division_error(batch), Copy(self.model, self.loss_fn, None)
+        size = -(-self.size // 4) if error <= SEPARABLE else None
+        while True:
+            pieces = micro_batches("autotune", batch, size, self.count)
+            try:
+                seed_all(0)
+                _, self.reference = made.gradient("fp32", pieces)
+                break
+            except (RuntimeError, MemoryError) as err:
+                if size in (None, 1) or not is_out_of_memory(err):
+                    raise
+            # Leave `except` first, so that the traceback frees its tensors.
+            drop_gradients(made.parameters)
+            size = -(-size // 2)
+        norm = norm_of(self.reference)
         if not 0 < norm < math.inf:
             raise ValueError(
                 f"autotune: the gradient in float64 has norm {norm}, so no error can be relative "
                 "to it; find_nonfinite(model, step) says where a NaN comes from, and a zero needs "
                 "a batch and a model that learn from each other"
             )
+        first = self.reference
+        if len(pieces) > 1:
+            seed_all(0)
+            first = made.gradient("fp32", pieces[:1])[1]
         seed_all(1)
-        if relative_error(made.gradient("fp32", whole)[1], self.reference) > _ROUNDING:
+        if relative_error(made.gradient("fp32", pieces[:1])[1], first) > _ROUNDING:
             raise ValueError(
                 "autotune: two runs of one batch have different gradients even with the "
                 "probability of every dropout module at 0, so the error of a candidate cannot be "
@@ -179,9 +229,46 @@ class Workbench:
                 "what a forward leaves behind in the model or in its input, or tune the model in "
                 "eval mode"
             )
-        seed_all(0)
-        halves = micro_batches("autotune", batch, -(-self.size // 2), self.count)
-        return relative_error(made.gradient("fp32", halves)[1], self.reference)
+        return error
+
+    def _division_error(self, batch: Batch) -> float:
+        """How far micro-batches are from the batch in float64, in little memory; NaN if they fail.
+
+        Two halves of four samples show whether samples depend on one another. Whether micro-batches
+        weigh what they should shows in the loss of the whole batch, at other parameters than the
+        model's, where losses of all samples might be the same.
+        """
+        made, strange = Copy(self.model, self.loss_fn, None), list[Tensor]()
+        few = tree_map_only(Tensor, itemgetter(slice(4)), batch)
+
+        def pieces(part: Batch, size: int | None) -> list[Piece]:
+            return micro_batches("autotune", part, size, self.count)
+
+        try:
+            loss = made.run("fp32").forward(Piece(few, 1.0, 1.0))[1]
+            strange = [leaf for leaf in leaves_of(loss) if leaf not in set(made.parameters)]
+            if not strange and self.size > 1:
+                seed_all(0)
+                whole = made.gradient("fp32", pieces(few, None))[1]
+                seed_all(0)
+                halves = made.gradient("fp32", pieces(few, -(-min(self.size, 4) // 2)))[1]
+                with torch.no_grad():
+                    for parameter in made.parameters:
+                        parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+                together = made.loss(pieces(batch, None))
+                apart = made.loss(pieces(batch, -(-self.size // 4)))
+                # A sum, as the larger of a number and NaN may be either.
+                difference = abs(apart - together) / (abs(together) or math.nan)
+                return relative_error(halves, whole) + difference
+        except (ValueError, RuntimeError):  # what the whole batch raises too comes up there
+            return math.nan
+        if strange:
+            raise ValueError(
+                f"autotune: the loss depends on a tensor of shape {tuple(strange[0].shape)} that "
+                "is no parameter of the copies that are tried; loss_fn, or a hook, holds it: make "
+                "loss_fn an nn.Module that has it as its attribute"
+            )
+        return 0.0
 
     def blocks_for(self, settings: Settings) -> Any:
         """The modules to plan for, on the copy where these settings run."""
@@ -197,38 +284,14 @@ class Workbench:
         return [model.get_submodule(name) for name in self.blocks]
 
 
-def relative_error(found: Gradient, reference: Gradient) -> float:
-    """The L2 norm of the difference over that of the reference."""
-    difference = sum(float((a - b).square().sum()) for a, b in zip(found, reference, strict=True))
-    return float((difference / sum(float(b.square().sum()) for b in reference)) ** 0.5)
-
-
 def _without_pieces(settings: Settings) -> Settings:
     return replace(settings, precision="fp32", micro_batch=None)
 
 
-def _dense_gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:  # zeros that take no memory
-        return parameter.new_zeros((), dtype=torch.float64).expand_as(parameter)
-    return parameter.grad.to_dense().double()
-
-
-def _is_finite(gradient: Gradient) -> bool:
-    return all(bool(g.isfinite().all()) for g in gradient)
-
-
-def _doubled(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
-
-
-def _check_leaves(loss: Tensor, parameters: Sequence[Tensor]) -> None:
-    own = set(parameters)
-    if strange := [leaf for leaf in leaves_of(loss) if leaf not in own]:
-        raise ValueError(
-            f"autotune: the loss depends on a tensor of shape {tuple(strange[0].shape)} that is no "
-            "parameter of the copies that are tried; loss_fn, or a hook, holds it: make loss_fn an "
-            "nn.Module that has it as its attribute"
-        )
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, as a device, Python or the CPU's allocator says it."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager

@@ -710,7 +710,7 @@ def test_a_tie_of_very_different_times_gets_more_rounds(told):
     assert [len(race) for race in races][1:] == [2, 2]
     assert report.best == BF16  # a fifth of the time is not given away for want of certainty
     doubtful = trial_of(report, Settings("bf16", 4)).verdict
-    assert doubtful == "slower: 1.20 [1.20, 1.20] times the fastest, within the noise"
+    assert doubtful == "tie: 1.20 [1.20, 1.20] times the fastest, within the noise"
 
 
 def test_a_disturbed_look_does_not_drop_the_fastest(told, monkeypatch):
@@ -941,9 +941,17 @@ def test_arguments_are_checked():
             TypeError,
             "got OptimizedModule; pass the model itself",
         ),
-        ({"batch": batch[0]}, TypeError, r"a pair \(inputs, targets\), got Tensor"),
-        ({"memory_budget": 0}, ValueError, "to be numbers above 0, got 0 and 0.01"),
-        ({"tolerance": math.nan}, ValueError, "to be numbers above 0, got None and nan"),
+        ({"batch": batch[0]}, ValueError, r"a pair \(inputs, targets\), got Tensor"),
+        ({"memory_budget": 0}, ValueError, "to be numbers above 0, .* got 0 and 0.05"),
+        ({"memory_budget": "0.8"}, ValueError, "a share such as '80%', got '0.8' and 0.05"),
+        ({"memory_budget": "0%"}, ValueError, "a share such as '80%', got '0%' and 0.05"),
+        ({"tolerance": math.nan}, ValueError, "to be numbers above 0, .* got None and nan"),
+        ({"optimizer": "adamw"}, TypeError, "expected optimizer to be a torch.optim.Optimizer"),
+        (
+            {"optimizer": torch.optim.SGD(mlp().parameters())},
+            ValueError,
+            r"of the model's parameters, got one of others \(SGD\)",
+        ),
         ({"batch": (batch[0], batch[1][:3])}, ValueError, r"got shapes \[\(8, 8\), \(3, 8\)\]"),
         ({"batch": (batch[0][:0], batch[1][:0])}, ValueError, "the batch is empty"),
         ({"batch": (batch[0], torch.tensor(1.0))}, ValueError, "first dimension is the batch"),
@@ -955,7 +963,7 @@ def test_arguments_are_checked():
         (
             {"model": copy.deepcopy(model).double()},
             TypeError,
-            "in float32, got .*'0.weight': torch.float64",
+            "in float32 or complex64, got .*'0.weight': torch.float64",
         ),
         ({"model": copy.deepcopy(model).requires_grad_(False)}, ValueError, "requires a gradient"),
     ]:
