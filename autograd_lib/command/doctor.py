@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.utils import collect_env
 
 import autograd_lib
+from autograd_lib.report.stored import this_environment
 from autograd_lib.report.tables import Row, text_table
 
 # Each by the name that pip installs it under.
@@ -35,26 +36,21 @@ def diagnose(*, compile: bool = False) -> tuple[str, bool]:
         probes["torch.compile"] = lambda: _autograd(torch.compile)
     rows = [(name, *_tried(probe)) for name, probe in probes.items()]
     versions = text_table("Versions", ("package", "version"), _versions())
-    machine = text_table("Machine", ("part", "what it is"), _machine())
+    here = {"os": platform.platform(), "accelerators": torch.accelerator.device_count()}
+    parts = [(part, str(found)) for part, found in (here | this_environment()).items()]
+    machine = text_table("Machine", ("part", "what it is"), parts)
     works = text_table("What works here", ("feature", "result", "time"), rows)
     return f"{versions}\n\n{machine}\n\n{works}", rows[0][1] == "works"
 
 
 def _versions() -> list[Row]:
-    rows: list[Row] = [("autograd_lib", autograd_lib.__version__), ("torch", torch.__version__)]
+    rows: list[Row] = [("autograd_lib", autograd_lib.__version__)]
     for package in ("numpy", *_OPTIONAL):
         try:
             rows.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
             rows.append((package, f"missing; pip install {package}"))
     return rows
-
-
-def _machine() -> list[Row]:
-    found = collect_env.get_env_info()._asdict()
-    found |= {"device": _device(), "threads": torch.get_num_threads()}
-    names = ("python_version", "os", "nvidia_gpu_models", "nvidia_driver_version")
-    return [(name, " ".join(str(found[name]).split())) for name in (*names, "device", "threads")]
 
 
 def _tried(probe: Callable[[], object]) -> tuple[str, str]:

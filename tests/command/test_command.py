@@ -358,7 +358,18 @@ def test_the_doctor_tries_everything(
     assert "torch.compile" not in capsys.readouterr().out
     assert main(["doctor", "--compile"]) == 0  # a compiler is not essential
     output = capsys.readouterr().out
-    for package in ("python_version", "torch", "numpy", "matplotlib", "pydantic", "jax"):
+    for package in (
+        "os",
+        "accelerators",
+        "python",
+        "cpu",
+        "device",
+        "torch",
+        "numpy",
+        "matplotlib",
+        "pydantic",
+        "jax",
+    ):
         assert re.search(rf"^{package} +\S", output, re.M)
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", output, re.M)
     for name in ("autograd", "gloo, one process"):
