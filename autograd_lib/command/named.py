@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from operator import attrgetter
 from typing import Any
 
 from autograd_lib.core.names import nearest
@@ -20,21 +19,18 @@ def imported(section: str, name: str) -> Callable[..., Any]:
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does, and an installed command does not
     try:
-        module = importlib.import_module(path)
+        found = pkgutil.resolve_name(name)
     except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}.")
-        raise ValueError(
-            f"{section}.name: no module {path!r} in {here} or among what is installed; for a "
-            f"function in {here}{os.sep}FILE.py write `name: FILE:function`"
-            if missing
-            else f"{section}.name: importing {path} failed: {_described(error)}"
-        ) from error
-    try:
-        found = attrgetter(function)(module)
-    except AttributeError as error:
-        raise ValueError(
-            f"{section}.name: {module.__file__} has no {function!r}{nearest(function, dir(module))}"
-        ) from error
+        if (module := sys.modules.get(path)) is not None:
+            said = f"{module!r} has no {function!r}{nearest(function, dir(module))}"
+        elif isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
+            said = (
+                f"no module {path!r} in {here} or among what is installed; for a function in "
+                f"{here}{os.sep}FILE.py write `name: FILE:function`"
+            )
+        else:
+            said = f"importing {path} failed: {_described(error)}"
+        raise ValueError(f"{section}.name: {said}") from error
     if not callable(found):
         raise TypeError(f"{section}.name: expected {name} to be a function, got {found!r}")
     return found

@@ -200,7 +200,7 @@ def _control(name: str, values: list[Any]) -> Control:
 
 def _svg(figure: Figure) -> str:
     """Draw a figure as SVG without a background, so that it suits a light page and a dark one."""
-    import matplotlib as mpl  # noqa: PLC0415
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - an optional dependency
 
     if not hasattr(figure, "savefig"):
         raise TypeError(
@@ -210,11 +210,8 @@ def _svg(figure: Figure) -> str:
     text = io.StringIO()
     try:
         # Text stays text: a tenth of the size of outlines. The salt makes ids reproducible.
-        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "autograd_lib"}):
+        with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "autograd_lib"}):
             figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     finally:
-        if figure.canvas.manager is not None:  # pyplot keeps its figures open until told
-            import matplotlib.pyplot as plt  # noqa: PLC0415
-
-            plt.close(figure)
+        plt.close(figure)  # pyplot keeps its figures open until told
     return text.getvalue()

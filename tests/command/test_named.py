@@ -96,7 +96,7 @@ def test_a_class_within_a_class_of_a_package(module: str, tmp_path: Path):
         ({"name": "no_such:f"}, {}, ValueError, r"^data\.name: no module 'no_such' in .*; for a "
          r"function in .*FILE\.py write `name: FILE:function`$"),
         ({"name": "{m}.deeper:f"}, {}, ValueError, r"^data\.name: no module '.*\.deeper' in "),
-        ({"name": "{m}:square"}, {}, ValueError, r"^data\.name: .*\.py has no 'square'; did you "
+        ({"name": "{m}:square"}, {}, ValueError, r"^data\.name: <.*\.py'> has no 'square'; did you "
          r"mean 'squares'\?$"),
         ({"options": {"numbr": 3}}, {}, ValueError, r"^data\.options\.numbr: .* number, scale; did "
          r"you mean 'number'\?$"),
