@@ -47,13 +47,18 @@ class _LowMemoryReLU(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        # In the order of memory, so that the gradient has it too: it may be channels_last.
+        ctx.order = sorted(range(output.dim()), key=output.stride, reverse=True)
         # An intermediate may be saved where, as here, no derivative goes through it.
-        ctx.save_for_backward(_pack(_passes(output)) if ctx.needs_input_grad[0] else None)
+        passes = _pack(_passes(output.permute(ctx.order))) if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(passes)
         ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return torch.where(_unpack(ctx.saved_tensors[0], grad.shape), grad, 0)
+        grad = grad.permute(ctx.order)
+        passed = torch.where(_unpack(ctx.saved_tensors[0], grad.shape), grad, 0)
+        return passed.permute(sorted(range(passed.dim()), key=ctx.order.__getitem__))
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
@@ -68,6 +73,22 @@ class _LowMemoryReLU(Function):
 _low_memory_relu = applier(_LowMemoryReLU)
 
 
+def _elementwise(operation: str, f: Callable[[Tensor], Tensor], x: Any) -> Tensor:
+    """Apply `f`, to a jagged tensor by its values."""
+    check_floating(operation, x)
+    if not x.is_nested:
+        return f(x)
+    if x.layout is not torch.jagged:
+        raise NotImplementedError(
+            f"{operation}: expected a dense or jagged tensor, got a nested one of {x.layout}; make "
+            "it with torch.nested.nested_tensor(..., layout=torch.jagged)"
+        )
+    lengths = x._maybe_min_seqlen, x._maybe_max_seqlen  # read again they would cost a wait
+    return torch.nested.nested_tensor_from_jagged(
+        f(x.values()), x.offsets(), x.lengths(), x._ragged_idx, *lengths
+    )
+
+
 def low_memory_relu(x: Tensor) -> Tensor:
     r"""Apply ReLU and save one bit per element.
 
@@ -77,13 +98,14 @@ def low_memory_relu(x: Tensor) -> Tensor:
     it in float32, and the bits alone in either case.
 
     Args:
-        x: a floating-point tensor of any shape.
+        x: a floating-point tensor of any shape, dense or jagged (`torch.nested`).
 
     Returns:
         A tensor like `x`. Saved for backward: `ceil(x.numel() / 8)` bytes.
 
     Raises:
         TypeError: if `x` is not floating point.
+        NotImplementedError: if `x` is a nested tensor that is not jagged.
 
     Example:
         >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
@@ -91,8 +113,7 @@ def low_memory_relu(x: Tensor) -> Tensor:
         >>> x.grad
         tensor([0., 0., 1.])
     """
-    check_floating("low_memory_relu", x)
-    return _low_memory_relu(x)
+    return _elementwise("low_memory_relu", _low_memory_relu, x)
 
 
 @dataclass(frozen=True)
@@ -199,7 +220,7 @@ def low_memory_gelu(x: Tensor, approximate: str = "none") -> Tensor:
     Where $x$ is infinite the gradient is the limit, 0 or $g$ (NaN in `F.gelu`), within the bound.
 
     Args:
-        x: a floating-point tensor of any shape.
+        x: a floating-point tensor of any shape, dense or jagged (`torch.nested`).
         approximate: "none" or "tanh", as in `F.gelu`.
 
     Returns:
@@ -208,6 +229,7 @@ def low_memory_gelu(x: Tensor, approximate: str = "none") -> Tensor:
 
     Raises:
         TypeError: if `x` is not floating point.
+        NotImplementedError: if `x` is a nested tensor that is not jagged.
         ValueError: if `approximate` is neither "none" nor "tanh".
 
     Example:
@@ -216,12 +238,12 @@ def low_memory_gelu(x: Tensor, approximate: str = "none") -> Tensor:
         >>> x.grad.round(decimals=2)
         tensor([0.5000, 1.0000])
     """
-    check_floating("low_memory_gelu", x)
     if approximate not in _GELU:
         raise ValueError(
             f"low_memory_gelu: expected approximate='none' or 'tanh', got {approximate!r}"
         )
-    return _coded_activation(x, _GELU[approximate])[0]
+    kind = _GELU[approximate]
+    return _elementwise("low_memory_gelu", lambda x: _coded_activation(x, kind)[0], x)
 
 
 def low_memory_silu(x: Tensor) -> Tensor:
@@ -231,7 +253,7 @@ def low_memory_silu(x: Tensor) -> Tensor:
     right to $0.005 |g|$.
 
     Args:
-        x: a floating-point tensor of any shape.
+        x: a floating-point tensor of any shape, dense or jagged (`torch.nested`).
 
     Returns:
         A tensor like `x`. Saved for backward: `x.numel()` bytes (and one number), but
@@ -239,6 +261,7 @@ def low_memory_silu(x: Tensor) -> Tensor:
 
     Raises:
         TypeError: if `x` is not floating point.
+        NotImplementedError: if `x` is a nested tensor that is not jagged.
 
     Example:
         >>> x = torch.tensor([0.0, 20.0], requires_grad=True)
@@ -246,5 +269,4 @@ def low_memory_silu(x: Tensor) -> Tensor:
         >>> x.grad.round(decimals=2)
         tensor([0.5000, 1.0000])
     """
-    check_floating("low_memory_silu", x)
-    return _coded_activation(x, _SILU)[0]
+    return _elementwise("low_memory_silu", lambda x: _coded_activation(x, _SILU)[0], x)

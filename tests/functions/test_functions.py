@@ -430,6 +430,58 @@ def test_layouts(f: Callable[[Tensor], Tensor], device: str) -> None:
         g = torch.autograd.grad(f(leaf := x.detach().requires_grad_()).square().sum(), leaf)[0]
         expected = gradient(lambda x: f(x).square(), x.contiguous())
         torch.testing.assert_close(g, expected)
+    kept = {"memory_format": torch.channels_last}
+    assert f(x).is_contiguous(**kept)
+    for reduced in (lambda y: y.sum(), lambda y: y.square().sum()):
+        (g,) = torch.autograd.grad(reduced(f(leaf)), leaf)
+        assert g.is_contiguous(**kept)
+
+
+RAGGED = {
+    "as made": torch.nested.nested_tensor_from_jagged,
+    "transposed": lambda values, offsets: torch.nested.nested_tensor_from_jagged(
+        values, offsets
+    ).transpose(1, 2),
+    "with holes": lambda values, offsets: torch.nested.nested_tensor_from_jagged(
+        values, offsets, lengths=torch.tensor([2, 0, 4], device=values.device)
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("make", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize(
+    ("f", "theirs"),
+    [(low_memory_relu, F.relu), (low_memory_gelu, F.gelu), (low_memory_silu, F.silu)],
+)
+def test_jagged_tensors(f, theirs, make, device: str) -> None:
+    """Sample by sample PyTorch's function of that sample; the sample lengths stay the same."""
+    values, offsets = points(9, 4, device=device).requires_grad_(), torch.tensor([0, 3, 4, 9])
+    nested = make(values, offsets.to(device))
+    result = f(nested)
+    assert result.shape == nested.shape  # the same ragged dimension, not one of equal lengths
+    samples = nested.unbind()
+    expected = [theirs(sample) for sample in samples]
+    for got, right in zip(result.unbind(), expected, strict=True):
+        torch.testing.assert_close(got, right)
+    theirs_grad = torch.autograd.grad(sum(y.square().sum() for y in expected), values)
+    ours = torch.autograd.grad(sum(y.square().sum() for y in result.unbind()), values)
+    torch.testing.assert_close(ours, theirs_grad)
+    largest = torch.nested.nested_tensor_from_jagged(values, offsets.to(device), max_seqlen=5)
+    assert f(largest)._maybe_max_seqlen == 5  # attention asks for it, and would wait for the device
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("f", [low_memory_relu, low_memory_gelu, low_memory_silu])
+def test_other_nested_tensors_are_refused(f: Callable[[Tensor], Tensor]) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(1, 2), torch.ones(3, 2)])
+    expected = (
+        rf"{f.__name__}: expected a dense or jagged tensor, got a nested one of torch.strided"
+    )
+    with pytest.raises(
+        NotImplementedError, match=expected + r"; make it with .*layout=torch.jagged"
+    ):
+        f(nested)
 
 
 @pytest.mark.parametrize("device", DEVICES)
