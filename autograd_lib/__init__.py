@@ -70,7 +70,13 @@ from autograd_lib.nonfinite import NonFinite, NonFiniteGuard, find_nonfinite
 from autograd_lib.report.dashboard import GradientDashboard
 from autograd_lib.report.explorer import Explorer, explore
 from autograd_lib.training import AutogradTrainingSystem
-from autograd_lib.tuning import Trial, TuningReport, autotune
+from autograd_lib.tuning import (
+    GradientReport,
+    Trial,
+    TuningReport,
+    autotune,
+    verify_gradients,
+)
 
 __version__ = "0.1.0"
 
@@ -93,6 +99,7 @@ __all__ = [
     "Explorer",
     "GradientDashboard",
     "GradientMonitor",
+    "GradientReport",
     "GradientStatistics",
     "Issue",
     "NoiseScale",
@@ -146,4 +153,5 @@ __all__ = [
     "top_eigenvalues",
     "transformers_callback",
     "verify_derivatives",
+    "verify_gradients",
 ]
