@@ -60,7 +60,7 @@ def called(
         return function(**given, **options)
     except Exception as error:
         kind = ImportError if isinstance(error, ImportError) else ValueError
-        raise kind(f"{section}: {name} failed: {_described(error)}") from error
+        raise kind(f"{section}: {name} failed: {_described(error, 2)}") from error
 
 
 def takes_any_name(signature: inspect.Signature) -> bool:
@@ -68,7 +68,10 @@ def takes_any_name(signature: inspect.Signature) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
 
-def _described(error: Exception) -> str:
-    """Say what was raised and where: the command shows no traceback."""
-    *_, place = traceback.extract_tb(error.__traceback__)
+def _described(error: Exception, frames: int | None = None) -> str:
+    """Say what was raised and where, as the command shows no traceback.
+
+    With 2 frames that is the line of the function which was called here, else the innermost one.
+    """
+    *_, place = traceback.extract_tb(error.__traceback__)[:frames]
     return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"

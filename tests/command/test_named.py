@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from autograd_lib.command.main import main
 from autograd_lib.config import AutogradConfig, load_config
 
 MODULE = """\
+import json
 import torch
 from autograd_lib import Task
 
@@ -44,7 +46,7 @@ def empty(width):
     return {}
 
 def broken(number):
-    return {}[number]
+    return json.loads("x")
 """
 COUNTER = itertools.count()
 
@@ -103,8 +105,8 @@ def test_a_class_within_a_class_of_a_package(module: str, tmp_path: Path):
         ({"options": {}}, {}, ValueError, r"^data\.options: missing a required argument: 'number'"),
         ({"name": "{m}:nothing"}, {}, TypeError, r"^data\.name: expected .*:nothing to return a "
          r"Task, got int; write `return autograd_lib\.Task\(train, test\)`$"),
-        ({"name": "{m}:broken"}, {}, ValueError, r"^data: .*:broken failed: KeyError: 20 "
-         r"\(.*mine_\d+\.py, line 28\)$"),
+        ({"name": "{m}:broken"}, {}, ValueError, r"^data: .*:broken failed: "
+         r"JSONDecodeError: Expecting value.* \(.*mine_\d+\.py, line 29\)$"),
         ({}, {"name": "{m}:fixed"}, ValueError, r"^model\.name: '.*:fixed' does not fit data\.name "
          r"'.*:squares'; what fits .* and on these data a function that takes width$"),
         ({}, {"name": "cnn"}, ValueError, r"^model\.name: 'cnn' does not fit data\.name "),
@@ -129,7 +131,7 @@ def test_what_is_wrong_says_what_to_write(
 def test_an_error_of_ones_own_function_keeps_its_cause(module: str):
     with pytest.raises(ValueError, match="failed") as raised:
         build(config_of(module, {"name": f"{module}:broken"}))
-    assert isinstance(raised.value.__cause__, KeyError)
+    assert isinstance(raised.value.__cause__, json.JSONDecodeError)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_the_command_says_in_a_sentence_what_failed(
     Path("run.yaml").write_text(f"data: {{name: {module}:broken, options: {{number: 20}}}}\n")
     assert main(["train", "run.yaml"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: data: {module}:broken failed: KeyError: 20 (")
+    assert error.startswith(f"error: data: {module}:broken failed: JSONDecodeError: Expecting")
     assert error.count("\n") == 1
 
 
