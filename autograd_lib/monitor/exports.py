@@ -14,7 +14,6 @@ import numpy as np
 
 from autograd_lib.core.statistics import STATISTICS
 from autograd_lib.gradients import GradientStatistics
-from autograd_lib.monitor.activations import Activations
 from autograd_lib.monitor.history import UNWATCHED, Issue, Record, Unwatched
 from autograd_lib.monitor.noise_scale import NoiseScale, estimate
 from autograd_lib.monitor.options import check_integer
@@ -26,7 +25,6 @@ class Readings:
     """How a monitor is read. Only these methods wait for the device."""
 
     _record: Record
-    _activations: Activations | None
     _noise: bool
 
     def __init__(self) -> None:
@@ -61,18 +59,6 @@ class Readings:
         """
         self._is_unwatched()
         return self._record.arrays()
-
-    @property
-    def activations(self) -> dict[str, Any]:
-        """Statistics of the outputs of the modules that `activations=` names, as in `history`.
-
-        A row covers all calls of a module within a step; of several outputs the first counts.
-        """
-        if self._activations is None:
-            raise ValueError(
-                "activations: none were watched; make the monitor with activations=True"
-            )
-        return self._record.arrays_of_activations(self._activations.names)
 
     def get_gradient_summary(self) -> GradientStatistics:
         """Summarize the last step that was looked at.

@@ -1,7 +1,7 @@
 """The history of a monitor: what it remembers of the last steps, and how that is read.
 
 A step leaves a row in each ring that was written to: always of statistics and of which gradients
-were absent; of counts, cosines, ratios, histograms and activations where they were asked for.
+were absent; of counts, cosines, ratios and histograms where they were asked for.
 """
 
 from __future__ import annotations
@@ -326,16 +326,6 @@ class Record:
             found["histogram_step"], found["histogram"] = self.rings["histogram"].kept()
             found["histogram_edges"] = np.exp2(np.arange(LOWEST, LOWEST + BINS + 1.0))
         return found
-
-    def arrays_of_activations(self, names: Sequence[str]) -> dict[str, Any]:
-        """The statistics of the outputs of modules, as in `arrays`."""
-        self.read()
-        if "activations" not in self.rings:
-            return {"names": list(names), "step": np.zeros(0, dtype=np.int64)}
-        steps, values = self.rings["activations"].kept()
-        numel = values[:, 0]
-        counts = derive_counts(np.moveaxis(values[:, PLAIN:], 1, 0), numel)
-        return {"names": list(names), "step": steps, **derive(values, ~np.isnan(numel)), **counts}
 
     def summary(self) -> GradientStatistics:
         """The statistics of the last recorded step, and the issues that last."""

@@ -29,7 +29,6 @@ from autograd_lib.core.shards import is_distributed
 from autograd_lib.core.snapshot import is_replay
 from autograd_lib.core.statistics import COUNTS
 from autograd_lib.gradients import check_not_meta
-from autograd_lib.monitor.activations import ActivationHook, Activations
 from autograd_lib.monitor.exports import Readings
 from autograd_lib.monitor.history import (
     FROZEN,
@@ -76,14 +75,13 @@ class GradientMonitor(Readings):
 
     What it hooks: `optimizer.register_step_pre_hook` and `register_step_post_hook`; `scaler.step`,
     to see the steps that it skips; without an optimizer or with `noise=True`,
-    `register_post_accumulate_grad_hook` of every parameter; with `activations`, a forward hook of
-    each module. The hooks run after those that were registered before, hold neither the monitor nor
-    the model, and read only: training is bit-equal. They go with `remove()` of their handles, with
-    the end of a `with` block, with the monitor.
+    `register_post_accumulate_grad_hook` of every parameter. The hooks run after those that were
+    registered before, hold neither the monitor nor the model, and read only: training is bit-equal.
+    They go with `remove()` of their handles, with the end of a `with` block, with the monitor.
 
-    A step costs some three passes over the gradients; `collect`, `update_every`, `histogram_every`,
-    `activations` and `noise` add to that. Reading (`history`, `issues`, `activations`, the summary,
-    the exports) is all that waits for the device.
+    A step costs some three passes over the gradients; `collect`, `update_every`, `histogram_every`
+    and `noise` add to that. Reading (`history`, `issues`, the summary, the exports) is all that
+    waits for the device.
 
     Args:
         model: The module whose parameters are watched.
@@ -103,8 +101,6 @@ class GradientMonitor(Readings):
         update_every: Measure the norm of the update relative to that of the weight every so many
             steps; each time costs a copy of the parameters, and it needs `optimizer`. 0 for never.
         histogram_every: Count magnitudes by powers of two every so many steps; 0 for never.
-        activations: Statistics of the outputs of modules in training mode: True for all modules
-            without submodules, or qualified names. Compiled code is not watched.
         noise: Keep what `noise_scale` needs, at each backward.
         explode_above: A larger norm is an issue.
         vanish_below: A smaller norm is an issue.
@@ -141,7 +137,6 @@ class GradientMonitor(Readings):
         collect: Sequence[str] = ("norm", "mean", "std", "min", "max"),
         update_every: int = 0,
         histogram_every: int = 0,
-        activations: bool | Sequence[str] = False,
         noise: bool = False,
         explode_above: float = 1e3,
         vanish_below: float = 1e-8,
@@ -178,7 +173,6 @@ class GradientMonitor(Readings):
         self._histogram_every = histogram_every
         self._collect = frozenset(collect)
         self._noise = noise
-        self._activations = Activations(model, activations) if activations else None
 
         self._plans: dict[tuple[str, bytes], Reduction] = {}
         thresholds = explode_above, vanish_below
@@ -232,12 +226,6 @@ class GradientMonitor(Readings):
             if scaler is not None:
                 self._handles.append(ScalerHook(scaler, self))
         self._hook_parameters(self._live_parameters())
-        if self._activations is not None:
-            modules = dict(model.named_modules())
-            self._handles += [
-                modules[name].register_forward_hook(ActivationHook(self._activations, place))
-                for place, name in enumerate(self._activations.names)
-            ]
         self._finalizer = weakref.finalize(self, remove_all, self._handles)
         return self._handles  # the list itself, as parameters may join
 
@@ -392,7 +380,6 @@ class GradientMonitor(Readings):
         else:
             record.step += 1
         self._micro_batches = (0, 0.0)
-        activations = None if self._activations is None else self._activations.take()
         if not _is_due(record.step, self._every):
             return
         counts = not self._collect.isdisjoint(COUNTS)
@@ -412,8 +399,6 @@ class GradientMonitor(Readings):
             record.keep("histogram", plan.histograms(grads))
         if "cosine" in self._collect:
             record.keep("cosine", self._cosine(grads, norms(fields)))
-        if activations is not None:
-            record.keep("activations", activations)
         record.look()
 
     def _live_parameters(self, *, thorough: bool = False) -> Sequence[nn.Parameter]:

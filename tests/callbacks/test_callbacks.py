@@ -369,7 +369,7 @@ def test_options_are_those_of_the_monitor(train: Train) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_is_bit_equal_with_and_without(train: Train, bf16: bool, accumulate: int) -> None:
-    watched = make(train, activations=True, noise=True, update_every=1, histogram_every=1)
+    watched = make(train, noise=True, update_every=1, histogram_every=1)
     runs = [
         train(batches(), callback, bf16=bf16, accumulate=accumulate) for callback in (None, watched)
     ]
@@ -403,7 +403,7 @@ def test_the_total_norm_is_logged_where_the_loss_is(
 
 
 def test_no_hook_outlives_training(train: Train) -> None:
-    callback = make(train, activations=True, noise=True)
+    callback = make(train, noise=True)
     run = train(batches(), callback)
     assert_no_hooks(run)
     assert callback.monitor.get_gradient_summary()["step"] == 8
@@ -414,7 +414,7 @@ def test_no_hook_outlives_an_exception(train: Train, where: str) -> None:
     data = batches()
     data[5][0][:] = 77
     run = Run()
-    callback = make(train, activations=True, noise=True)
+    callback = make(train, noise=True)
     with pytest.raises(ValueError, match="planted"):
         train(Broken(samples(batches())) if where == "data" else data, callback, into=run)
     assert_no_hooks(run)

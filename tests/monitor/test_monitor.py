@@ -49,7 +49,6 @@ EVERYTHING = {
     "collect": ("zero_fraction", "nan_count", "inf_count", "cosine"),
     "update_every": 2,
     "histogram_every": 1,
-    "activations": True,
     "noise": True,
     "history": 2,  # so that rows are sent, and overwritten, within the few steps
 }
@@ -762,18 +761,16 @@ def test_scaler_optimizer_and_model_are_pickled_and_copied_while_monitored() -> 
 def test_a_copy_of_the_model_is_not_watched(optimizer_given) -> None:
     model = mlp()
     optimizer = sgd(model)
-    with GradientMonitor(
-        model, optimizer if optimizer_given else None, activations=True
-    ) as monitor:
+    with GradientMonitor(model, optimizer if optimizer_given else None) as monitor:
         for again in (copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))):
             twin = again(model)
             twin(torch.full((5, 8), 1e6)).sum().backward()
             sgd(twin).step()
-        output = model(torch.randn(5, 8))
-        output.sum().backward()
+        model(torch.randn(5, 8)).sum().backward()
         optimizer.step()
     assert monitor.history["step"].tolist() == [1]
-    agree({"norm": monitor.activations["norm"][0, -1]}, reference(output))
+    expected = [parameter.grad.norm().item() for parameter in model.parameters()]
+    np.testing.assert_allclose(monitor.history["norm"][0], expected, rtol=1e-5)
 
 
 # --- hooks go, and the monitor keeps nothing alive
@@ -784,7 +781,7 @@ def test_all_hooks_go(how) -> None:
     model = mlp()
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu")
-    make = lambda: GradientMonitor(model, optimizer, scaler, noise=True, activations=True)  # noqa: E731
+    make = lambda: GradientMonitor(model, optimizer, scaler, noise=True)  # noqa: E731
     monitor = make()
     assert hooks_left(model, optimizer) == 0
     if how == "block":
@@ -819,7 +816,7 @@ def test_all_hooks_go(how) -> None:
         monitor.register_hooks()
         assert hooks_left(model, optimizer) == hooked
         monitor.remove_hooks()
-    assert hooked == 2 + 6 + 5
+    assert hooked == 2 + 6
     assert hooks_left(model, optimizer) == 0
     assert "step" not in vars(scaler)
 
@@ -828,7 +825,7 @@ def test_all_hooks_go(how) -> None:
 def test_a_monitor_keeps_no_model_alive(optimizer_given) -> None:
     model = mlp()
     optimizer = sgd(model) if optimizer_given else None
-    options = EVERYTHING if optimizer_given else {"activations": True, "collect": ("cosine",)}
+    options = EVERYTHING if optimizer_given else {"collect": ("cosine",)}
     monitor = GradientMonitor(model, optimizer, **options)
     monitor.register_hooks()
     for _ in range(2):
@@ -874,7 +871,6 @@ def test_rows_take_no_memory_that_grows() -> None:
     assert {shape[0] for shape in shapes.values()} == {2}
     assert noise[0] == 16 * 2  # micro-batches
     assert len(monitor._plans) <= 3
-    assert len(monitor._activations._plans) == 1
 
 
 # --- no waiting for the device
@@ -1345,86 +1341,6 @@ def test_a_parameter_that_was_replaced_is_followed() -> None:
     assert not monitor.history["missing"].any()
 
 
-# --- activations
-
-
-class Recurrent(nn.Module):
-    def __init__(self, reentrant: bool | None = None) -> None:
-        super().__init__()
-        self.cell, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(3):
-            if self.reentrant is None:
-                x = self.step(x)
-            else:
-                x = checkpoint(self.step, x, use_reentrant=self.reentrant)
-        return self.head(x)
-
-    def step(self, x: Tensor) -> Tensor:
-        return self.cell(x).tanh()  # which is kept: else checkpointing stops before the hook
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("reentrant", [None, False, True])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_activations_cover_all_calls_of_a_step_once(reentrant, micro_batches, device) -> None:
-    torch.manual_seed(0)
-    model = Recurrent(reentrant).to(device)
-    optimizer = sgd(model, lr=0.0)
-    seen: dict[str, list[Tensor]] = {"cell": [], "head": []}
-    with GradientMonitor(model, optimizer, activations=True) as monitor:
-        for _ in range(2):
-            for outputs in seen.values():
-                outputs.clear()
-            for _ in range(micro_batches):
-                x = torch.randn(5, 4, device=device, requires_grad=True)
-                state = x
-                for _ in range(3):
-                    output = F.linear(state, model.cell.weight, model.cell.bias)
-                    seen["cell"].append(output.detach())
-                    state = output.tanh()
-                seen["head"].append(F.linear(state, model.head.weight, model.head.bias))
-                model(x).sum().backward()
-            model.eval()(torch.full((1, 4), 1e6, device=device))
-            model.train()
-            with torch.no_grad():
-                model(torch.full((1, 4), 1e6, device=device))
-            optimizer.step()
-            optimizer.zero_grad()
-    activations = monitor.activations
-    assert activations["names"] == ["cell", "head"]
-    assert activations["step"].tolist() == [1, 2]
-    for i, name in enumerate(activations["names"]):
-        keys = activations.keys() - {"names", "step"}
-        got = {key: activations[key][-1, i] for key in keys}
-        agree(got, reference(torch.cat(seen[name])))
-
-
-def test_activations_of_named_modules_and_of_tuples() -> None:
-    model = nn.ModuleDict({"rnn": nn.GRU(3, 2), "drop": nn.Dropout(0.5), "never": nn.Linear(2, 2)})
-    optimizer = sgd(model)
-    with GradientMonitor(model, optimizer, activations=["rnn", "never"], every=3) as monitor:
-        for _ in range(4):
-            output, _ = model["rnn"](torch.randn(5, 2, 3))
-            output.sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    activations = monitor.activations
-    assert activations["names"] == ["rnn", "never"]
-    assert activations["step"].tolist() == [1, 4]
-    agree({"norm": activations["norm"][-1, 0]}, reference(output))  # of one step, not of three
-    assert np.isnan(activations["norm"][:, 1]).all()
-
-
-def test_activations_are_empty_before_the_first_step() -> None:
-    monitor = GradientMonitor(mlp(), activations=True)
-    assert monitor.activations["names"] == ["0", "1", "2", "3", "4"]
-    assert len(monitor.activations["step"]) == 0
-
-
 # --- noise scale
 
 
@@ -1608,7 +1524,7 @@ def test_the_history_survives_a_restart(before, capacity, tmp_path) -> None:
     values = torch.randn(before + 6, 5)
     values[before // 2] = math.nan
     grads = [{"p": value} for value in values]
-    options = {**EVERYTHING, "history": 5, "activations": False, "noise": False}
+    options = {**EVERYTHING, "history": 5, "noise": False}
     whole = look(*grads, **{**options, "history": capacity})
     first = look(*grads[:before] or [{"p": None}, *grads[:1]][1:], **options)
     torch.save(first.state_dict(), tmp_path / "monitor.pt")
@@ -1928,7 +1844,7 @@ def test_keys_are_there_only_if_collected() -> None:
     plain = {"names", "numel", "step", "total_norm", "skipped", "missing", "present"}
     plain |= {"norm", "mean", "std", "min", "max", "abs_max", "clipped_norm"}
     assert look({"p": torch.ones(2)}).history.keys() == plain
-    more = look({"p": torch.ones(2)}, **{**EVERYTHING, "noise": False, "activations": False})
+    more = look({"p": torch.ones(2)}, **{**EVERYTHING, "noise": False})
     extra = {"zero_fraction", "nan_count", "inf_count", "cosine", "update_ratio"}
     extra |= {"histogram", "histogram_step", "histogram_edges"}
     assert more.history.keys() == plain | extra
@@ -1978,12 +1894,6 @@ ERRORS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((LINEAR,), {"collect": "norm"}, ValueError, "got 'norm'"),
     ((LINEAR,), {"update_every": 2}, ValueError, "update_every looks at the steps of an optimizer"),
     ((LINEAR,), {"noise": True}, ValueError, "noise=True looks at the steps of an optimizer; pass"),
-    (
-        (LINEAR,),
-        {"activations": ["x"]},
-        ValueError,
-        "activations names ['x'], which are no modules",
-    ),
     ((nn.Tanh(),), {}, ValueError, "the model has no parameters to watch"),
     (
         (nn.LazyLinear(2),),
@@ -2002,8 +1912,6 @@ def test_errors_say_what_was_expected(args, options, kind, text) -> None:
 
 def test_reading_what_was_not_recorded() -> None:
     monitor = GradientMonitor(LINEAR)
-    with pytest.raises(ValueError, match="activations: none were watched; make the monitor with"):
-        _ = monitor.activations
     with pytest.raises(ValueError, match="noise_scale: nothing was recorded; make the monitor"):
         monitor.noise_scale(1)
     monitor = GradientMonitor(LINEAR, OPTIMIZER, noise=True)
@@ -2187,7 +2095,6 @@ class Scaled(nn.Module):
         {"collect": ("cosine", "zero_fraction", "nan_count", "inf_count")},
         {"histogram_every": 1},
         {"noise": True},
-        {"activations": True},
     ],
     ids=str,
 )
