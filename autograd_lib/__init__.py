@@ -47,6 +47,7 @@ from autograd_lib.higher_order import (
     jet_rule,
     laplacian,
     linearize_hvp,
+    taylor_solution,
     top_eigenvalues,
     verify_derivatives,
 )
@@ -150,6 +151,7 @@ __all__ = [
     "saved_tensors",
     "scale_gradient",
     "straight_through",
+    "taylor_solution",
     "top_eigenvalues",
     "transformers_callback",
     "verify_derivatives",

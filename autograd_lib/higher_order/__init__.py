@@ -9,6 +9,7 @@ from autograd_lib.higher_order.operators import (
     laplacian,
     linearize_hvp,
 )
+from autograd_lib.higher_order.solution import taylor_solution
 from autograd_lib.higher_order.spectra import top_eigenvalues
 from autograd_lib.higher_order.taylor import jet, jet_rule
 from autograd_lib.higher_order.tower import DerivativeTower, derivative_tower
@@ -26,6 +27,7 @@ __all__ = [
     "jet_rule",
     "laplacian",
     "linearize_hvp",
+    "taylor_solution",
     "top_eigenvalues",
     "verify_derivatives",
 ]
