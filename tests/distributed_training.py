@@ -586,7 +586,7 @@ def evaluated(rank: int, strategy: str, _: Path) -> None:
     assert found["loss"] == pytest.approx(nn.MSELoss()(output, y).item(), rel=1e-6)
     assert found["close"] == pytest.approx(close(output, y).item(), rel=1e-6)
     equal_on_ranks(found)
-    with pytest.raises(ValueError, match="the loader of rank 1 gives no batch"):
+    with pytest.raises(ValueError, match="the validation loader of rank 1 gives no batch"):
         trained.evaluate([] if rank else [part])
 
 

@@ -81,16 +81,17 @@ def targets_of(batch: Batch) -> Any:
     return batch if isinstance(batch, dict) else batch[1]
 
 
+def loss_within(output: Any) -> Any:
+    """What a model's output has at the places where its own loss may be."""
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    first = output[0] if isinstance(output, tuple) and output else output
+    return getattr(output, "loss", first)
+
+
 def own_loss(operation: str, output: Any, batch: Batch) -> Tensor:
     """The loss that a model has computed itself for a batch, where there is no `loss_fn`."""
-    unused = isinstance(batch, tuple) and batch[1] is not None
-    found = output
-    if isinstance(output, Mapping):
-        found = output.get("loss")
-    elif hasattr(output, "loss"):
-        found = output.loss
-    elif isinstance(output, tuple) and output:
-        found = output[0]
+    unused, found = isinstance(batch, tuple) and batch[1] is not None, loss_within(output)
     if unused or not isinstance(found, Tensor) or found.dim():
         came = "a pair with targets, which the model is not given" if unused else described(output)
         raise ValueError(

@@ -11,19 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autograd_lib.core.batches import (
-    Count,
-    Piece,
-    call,
-    check_counted,
-    check_own,
-    described,
-    nothing,
-    own_loss,
-    split,
-    targets_of,
-    terms_in,
-)
+from autograd_lib.core import batches
+from autograd_lib.core.batches import Count, Piece
 from autograd_lib.training.distributed import Peers, module_of, synchronized
 
 _T = TypeVar("_T")
@@ -73,7 +62,7 @@ class ForwardBackward:
             with synchronized(self.model, last=i == len(pieces) - 1):
                 loss = self.forward(piece, divided)[1]  # the output is freed before backward
                 if divided and self.loss_fn is None and piece.share:
-                    seen.append((piece, terms_in(loss)))
+                    seen.append((piece, batches.terms_in(loss)))
                 if not loss.requires_grad:
                     raise ValueError(
                         f"{self.operation}: the loss depends on nothing that requires a gradient; "
@@ -83,7 +72,7 @@ class ForwardBackward:
                 (weighted if scale is None else scale(weighted)).backward()
             part = _times(loss.detach(), piece.share)
             mean = part if mean is None else mean + part
-        check_own(self.operation, module_of(self.model), seen)
+        batches.check_own(self.operation, module_of(self.model), seen)
         assert mean is not None
         return mean
 
@@ -93,18 +82,19 @@ class ForwardBackward:
         dtype = _DTYPES[self.precision]
         autocast = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
         with self._explaining(batch), autocast:
-            output = call(self.model, batch)
+            output = batches.call(self.model, batch)
             if not piece.share:
-                return output, nothing(output)
+                return output, batches.nothing(output)
             if self.loss_fn is None:
-                return output, own_loss(self.operation, output, batch)
-            loss = self.loss_fn(output, targets_of(batch))
+                return output, batches.own_loss(self.operation, output, batch)
+            loss = self.loss_fn(output, batches.targets_of(batch))
         if not isinstance(loss, Tensor) or loss.dim():
             raise ValueError(
-                f"{self.operation}: expected loss_fn to return a scalar, got {described(loss)}; "
-                "return the mean over the samples, or over the terms that count(targets) counts"
+                f"{self.operation}: expected loss_fn to return a scalar, got "
+                f"{batches.described(loss)}; return the mean over the samples, or over the terms "
+                "that count(targets) counts"
             )
-        if divided and loss is getattr(output, "loss", None):
+        if divided and loss is batches.loss_within(output):
             raise ValueError(
                 f"{self.operation}: loss_fn returns the model's own loss, which micro-batches and "
                 "processes divide by labels, not by samples; leave loss_fn out, or give count="
@@ -155,7 +145,7 @@ def micro_batches(
         peers: The processes of the step; None for this one alone.
         counts: Whether this process adds anything to the mean.
     """
-    pieces = split(operation, batch, size, count)
+    pieces = batches.split(operation, batch, size, count)
     if not counts:
         pieces = [piece._replace(share=0.0) for piece in pieces]
     if size is None and (peers is None or peers.world == 1) and pieces[0].share:
@@ -163,7 +153,7 @@ def micro_batches(
     own = [sum(piece.share for piece in pieces), len(pieces)]
     gathered = [own] if peers is None else peers.gather(*own)
     total = sum(terms for terms, _ in gathered)
-    check_counted(operation, total)
+    batches.check_counted(operation, total)
     if len(gathered) == 1:
         pieces = [piece for piece in pieces if piece.share]
     else:

@@ -21,15 +21,8 @@ from torch.utils._pytree import tree_map_only
 
 from autograd_lib.callbacks.shared import Refusals
 from autograd_lib.config.records import AutogradConfig, Settings
-from autograd_lib.core.batches import (
-    Count,
-    Piece,
-    check_counted,
-    samples_of,
-    split,
-    targets_of,
-    terms_of,
-)
+from autograd_lib.core import batches
+from autograd_lib.core.batches import Count, Piece
 from autograd_lib.core.files import replaced_atomically
 from autograd_lib.core.snapshot import drop_gradients, random_state, seed_all, set_random_state
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
@@ -162,11 +155,11 @@ class AutogradTrainingSystem:
         ]
         self._parameters = list(dict.fromkeys(everything))
         self.optimizer, self.loss_fn, self.scheduler = optimizer, loss_fn, scheduler
-        self.count = terms_of(loss_fn, self.module) if count is None else count
+        self.count = batches.terms_of(loss_fn, self.module) if count is None else count
         self._trusted = count is not None
         # What metrics average over: class weights apply to the loss only.
         weighted = count is None and getattr(loss_fn, "weight", None) is not None
-        self._terms = terms_of(loss_fn, weighted=False) if weighted else self.count
+        self._terms = batches.terms_of(loss_fn, weighted=False) if weighted else self.count
         fp16 = self.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.guard: NonFiniteGuard | None = None
@@ -424,23 +417,23 @@ class AutogradTrainingSystem:
         self.peers.broadcast(self.module.buffers())
         with evaluating(self.module, self.optimizer):
             for batch, counts in self.peers.even_batches(loader, name="validation loader"):
-                (piece,) = split("evaluate", batch, None, self.count)
+                (piece,) = batches.split("evaluate", batch, None, self.count)
                 if self.loss_fn is None and math.isnan(piece.terms):
-                    piece = piece._replace(share=samples_of("evaluate", piece.batch))
+                    piece = piece._replace(share=batches.samples_of("evaluate", piece.batch))
                 share = piece.share * counts
                 terms = share
                 if self._terms is not None and self._terms is not self.count:
-                    terms = float(self._terms(targets_of(piece.batch))) * counts
+                    terms = float(self._terms(batches.targets_of(piece.batch))) * counts
                 output, loss = run.forward(piece._replace(share=share))
                 if terms:
-                    targets = move(targets_of(piece.batch), self.device)
+                    targets = move(batches.targets_of(piece.batch), self.device)
                     judged = [metric(output, targets) * terms for metric in self.metrics.values()]
                     values = [loss * share, *judged, share, terms]
                     on_device = [torch.as_tensor(v, device=self.device).float() for v in values]
                     sums.append(torch.stack(on_device))
         total = self.peers.sum(torch.stack(sums).cpu().double().sum(0))
         loss_sum, *metric_sums, share, terms = total.tolist()
-        check_counted("evaluate", share)
+        batches.check_counted("evaluate", share)
         averages = [value / terms for value in metric_sums]
         return {"loss": loss_sum / share, **dict(zip(self.metrics, averages, strict=True))}
 

@@ -325,17 +325,25 @@ def test_a_given_loss_takes_the_batch_and_so_do_metrics_and_count() -> None:
     assert system_of(model, token_loss).train_step(*pair).item() == pytest.approx(expected.item())
 
 
-def test_a_loss_fn_that_returns_the_own_loss_is_not_divided_by_samples() -> None:
-    model, batch = labelled("attribute")
-    own = lambda output, _: output.loss  # noqa: E731
+OWN: dict[str, Callable[[Any, Any], Tensor]] = {
+    "attribute": lambda output, _: output.loss,
+    "mapping": lambda output, _: output["loss"],
+    "tuple": lambda output, _: output[0],
+    "scalar": lambda output, _: output,
+}
+
+
+@pytest.mark.parametrize("form", OWN)
+def test_a_loss_fn_that_returns_the_own_loss_is_not_divided_by_samples(form: str) -> None:
+    model, batch = labelled(form)
     expected = system_of(model).train_step(batch)
-    assert_same(system_of(model, own).train_step(batch), expected)
+    assert_same(system_of(model, OWN[form]).train_step(batch), expected)
     with pytest.raises(
         ValueError, match=r"^train_step: loss_fn returns the model's own loss, whic"
     ):
-        system_of(model, own, 1).train_step(batch)
+        system_of(model, OWN[form], 1).train_step(batch)
     count = lambda batch: (batch["labels"] != -100).sum()  # noqa: E731
-    found = system_of(model, own, 1, count=count).train_step(batch)
+    found = system_of(model, OWN[form], 1, count=count).train_step(batch)
     torch.testing.assert_close(found, expected)
 
 
