@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from autograd_lib.command.named import called, imported
+from autograd_lib.core.optional import optional
 
 VOCABULARY = 128  # ASCII; any other character is a question mark
 
@@ -110,13 +111,11 @@ def load_data(name: str, **options: Any) -> Task:
 
 
 def _digits() -> Task:
-    try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415 - an optional dependency
-        from sklearn.model_selection import train_test_split  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+    images, labels = optional("digits", "sklearn.datasets", "scikit-learn").load_digits(
+        return_X_y=True
+    )
+    split = optional("digits", "sklearn.model_selection", "scikit-learn").train_test_split
+    parts = split(images, labels, test_size=0.2, random_state=0, stratify=labels)
     mean, std = parts[0].mean(), parts[0].std()
     train, test = (
         TensorDataset(

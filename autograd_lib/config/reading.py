@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import math
@@ -16,10 +15,12 @@ from typing import Any
 from autograd_lib.config.fields import RefusedError, dotted, kinds, shown
 from autograd_lib.config.records import AutogradConfig
 from autograd_lib.core.names import nearest
+from autograd_lib.core.optional import optional
 
 _Path = tuple[Any, ...]
 
 _WIDTH = 99  # of a printed file
+_PACKAGES = "pydantic ruamel.yaml"
 
 
 def load_config(
@@ -84,7 +85,7 @@ def load_config(
             return _built(AutogradConfig, tree)  # right values need no package
         except (TypeError, ValueError, AttributeError):
             pass  # pydantic names all that is wrong
-    pydantic = _require("pydantic")
+    pydantic = optional("load_config", "pydantic", _PACKAGES)
     try:
         return pydantic.TypeAdapter(AutogradConfig).validate_python(tree)
     except pydantic.ValidationError as error:
@@ -101,7 +102,7 @@ def load_config(
 
 def _parse(text: str) -> Any:
     """Return what YAML text says, as Python objects."""
-    ruamel = _require("ruamel.yaml")
+    ruamel = optional("load_config", "ruamel.yaml", _PACKAGES)
     try:
         # Refuse what makes a large object of a small file, and objects other than plain values.
         for event in ruamel.YAML(typ="safe", pure=True).parse(text):
@@ -113,15 +114,6 @@ def _parse(text: str) -> Any:
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         said = textwrap.shorten(str(problem or error), 200, placeholder=" ...")
         raise ValueError(f"not plain YAML: {said}{where}") from error
-
-
-def _require(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            "configurations need pydantic and ruamel.yaml: pip install pydantic ruamel.yaml"
-        ) from error
 
 
 # overrides

@@ -17,6 +17,8 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
+from autograd_lib.core.optional import optional
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -39,12 +41,7 @@ class Interactive:
         Raises:
             ImportError: if ipywidgets is not installed.
         """
-        try:
-            import ipywidgets  # noqa: PLC0415 - an optional dependency
-        except ImportError as error:
-            raise ImportError(
-                f"{type(self).__name__}: the live form needs ipywidgets: pip install ipywidgets"
-            ) from error
+        ipywidgets = optional(f"{type(self).__name__}.to_widget", "ipywidgets")
         self._output = self._output or ipywidgets.Output()
         self._redraw()
         return self._output
@@ -200,8 +197,7 @@ def _control(name: str, values: list[Any]) -> Control:
 
 def _svg(figure: Figure) -> str:
     """Draw a figure as SVG without a background, so that it suits a light page and a dark one."""
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - an optional dependency
-
+    plt = optional("explore", "matplotlib.pyplot")
     if not hasattr(figure, "savefig"):
         raise TypeError(
             f"explore: draw must return a matplotlib Figure, got {type(figure).__name__}; "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from autograd_lib.core.optional import optional
 from autograd_lib.core.statistics import STATISTICS
 
 if TYPE_CHECKING:
@@ -36,12 +37,8 @@ def value_range(statistic: str, values: Array) -> tuple[float, float, float]:
 
 def sized_axes(operation: str, ax: Any, inches: tuple[float, float]) -> Axes:
     """Return `ax`, or the axes of a new figure of this width and height."""
-    try:
-        from matplotlib import axes  # noqa: PLC0415 - an optional dependency
-        from matplotlib import pyplot as plt  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError(f"{operation} needs Matplotlib: pip install matplotlib") from error
-    if isinstance(ax, axes.Axes):
+    plt = optional(operation, "matplotlib.pyplot")
+    if isinstance(ax, plt.Axes):
         return ax
     if ax is not None:
         raise TypeError(

@@ -415,7 +415,7 @@ def test_without_the_extra_there_is_one_line(arguments: list[str], tmp_path: Pat
     call = "import sys; from autograd_lib.command.main import main; sys.exit(main())"
     run = run_with((None, call), arguments=arguments, cwd=tmp_path)
     assert (run.returncode, run.stdout) == (2, "")
-    said = "error: configurations need pydantic and ruamel.yaml: pip install pydantic ruamel.yaml\n"
+    said = "error: load_config needs pydantic and ruamel.yaml: pip install pydantic ruamel.yaml\n"
     assert run.stderr == said
 
 

@@ -278,7 +278,7 @@ def test_a_parameter_of_a_compiled_model_is_named() -> None:
 @every_figure
 def test_without_matplotlib(draw: Callable[..., Axes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"plot_\w+ needs Matplotlib.*pip install matplotlib$"):
+    with pytest.raises(ImportError, match=r"plot_\w+ needs matplotlib: pip install matplotlib$"):
         draw(make_history([[1.0]]), None)
 
 
