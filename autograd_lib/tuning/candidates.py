@@ -39,7 +39,8 @@ class Candidates:
         self.starved, self.expected = False, 0
 
     def record(self, settings: Settings, **found: Any) -> None:
-        kind = self.bench.optimizer and type(self.bench.optimizer).__name__
+        optimizer = self.bench.optimizer
+        kind = None if optimizer is None else type(optimizer).__name__
         trial = self.trials.get(settings, Trial(settings, optimizer=kind))
         self.trials[settings] = replace(trial, **found)
 

@@ -99,7 +99,7 @@ def autotune(
         ValueError: Nothing meets budget and tolerance (the least that was reached is named, and
             why each plan failed); the gradient is random, zero or not finite in float64; the batch
             or an option is malformed.
-        RuntimeError: Whatever the model raises in float64.
+        RuntimeError: Whatever the model raises in float64 and in float32.
 
     Warns:
         UserWarning: As `plan_checkpoints` does, of a block that every plan saves.
@@ -146,13 +146,13 @@ def _bytes_of(memory_budget: float | str | None, device: torch.device) -> int:
         return int(memory_budget)
     if device.type == "cpu":
         try:
-            available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-            free = 1024 * int(available[1])
-        except (OSError, TypeError) as error:
+            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        except OSError as error:
             raise ValueError(
-                f"autotune: expected memory_budget in bytes, got {memory_budget!r}: this system "
-                "does not say in /proc/meminfo what memory is free"
+                f"autotune: expected memory_budget in bytes, got {memory_budget!r}, and this "
+                "system has no /proc/meminfo to say what memory is free"
             ) from error
+        free = 1024 * next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
     else:
         module = torch.get_device_module(device)  # what it caches is free as well
         cached = module.memory_reserved(device) - module.memory_allocated(device)
@@ -196,11 +196,10 @@ def _check(model: object, memory_budget: float | str | None, tolerance: float) -
             f"autotune: expected a torch.nn.Module, got {type(model).__name__}; pass the model "
             "itself, before torch.compile"
         )
-    share = isinstance(memory_budget, str) and re.fullmatch(r"\d+(\.\d+)?%", memory_budget)
-    amount = float(memory_budget[:-1]) if share else memory_budget
-    if not tolerance > 0 or not (
-        amount is None or (isinstance(amount, int | float) and amount > 0)
-    ):
+    amount: object = 1 if memory_budget is None else memory_budget
+    if isinstance(memory_budget, str) and re.fullmatch(r"\d+(\.\d+)?%", memory_budget):
+        amount = float(memory_budget.removesuffix("%"))
+    if not (tolerance > 0 and isinstance(amount, int | float) and amount > 0):
         raise ValueError(
             "autotune: expected memory_budget and tolerance to be numbers above 0, or the budget a "
             f"share such as '80%', got {memory_budget!r} and {tolerance!r}"

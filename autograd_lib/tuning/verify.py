@@ -33,18 +33,20 @@ _STEPS = [10.0**-k for k in range(2, 8)]  # of finite differences, relative to t
 _SMALL = 1e-3  # of the whole gradient: what is smaller may differ by as much as that may
 
 
-def widened(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor, copy: bool = True) -> Tensor:
     """A copy in double precision; of integers a copy."""
     wide = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
     dtype = torch.float64 if tensor.is_floating_point() else wide.get(tensor.dtype, tensor.dtype)
-    return tensor.detach().to(dtype, copy=True)
+    return tensor.detach().to(dtype, copy=copy)
 
 
 def gradient_of(parameters: Sequence[Tensor]) -> Gradient:
     """What `.grad` holds, in double precision."""
     zero = torch.zeros(())  # expanded, it takes no memory
     return [
-        widened(zero.to(p)).expand_as(p) if p.grad is None else widened(p.grad.to_dense())
+        widened(zero.to(p)).expand_as(p)
+        if p.grad is None
+        else widened(p.grad.to_dense(), copy=False)
         for p in parameters
     ]
 

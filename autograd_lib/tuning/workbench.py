@@ -29,9 +29,10 @@ from autograd_lib.memory import peak_bytes, saved_tensors
 from autograd_lib.training.step import ForwardBackward, micro_batches
 from autograd_lib.tuning.verify import Gradient, gradient_of, norm_of, relative_error, widened
 
-SEPARABLE = 1e-6  # relative error in float64, where rounding alone makes 1e-15
+SEPARABLE = {None: 1e-6, Settings(): 2e-5}  # relative error, by the settings of the reference
 _SMALLEST_SCALE = 2.0**-24  # of the loss in fp16; below it even a gradient of 1 is rounded away
-_ROUNDING = 1e-10  # relative, of a float64 gradient that atomic additions sum in any order
+# Relative, of a gradient that atomic additions sum in any order, by the settings of the reference.
+_ROUNDING = {None: 1e-10, Settings(): 1e-4}
 
 
 class Copy:
@@ -112,6 +113,8 @@ class Workbench:
         self.scale = 2.0**16  # of the loss in fp16, where GradScaler begins
         self.copies: dict[Settings, Copy] = {}
         self.reference: Gradient = []
+        self.exact: Settings | None = None  # of the reference; None for float64
+        self.narrow = ""  # why it is not in float64
 
     def copy_for(self, settings: Settings) -> Copy:
         """The copy on which `settings` run."""
@@ -183,7 +186,7 @@ class Workbench:
         return seconds_per_call(self.step(settings), 1)
 
     def measure_reference(self) -> float:
-        """Set the float64 gradient; return how far micro-batches are from the batch.
+        """Set the reference, in float64 if that runs; return how far micro-batches are from it.
 
         Where they are the same to rounding, the reference is made of quarters or, if memory runs
         out, of less: in float64 they take no more than a half of the batch in float32.
@@ -191,12 +194,19 @@ class Workbench:
         try:
             return self._measure_reference(tree_map_only(Tensor, widened, self.batch))
         except RuntimeError as err:
-            err.add_note("autotune: raised by the reference, where model and batch are float64")
-            raise
+            if is_out_of_memory(err):
+                raise
+            why = str(err).strip().partition("\n")[0]
+            self.narrow = (
+                f"The reference is in float32, as float64 raises {type(err).__name__}: {why}"
+            )
+        self.exact = Settings()
+        return self._measure_reference(self.batch)
 
     def _measure_reference(self, batch: Batch) -> float:
-        error, made = self._division_error(batch), Copy(self.model, self.loss_fn, None)
-        size = -(-self.size // 4) if error <= SEPARABLE else None
+        error, made = self._division_error(batch), Copy(self.model, self.loss_fn, self.exact)
+        divided = self.exact is None and error <= SEPARABLE[None]
+        size = -(-self.size // 4) if divided else None
         while True:
             pieces = micro_batches("autotune", batch, size, self.count)
             try:
@@ -212,8 +222,8 @@ class Workbench:
         norm = norm_of(self.reference)
         if not 0 < norm < math.inf:
             raise ValueError(
-                f"autotune: the gradient in float64 has norm {norm}, so no error can be relative "
-                "to it; find_nonfinite(model, step) says where a NaN comes from, and a zero needs "
+                f"autotune: the gradient in float64 has norm {norm}, and errors are relative to "
+                "it; find_nonfinite(model, step) says where a NaN comes from, and a zero needs "
                 "a batch and a model that learn from each other"
             )
         first = self.reference
@@ -221,7 +231,7 @@ class Workbench:
             seed_all(0)
             first = made.gradient("fp32", pieces[:1])[1]
         seed_all(1)
-        if relative_error(made.gradient("fp32", pieces[:1])[1], first) > _ROUNDING:
+        if relative_error(made.gradient("fp32", pieces[:1])[1], first) > _ROUNDING[self.exact]:
             raise ValueError(
                 "autotune: two runs of one batch have different gradients even with the "
                 "probability of every dropout module at 0, so the error of a candidate cannot be "
@@ -238,7 +248,7 @@ class Workbench:
         weigh what they should shows in the loss of the whole batch, at other parameters than the
         model's, where losses of all samples might be the same.
         """
-        made, strange = Copy(self.model, self.loss_fn, None), list[Tensor]()
+        made, strange = Copy(self.model, self.loss_fn, self.exact), list[Tensor]()
         few = tree_map_only(Tensor, itemgetter(slice(4)), batch)
 
         def pieces(part: Batch, size: int | None) -> list[Piece]:

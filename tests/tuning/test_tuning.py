@@ -5,6 +5,7 @@ No test looks at a wall time: where times decide, they come from a function of t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import random
@@ -20,10 +21,12 @@ import torch.nn.functional as F
 from cases import DEVICES, TiedLanguageModel, cnn, encoder, mlp
 from torch import Tensor, nn
 
+from autograd_lib import benchmark
 from autograd_lib.benchmark import Comparison
 from autograd_lib.config import Settings
 from autograd_lib.functions.losses import CustomLossFunction
 from autograd_lib.memory import peak_bytes
+from autograd_lib.training.step import ForwardBackward
 from autograd_lib.tuning import plans as _plans
 from autograd_lib.tuning import race as _race
 from autograd_lib.tuning.tuner import Trial, TuningReport, autotune
@@ -253,6 +256,198 @@ def test_frozen_and_unused_parameters(told):
 
     report = autotune(Partly(), (torch.randn(4, 8), torch.randn(4, 8)), nn.MSELoss(), compile=False)
     assert trial_of(report, FP32).gradient_error < 1e-6
+
+
+def test_complex_weights(told):
+    told(lambda text: 1.0)
+
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 5, dtype=torch.complex64) / 4)
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(torch.fft.irfft(torch.fft.rfft(x) @ self.weight, n=8))
+
+    torch.manual_seed(0)
+    model, batch = Spectral(), (torch.randn(8, 8), torch.randn(8, 8))
+    report = autotune(model, batch, nn.MSELoss(), compile=False)
+    twin = copy.deepcopy(model)
+    twin.linear.double()
+    twin.weight.data = twin.weight.data.to(torch.complex128)
+    exact = torch.autograd.grad(
+        F.mse_loss(twin(batch[0].double()), batch[1].double()), [*twin.parameters()]
+    )
+    found = torch.autograd.grad(F.mse_loss(model(batch[0]), batch[1]), [*model.parameters()])
+    difference = sum((a - b).abs().square().sum() for a, b in zip(found, exact, strict=True))
+    expected = float((difference / sum(b.abs().square().sum() for b in exact)).sqrt())
+    assert trial_of(report, FP32).gradient_error == pytest.approx(expected, rel=1e-3)
+    assert trial_of(report, Settings(micro_batch=2)).gradient_error < 1e-6
+
+
+@pytest.mark.parametrize("give", ["tuple", "mapping", "own loss"])
+def test_batches_as_people_have_them(told, give):
+    told(lambda text: 1.0)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Bilinear(4, 5, 6)
+
+        def forward(self, a: Tensor, b: Tensor, labels: Tensor | None = None) -> object:
+            output = self.layer(a, b)
+            return output if labels is None else {"loss": F.mse_loss(output, labels)}
+
+    torch.manual_seed(0)
+    inputs, labels = {"a": torch.randn(8, 4), "b": torch.randn(8, 5)}, torch.randn(8, 6)
+    batch, loss_fn = {
+        "tuple": ((tuple(inputs.values()), labels), nn.MSELoss()),
+        "mapping": ((inputs, labels), nn.MSELoss()),
+        "own loss": ({**inputs, "labels": labels}, None),
+    }[give]
+    report = autotune(Two(), batch, loss_fn, tolerance=1e-5, compile=False)
+    for size in (None, 4, 2, 1):
+        assert trial_of(report, Settings(micro_batch=size)).gradient_error < 1e-6
+
+
+# The reference
+
+
+def test_the_reference_takes_less_than_the_batch_in_float64():
+    """In float64 by quarters, where the batch may be divided."""
+    model = chain(blocks=20)
+    bench = Workbench(model, WIDE, nn.MSELoss())
+    wide = tuple(t.double() for t in WIDE)
+    whole = measured(copy.deepcopy(model).double(), FP32, wide)
+    needed = peak_bytes(lambda: Workbench(model, WIDE, nn.MSELoss()).measure_reference())
+    assert needed < 0.6 * whole  # a copy of the model is in it
+    bench.measure_reference()
+    exact = [p.grad for p in _double_gradient(model, WIDE)]
+    for found, expected in zip(bench.reference, exact, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)
+
+
+def _double_gradient(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[nn.Parameter]:
+    twin = copy.deepcopy(model).double()
+    F.mse_loss(twin(batch[0].double()), batch[1].double()).backward()
+    return list(twin.parameters())
+
+
+def test_the_reference_is_made_of_less_where_memory_runs_out(told):
+    told(by_precision)
+
+    class Little(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 4 and x.dtype is torch.float64 and torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("too large")
+            return self.linear(x)
+
+    model, batch = Little(), (torch.randn(32, 8), torch.randn(32, 8))
+    report = autotune(model, batch, nn.MSELoss(), compile=False)
+    assert trial_of(report, FP32).gradient_error < 1e-6
+
+
+def test_losses_all_alike_do_not_hide_what_micro_batches_weigh(told):
+    """With a head of zeros the loss of every token is log 11: equal means, unequal gradients."""
+    told(by_precision)
+    model, (x, y), loss_fn = problem("tied")
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 11))
+    nn.init.zeros_(model[1].weight), nn.init.zeros_(model[1].bias)
+    y[4:, 1:] = -100  # the same number of tokens within the first four samples
+    report = autotune(model, (x, y), loss_fn, compile=False)
+    assert report.notes[0].startswith("Micro-batches left out")
+    report = autotune(model, (x, y), loss_fn, count=lambda t: (t != -100).sum(), compile=False)
+    assert not report.notes
+
+
+def test_a_loss_divided_by_its_own_value_rules_micro_batches_out(told):
+    """Its value is 1 whatever the batch."""
+    told(by_precision)
+    model, batch, _ = problem("mlp")
+
+    def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
+        loss = F.mse_loss(output, targets)
+        return loss / loss.detach()
+
+    report = autotune(model, batch, loss_fn, compile=False)
+    assert report.notes[0].startswith("Micro-batches left out")
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("given", ["class", "instance", "function"])
+def test_step_and_state_of_the_optimizer_belong_to_the_peak(told, given):
+    told(by_precision, real=True)
+    model, batch, loss_fn = problem("mlp")
+    twin = copy.deepcopy(model)
+    adam = torch.optim.AdamW(twin.parameters())
+
+    def step() -> None:
+        loss_fn(twin(batch[0]), batch[1]).backward()
+        adam.step()
+        adam.zero_grad()
+
+    during = peak_bytes(step)
+    state = sum(t.nbytes for s in adam.state.values() for t in s.values())
+    make = {
+        "class": torch.optim.AdamW,
+        "instance": torch.optim.AdamW(model.parameters()),
+        "function": partial(torch.optim.AdamW, lr=1e-4),
+    }[given]
+    run = partial(autotune, model, batch, loss_fn, None, 1e-5, compile=False)
+    before = copy.deepcopy(model.state_dict())
+    report = run(optimizer=make)
+    trial = trial_of(report, FP32)
+    assert trial.peak_bytes == pytest.approx(during + state, abs=64)
+    assert trial_of(run(), FP32).peak_bytes <= trial.peak_bytes - state
+    assert trial.optimizer == "AdamW"
+    assert "with step and state of AdamW" in repr(report)
+    assert trial.gradient_error < 1e-6  # of the model as it was, whatever steps came before
+    assert trial_of(report, Settings(micro_batch=1)).gradient_error is None or (
+        trial_of(report, Settings(micro_batch=1)).gradient_error < 1e-6
+    )
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    if given == "instance":
+        assert not make.state
+
+
+def test_a_budget_counts_the_state_of_the_optimizer(told):
+    told(by_precision, real=True)
+    model = chain(norm=True)
+    plain = measured(model, FP32, WIDE)
+    run = partial(autotune, model, WIDE, nn.MSELoss(), tolerance=1e-4, compile=False)
+    assert run(memory_budget=plain + 64).best == FP32
+    report = run(memory_budget=plain + 64, optimizer=torch.optim.Adam)
+    assert report.best.checkpoint  # two moments of each parameter beside it
+    assert report.trials[0].peak_bytes <= plain + 64
+
+
+def test_fp16_steps_through_a_scaler(told):
+    """An overflow of the first scale leaves the parameters alone, as in training."""
+    told(by_precision)
+    torch.manual_seed(0)
+    model, batch = nn.Linear(16, 4), (torch.randn(4, 16), torch.randn(4, 4))
+    bench = Workbench(
+        model,
+        batch,
+        lambda out, y: 1e3 * (out - y).square().mean(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
+    )
+    bench.step(Settings("fp16"))()
+    made = bench.copy_for(Settings("fp16"))
+    assert torch.equal(made.model.weight, model.weight)
+    bench.step(FP32)()
+    assert not torch.equal(made.model.weight, model.weight)
+    bench.measure_reference()
+    assert bench.error(FP32) < 1e-6
 
 
 # fp16 and its scale
@@ -531,6 +726,44 @@ def test_least_attainable_error_is_named(told):
     assert autotune(model, batch, loss_fn, tolerance=1.1 * least, compile=False).best
 
 
+def test_a_share_of_what_is_free(told, monkeypatch):
+    told(by_precision)
+    monkeypatch.setattr(
+        "pathlib.Path.read_text", lambda path, **_: "MemFree: 7 kB\nMemAvailable:   2000 kB\n"
+    )
+    report = autotune(*problem("mlp"), "80%", compile=False)
+    assert report.memory_budget == 0.8 * 2000 * 1024
+    assert "budget 1.6 MiB" in repr(report)
+
+    def absent(path, **_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("pathlib.Path.read_text", absent)
+    with pytest.raises(ValueError, match=r"expected memory_budget in bytes, got '80%', and this"):
+        autotune(*problem("mlp"), "80%", compile=False)
+
+
+def test_why_plans_failed_is_in_the_error_and_in_the_report(told, monkeypatch):
+    told(by_precision, real=True)
+    with pytest.raises(ValueError, match="nothing fits") as caught:
+        autotune(chain(norm=True), WIDE, nn.MSELoss(), 1024, 1e-4, compile=False)
+    text = str(caught.value)
+    assert re.search(r"\nfp32, \d of 6 blocks recomputed.*: peak .* over budget\.", text)
+    least = int(re.search(r"the least attainable peak is (\d+) bytes", text)[1])
+    assert least < 0.7 * measured(chain(norm=True), FP32, WIDE)
+
+    def refused(*args, **kwargs):
+        raise ValueError("block 2 fills a cache")
+
+    monkeypatch.setattr(_plans, "plan_checkpoints", refused)
+    with pytest.raises(ValueError, match=r"\nPlan for fp32 failed: block 2 fills a cache\."):
+        autotune(chain(norm=True), WIDE, nn.MSELoss(), 1024, 1e-4, compile=False)
+    budget = int(0.9 * measured(chain(), FP32, WIDE))
+    told(lambda text: 3.0 if "micro-batch" in text else by_precision(text), real=True)
+    report = autotune(chain(), WIDE, nn.MSELoss(), budget, 1e-5, compile=False)
+    assert "Plan for fp32 failed: block 2 fills a cache." in report.notes
+
+
 def test_model_without_blocks_is_told_so(told):
     told(by_precision, real=True)
     model = nn.Linear(16, 256)
@@ -727,6 +960,42 @@ def test_a_disturbed_look_does_not_drop_the_fastest(told, monkeypatch):
     model, batch, loss_fn = problem("encoder")
     assert autotune(model, batch, loss_fn, tolerance=0.1, compile=False).best == BF16
     assert calls["bf16"] > 1
+
+
+def test_progress_says_what_is_tried_how_many_are_left_and_what_it_takes(told, monkeypatch):
+    told(by_precision)
+    shown: list[str] = []
+
+    @contextlib.contextmanager
+    def progress(operation):
+        yield shown.append
+
+    monkeypatch.setattr("autograd_lib.tuning.tuner.progress", progress)
+    autotune(*problem("mlp"), tolerance=0.1, compile=False)
+    assert shown[0] == "gradient in float64, by which the others are judged"
+    assert shown[1] == "candidate 1 of 12: fp32"
+    # 30 plain steps of a second each for 12 candidates: 3 precisions, 4 sizes
+    assert shown[2] == "candidate 1 of 12, 360 s at most without compiling: fp32"
+    assert any(text.endswith("compiling: bf16, micro-batch 4") for text in shown)
+    assert any("rounds of bf16" in text for text in shown)
+
+
+def test_a_search_runs_a_bounded_number_of_steps(monkeypatch):
+    """Of 6 blocks of width 128, counted: at most 30 whole-batch steps for each candidate."""
+    torch.manual_seed(0)
+    layer = partial(nn.TransformerEncoderLayer, 128, 4, 256, dropout=0.0, batch_first=True)
+    model = nn.Sequential(*(layer() for _ in range(6)))
+    batch = torch.randn(8, 4, 128), torch.randn(8, 4, 128)
+    samples, run = [0.0], ForwardBackward.__call__
+
+    def counted(self, pieces, *args):
+        samples[0] += sum(len(piece.batch[1]) for piece in pieces) / 8
+        return run(self, pieces, *args)
+
+    monkeypatch.setattr(ForwardBackward, "__call__", counted)
+    monkeypatch.setattr(benchmark, "_SAMPLE_SECONDS", 0.0)  # a sample is one step
+    report = autotune(model, batch, nn.MSELoss(), compile=False)
+    assert samples[0] <= 30 * len(report.trials)
 
 
 @pytest.mark.usefixtures("short_samples")
@@ -996,14 +1265,25 @@ def test_step_that_writes_into_its_batch_is_refused():
     assert torch.equal(x, before)
 
 
-def test_what_the_model_raises_in_float64_says_so():
+def test_a_model_that_float64_does_not_run_is_judged_by_float32(told):
+    told(lambda text: 1.0)
+
     class Single(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x.float(), self.weight)
 
-    with pytest.raises(RuntimeError) as caught:
-        autotune(Single(8, 8), (torch.randn(4, 8), torch.randn(4, 8)), nn.MSELoss())
-    assert "raised by the reference, where model and batch are float64" in caught.value.__notes__[0]
+    model, batch = Single(8, 8), (torch.randn(4, 8), torch.randn(4, 8))
+    report = autotune(model, batch, nn.MSELoss(), compile=False)
+    assert report.notes[0].startswith("The reference is in float32, as float64 raises RuntimeError")
+    assert trial_of(report, FP32).gradient_error == 0
+    assert trial_of(report, Settings(micro_batch=2)).gradient_error < 1e-6
+    assert 1e-4 < trial_of(report, BF16).gradient_error < 5e-2
+    model.forward = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        autotune(model, batch, nn.MSELoss())
+    model.forward = lambda x: F.linear(x, model.weight[:, :3])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        autotune(model, batch, nn.MSELoss())
 
 
 # The report
