@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autograd_lib.core.names import parameters_by_name
 from autograd_lib.core.reduction import read_fields, read_norms
 from autograd_lib.core.rows import root_sum_squares
 from autograd_lib.core.statistics import STATISTICS, derive, derive_counts, describe
@@ -112,7 +113,8 @@ def missing_gradients(model: nn.Module) -> list[str]:
         ['1.weight', '1.bias']
     """
     check_module("missing_gradients", model)
-    return [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    named = parameters_by_name(model).items()
+    return [name for name, p in named if p.requires_grad and p.grad is None]
 
 
 def check_gradients_exist(model: nn.Module) -> bool:
@@ -237,6 +239,7 @@ def check_not_meta(operation: str, names: Sequence[str], grads: Sequence[Tensor 
 def _gradients(operation: str, model: nn.Module) -> tuple[list[str], list[Tensor]]:
     """Names and gradients of the parameters that have one."""
     check_module(operation, model)
-    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = parameters_by_name(model).items()
+    named = {name: p.grad for name, p in found if p.grad is not None}
     check_not_meta(operation, [*named], [*named.values()])
     return [*named], [*named.values()]

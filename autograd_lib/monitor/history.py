@@ -20,7 +20,8 @@ from autograd_lib.core.statistics import ALWAYS, STATISTICS, derive, derive_coun
 from autograd_lib.gradients import GradientStatistics
 from autograd_lib.monitor.watched import Watched
 
-PRESENT, MISSING, FROZEN = range(3)  # a gradient that is there, not there, not wanted
+# A gradient that is there, not there, not wanted, and there although it is not wanted.
+PRESENT, MISSING, FROZEN, IDLE = range(4)
 KINDS = ("nan", "inf", "exploding", "vanishing", "missing")
 
 UNWATCHED = (
@@ -49,14 +50,19 @@ _UNKNOWN: dict[str, float] = {
 }
 
 
+def is_present(absent: np.ndarray) -> np.ndarray:
+    """Where there is a gradient."""
+    return np.isin(absent, (PRESENT, IDLE))
+
+
 class Issue(NamedTuple):
     """A problem with the gradient of one parameter, and the step at which it began.
 
     Attributes:
         kind: "nan" (some element is), "inf" (some element is, and none NaN), "exploding" (the norm
             is above `explode_above`), "vanishing" (the norm fell below `vanish_below`; or, from the
-            third step on, the norms of all parameters of its module are below it) or "missing" (the
-            parameter requires a gradient and has none).
+            third step on, the norms of all parameters of its module are below it; never of a
+            frozen parameter) or "missing" (the parameter requires a gradient and has none).
         parameter: The parameter's name.
         step: The step at which it began. While it lasts there is no second issue; a problem that
             comes and goes is reported twenty times at most.
@@ -226,7 +232,7 @@ class Record:
             excused[i] = 0 < self._skips < _EXCUSED_SKIPS
         places = places[~excused]  # a scaler skips a step now and then to find its scale
         absent = self.rings["absent"].values[places]
-        statistics = derive(ring.values[places], absent == PRESENT)
+        statistics = derive(ring.values[places], is_present(absent))
         self._judge(ring.steps[places], statistics, absent)
 
     def _judge(
@@ -236,13 +242,13 @@ class Record:
         if not len(steps):
             return
         norm, abs_max = statistics["norm"], statistics["abs_max"]
-        present = (absent == PRESENT) & (self.numel > 0)
+        present = is_present(absent) & (self.numel > 0)
         finite = present & (abs_max < np.inf)
         found = {
             "nan": present & np.isnan(abs_max),
             "inf": present & (abs_max == np.inf),
             "exploding": finite & (norm > self._above),
-            "vanishing": self._vanishing(steps, norm, finite),
+            "vanishing": self._vanishing(steps, norm, finite & (absent != IDLE)),
             "missing": absent == MISSING,
         }
         lasting = np.stack([self.lasting, *np.stack([found[kind] for kind in KINDS], axis=1)])
@@ -293,7 +299,7 @@ class Record:
         places = ring.places()
         places = places[ring.steps[places] > since]
         steps, absent = ring.steps[places], self.rings["absent"].values[places]
-        present = absent == PRESENT
+        present = is_present(absent)
         statistics = derive(ring.values[places], present)
         for name in ("min", "max"):
             statistics[name][:, self.is_complex] = np.nan

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from itertools import repeat
-from operator import is_, is_not
+from operator import attrgetter, is_, is_not
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from autograd_lib.core.names import parameters_by_name
 from autograd_lib.core.optimizers import innermost_optimizer
 from autograd_lib.core.reduction import Reduction
 from autograd_lib.core.rows import PLAIN, norms, root_sum_squares
@@ -32,6 +33,7 @@ from autograd_lib.gradients import check_not_meta
 from autograd_lib.monitor.exports import Readings
 from autograd_lib.monitor.history import (
     FROZEN,
+    IDLE,
     MISSING,
     PRESENT,
     UNWATCHED,
@@ -55,6 +57,7 @@ from autograd_lib.monitor.watched import Watched
 __all__ = ["GradientMonitor", "Issue", "NoiseScale"]
 
 _THOROUGH_EVERY = 16  # steps, and where a gradient is absent, replaced parameters are looked for
+_REQUIRES = attrgetter("requires_grad")
 _MOST_PLANS = 8  # of patterns of absent gradients; then zeros stand in for those that are absent
 
 
@@ -153,7 +156,7 @@ class GradientMonitor(Readings):
             update_every=update_every,
             histogram_every=histogram_every,
         )
-        named = dict(model.named_parameters())
+        named = parameters_by_name(model)
         if not named:
             raise ValueError("GradientMonitor: the model has no parameters to watch")
         if lazy := [name for name, parameter in named.items() if is_lazy(parameter)]:
@@ -355,7 +358,7 @@ class GradientMonitor(Readings):
             return
         self._is_open = False
         self._keep_skipped(skipped)
-        grads = self._gradients()
+        _, grads = self._gradients()
         if grads and _is_due(self._record.step, self._every):
             norm = root_sum_squares(norms(self._reduce("gradients", grads)[1]))
             if scale is not None:
@@ -371,7 +374,7 @@ class GradientMonitor(Readings):
         self, scale: Tensor | None = None, skipped: Tensor | bool | None = None
     ) -> None:
         """Record the gradients as they stand, as those of one more step or of the open one."""
-        grads = self._gradients()
+        parameters, grads = self._gradients()
         if not grads:
             return
         record = self._record
@@ -387,7 +390,7 @@ class GradientMonitor(Readings):
         if scale is not None:
             unscale = scale.to(fields.device, fields.dtype).reciprocal()
             fields[1:PLAIN] *= unscale
-        record.keep("absent", self._absent(grads))
+        record.keep("absent", self._absent(parameters, grads))
         record.keep("fields", fields[:PLAIN])
         self._keep_skipped(skipped)
         if counts:
@@ -418,20 +421,23 @@ class GradientMonitor(Readings):
         present = torch.full((len(parameters),), PRESENT, dtype=torch.uint8, device="cpu")
         self._all_present = present
 
-    def _gradients(self) -> list[Tensor | None]:
-        """The gradients of the watched parameters as they stand; none if the model is gone."""
-        grads = [parameter.grad for parameter in self._live_parameters()]
+    def _gradients(self) -> tuple[Sequence[nn.Parameter], list[Tensor | None]]:
+        """The watched parameters and their gradients as they stand; none if the model is gone."""
+        parameters = self._live_parameters()
+        grads = [parameter.grad for parameter in parameters]
         if all(map(is_not, grads, repeat(None))) and self._record.step % _THOROUGH_EVERY:
-            return grads
-        return [parameter.grad for parameter in self._live_parameters(thorough=True)]
+            return parameters, grads
+        parameters = self._live_parameters(thorough=True)
+        return parameters, [parameter.grad for parameter in parameters]
 
-    def _absent(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """Which gradients are absent, and whether they are missing or of frozen parameters."""
-        if all(map(is_not, grads, repeat(None))):
+    def _absent(self, parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> Tensor:
+        """Which gradients are absent, and whether they are wanted."""
+        if all(map(is_not, grads, repeat(None))) and all(map(_REQUIRES, parameters)):
             return self._all_present
-        pairs = zip(grads, self._live_parameters(), strict=True)
+        wanted, unwanted = (PRESENT, MISSING), (IDLE, FROZEN)
         kinds = [
-            PRESENT if g is not None else MISSING if p.requires_grad else FROZEN for g, p in pairs
+            (wanted if p.requires_grad else unwanted)[g is None]
+            for p, g in zip(parameters, grads, strict=True)
         ]
         return torch.tensor(kinds, dtype=torch.uint8, device="cpu")
 
@@ -494,7 +500,7 @@ class GradientMonitor(Readings):
         if world > 1:
             variance = count / world  # what was local so far has been averaged over processes
         self._micro_batches = (count, variance)
-        _, fields = self._reduce("gradients", self._gradients())
+        _, fields = self._reduce("gradients", self._gradients()[1])
         square = norms(fields).square().sum()
         if scale is not None:
             square = square / scale.to(square.device, square.dtype).square()
@@ -521,7 +527,9 @@ class GradientMonitor(Readings):
         return self._record.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the history of another monitor of the same model.
+        """Continue the history of another monitor of the same model, compiled or not.
+
+        The gradients themselves are not saved: the first "cosine" after loading is NaN.
 
         Raises:
             ValueError: The parameters have other names; nothing is changed then.

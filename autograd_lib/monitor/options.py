@@ -41,8 +41,11 @@ def check_options(
         least = 1 if name in {"history", "every"} else 0
         check_integer("GradientMonitor", name, value, least)
     known = (*ALWAYS, *COUNTS, "cosine")
-    if not isinstance(collect, Collection) or isinstance(collect, str) or {*collect} - {*known}:
-        raise ValueError(f"GradientMonitor: expected collect among {known}, got {collect!r}")
+    if isinstance(collect, str) or not isinstance(collect, Collection) or {*collect} - {*known}:
+        remedy = f"; write collect=({collect!r},)" if isinstance(collect, str) else ""
+        raise ValueError(
+            f"GradientMonitor: expected collect among {known}, got {collect!r}{remedy}"
+        )
     if optimizer is None and (integers["update_every"] or noise):
         option = "noise=True" if noise else "update_every"
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from autograd_lib.core.names import parameters_by_name
 from autograd_lib.core.shards import is_distributed
 from autograd_lib.monitor.hooks import weak
 
@@ -89,7 +90,7 @@ class Watched:
         before, self._modules = self._modules, [*map(weakref.ref, model.modules())]
         found = self._candidates(self._optimizer())
         places = {id(parameter): place for place, parameter in enumerate(found)}
-        named = {name: id(parameter) for name, parameter in model.named_parameters()}
+        named = {name: id(parameter) for name, parameter in parameters_by_name(model).items()}
         try:
             named |= self._replaced(named, found, places)
         except ValueError:

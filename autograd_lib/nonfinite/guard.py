@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from autograd_lib.core.names import parameters_by_name
 from autograd_lib.core.snapshot import ModuleState, without_gradients
 from autograd_lib.gradients import check_module
 from autograd_lib.nonfinite.parts import GRAD, Parts, gather, norm_of
-from autograd_lib.nonfinite.replay import observe, outcome, readable
+from autograd_lib.nonfinite.replay import observe, outcome
 from autograd_lib.nonfinite.report import UNLINKED, NonFinite
 from autograd_lib.nonfinite.spikes import Spikes
 
@@ -316,8 +317,8 @@ class GuardedStep(ModuleState):
 
     def _spike(self, detail: str) -> NonFinite:
         """The report of a spike, with the parameter whose gradient is the largest."""
-        named = [(readable(n), p.grad) for n, p in self._model.named_parameters()]
-        largest = max((norm_of(g).item(), name) for name, g in named if g is not None)
+        named = [(p.grad, name) for name, p in parameters_by_name(self._model).items()]
+        largest = max((norm_of(g).item(), name) for g, name in named if g is not None)
         _, name = max(gather(self._parts.groups, largest))
         detail += f"; the largest part of it is that of {name!r}"
         return NonFinite("backward", "spike", name.rpartition(".")[0], name=name, detail=detail)

@@ -30,6 +30,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
+from autograd_lib.core.names import parameters_by_name, readable
 from autograd_lib.core.snapshot import is_replay
 from autograd_lib.nonfinite.report import BLANK, OUTSIDE, UNLINKED, NonFinite
 from autograd_lib.nonfinite.values import Operand, kinds, named_tensors, real_values
@@ -124,11 +125,6 @@ def _alone(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def readable(name: str) -> str:
-    """A qualified name without what `torch.compile` puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
 def outcome(model: nn.Module, result: object) -> NonFinite | None:
     """The first among the numbers in `result` and the gradients of `model` that is not finite."""
     for name, tensor in _results(model, result):
@@ -142,9 +138,9 @@ def _results(model: nn.Module, result: object) -> Iterator[tuple[str, Tensor]]:
     for leaf in tree_leaves(result):
         if isinstance(leaf, Tensor | float):
             yield "", leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=torch.float64)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_by_name(model).items():
         if parameter.grad is not None:
-            yield readable(name), parameter.grad
+            yield name, parameter.grad
 
 
 class _Observer(TorchDispatchMode):

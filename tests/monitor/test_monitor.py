@@ -35,6 +35,8 @@ from autograd_lib import (
     NonFiniteGuard,
     compute_gradient_statistics,
     find_nonfinite,
+    get_gradient_norms,
+    missing_gradients,
 )
 from autograd_lib.core.reduction import Reduction
 from autograd_lib.core.rows import CPU_SIZES, norms
@@ -1891,7 +1893,7 @@ ERRORS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ),
     ((LINEAR,), {"histogram_every": 1.5}, ValueError, "integer of 0 or more, got 1.5"),
     ((LINEAR,), {"collect": ("median",)}, ValueError, "expected collect among ('norm', 'mean'"),
-    ((LINEAR,), {"collect": "norm"}, ValueError, "got 'norm'"),
+    ((LINEAR,), {"collect": "norm"}, ValueError, "got 'norm'; write collect=('norm',)"),
     ((LINEAR,), {"update_every": 2}, ValueError, "update_every looks at the steps of an optimizer"),
     ((LINEAR,), {"noise": True}, ValueError, "noise=True looks at the steps of an optimizer; pass"),
     ((nn.Tanh(),), {}, ValueError, "the model has no parameters to watch"),
@@ -2532,6 +2534,52 @@ def test_a_history_is_loaded_by_name() -> None:
     assert np.isnan(history["zero_fraction"][:2, 0]).all()
 
 
+def compiled_inside(model: nn.Sequential) -> nn.Module:
+    return nn.Sequential(*(torch.compile(layer, backend="eager") for layer in model))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by Dynamo
+@pytest.mark.parametrize(
+    "compiled", [lambda model: torch.compile(model, backend="eager"), compiled_inside]
+)
+def test_a_compiled_model_has_the_names_of_the_plain_one(compiled) -> None:
+    """In every report, so that a history goes on after compiling and after loading uncompiled."""
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), nn.Linear(2, 1))
+    model, names = compiled(plain), [name for name, _ in plain.named_parameters()]
+    assert missing_gradients(model) == names
+    monitors = [GradientMonitor(model), GradientMonitor(plain), GradientMonitor(model)]
+    for previous, monitor in zip([None, *monitors], monitors, strict=False):
+        if previous is not None:
+            monitor.load_state_dict(previous.state_dict())
+        with monitor:
+            model(torch.ones(1, 2)).sum().backward()
+    assert monitors[-1].history["names"] == names
+    assert monitors[-1].history["step"].tolist() == [1, 2, 3]
+    assert monitors[-1].history["present"].all()
+    assert [*get_gradient_norms(model)] == names
+    assert [*compute_gradient_statistics(model)["parameters"]] == names
+    with torch.no_grad():
+        plain[1].weight[0, 0] = torch.nan
+    report = NonFiniteGuard(model)(lambda: model(torch.ones(1, 2)).sum().backward())
+    assert (report.phase, report.name) == ("parameter", "1.weight")
+
+
+def test_the_first_cosine_after_loading_is_unknown() -> None:
+    model = nn.Linear(2, 1)
+    step = lambda: model(torch.tensor([[3.0, 4.0]])).sum().backward()  # noqa: E731
+    before, after = (GradientMonitor(model, collect=["cosine"]) for _ in range(2))
+    with before:
+        step()
+        step()
+    after.load_state_dict(before.state_dict())
+    with after:
+        step()
+        step()
+    unknown = np.isnan(after.history["cosine"][:, 0])
+    assert unknown.tolist() == [True, False, True, False]
+    np.testing.assert_allclose(after.history["cosine"][~unknown], 1.0)
+
+
 # --- optimizers in others
 
 
@@ -2737,6 +2785,30 @@ def test_what_vanishing_is() -> None:
     assert vanishing(*[{"w": 1.0, "b": noise} for noise in (5e-8, 5e-9, 5e-8, 5e-9)]) == []
     # The whole module, after one of them had been there.
     assert vanishing({"w": 1.0, "b": 0.0}, zero, zero) == [("w", 2), ("b", 3)]
+
+
+@pytest.mark.parametrize("froze_at", [0, 3])
+def test_a_frozen_parameter_with_zeros_does_not_vanish(froze_at: int) -> None:
+    """The zeros that `zero_grad(set_to_none=False)` leaves; they are recorded all the same."""
+    model = mlp()
+    optimizer = sgd(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with GradientMonitor(model, optimizer) as monitor:
+        for step in range(6):
+            if step == froze_at:
+                model[0].requires_grad_(False)
+            model(torch.randn(5, 8)).sum().backward()
+            if step == 5:
+                model[0].weight.grad[0, 0] = 2.0  # the optimizer would apply it
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    assert monitor.issues == []
+    history = monitor.history
+    assert history["present"].all()
+    assert not history["missing"].any()
+    assert (history["norm"][froze_at:5, :2] == 0).all()
+    np.testing.assert_allclose(history["norm"][5, :2], [2.0, 0.0], rtol=1e-6)
 
 
 # --- beside a guard
