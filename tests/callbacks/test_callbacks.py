@@ -496,6 +496,14 @@ def test_training_stops_after_so_many_in_a_row(train: Train) -> None:
     assert_equal(run.state(), run_by_hand(good, 1)[0].state_dict())
 
 
+def test_two_bad_micro_batches_are_one_step(train: Train) -> None:
+    callback = make(train, max_nonfinite=3)
+    with pytest.warns(UserWarning, match="is skipped"):
+        train(batches(bad=[2, 3, 4]), callback, accumulate=2)
+    assert len(callback.reports) == 3
+    assert callback.monitor.history["skipped"].tolist() == [False, True, True, False]
+
+
 def test_without_guard_nothing_is_skipped(train: Train) -> None:
     callback = make(train, guard=False)
     run = train(batches(bad=[3]), callback)

@@ -16,6 +16,7 @@ from loops import assert_same, configured, everything
 from torch import Tensor, nn
 
 from autograd_lib import AutogradTrainingSystem, derivative_tower
+from autograd_lib.training.step import move
 
 Batch = dict[str, Any]
 
@@ -512,5 +513,8 @@ def test_packed_sequences_are_inputs_too() -> None:
     torch.manual_seed(0)
     x = nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in (4, 2)])
     batch, model = {"x": x, "labels": torch.tensor([0, 3])}, Packed()
+    moved = move(batch, torch.device("meta"))
+    assert moved["x"].data.is_meta
+    assert moved["labels"].is_meta
     assert system_of(model).train_step(batch).item() == pytest.approx(model(**batch).item())
     np.testing.assert_allclose(system_of(model).evaluate([batch])["loss"], model(**batch).item())
