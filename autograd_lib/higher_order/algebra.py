@@ -172,6 +172,7 @@ class _ElementaryFunction(Function):
 
 class _Algebra:
     def __init__(self) -> None:
+        self.adopted: list[Tensor] = []  # constants that f wrote followed values to
         self.recording = torch.is_grad_enabled()
         self.level = torch._C._functorch.maybe_current_level()
         self.forward_mode = torch._C._is_fwd_grad_enabled()  # off inside a Function's forward
@@ -208,6 +209,8 @@ class Taylor(_Algebra):
 
 class Laplace(_Algebra):
     """A value, its d first derivatives along directions, and the sum of its second ones."""
+
+    length = 3  # orders, not coefficients
 
     def product(self, a: Tensor, b: Tensor) -> Jet:
         return self._bilinear(torch.mul, *[stack for stack, _ in aligned(a, b)])

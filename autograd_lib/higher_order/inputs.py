@@ -44,6 +44,11 @@ def tensors_of(x: Inputs) -> list[Tensor]:
     return list(x.values()) if isinstance(x, Mapping) else [x]
 
 
+def dense(gradient: Tensor) -> Tensor:
+    """The values of a gradient, which embeddings may make sparse."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
 def ordered_like(x: Inputs, v: Inputs) -> Inputs:
     """Return `v`, a dict with its entries in the order of `x`."""
     return {k: v[k] for k in x} if isinstance(x, Mapping) and isinstance(v, Mapping) else v
@@ -109,4 +114,6 @@ def follow(operation: str, x: Inputs, v: Inputs, make: Callable[[Tensor, Tensor]
 def check_tensor(operation: str, y: object) -> Tensor:
     if not isinstance(y, Tensor):
         raise TypeError(f"{operation}: expected f to return one tensor, got {type(y).__name__}")
+    if type(y) is Jet:
+        y.refresh()
     return y

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 
 from autograd_lib.higher_order.algebra import ELEMENTARY, Recurrence
-from autograd_lib.higher_order.dispatch import LINEAR, RULES
+from autograd_lib.higher_order.lookup import LINEAR, RULES
 from autograd_lib.higher_order.recording import (
     Recorder,
     Values,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from autograd_lib.higher_order.algebra import ELEMENTARY, Elementary, Taylor
-from autograd_lib.higher_order.dispatch import RULES, Jet, lift
+from autograd_lib.higher_order.dispatch import Jet, following, lift, write
 from autograd_lib.higher_order.inputs import Inputs, check_tensor, check_uncompiled, follow
+from autograd_lib.higher_order.lookup import RULES
 from autograd_lib.higher_order.series import derivative
 
 __all__ = ["jet", "jet_rule"]
@@ -64,7 +66,7 @@ def jet_rule(*functions: Callable[..., Any], derivative: bool = False) -> Callab
 
     def register(rule: Rule) -> Rule:
         for function in functions:
-            whole = _integral(function, rule) if derivative else rule
+            whole = _integral(function, rule) if derivative else _in_place_option(function, rule)
             if isinstance(function, type) and issubclass(function, Function):
                 _divert(function, whole)
                 continue
@@ -83,6 +85,23 @@ def _integral(function: Any, slope: Callable[[Tensor], Tensor]) -> Callable[[Jet
     elementary = Elementary(getattr(function, "apply", function), slope)
     ELEMENTARY[function] = elementary
     return lambda x: x.algebra.elementary(elementary, x)
+
+
+def _in_place_option(function: Any, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Take the option `inplace` of the function, which its rule does not have."""
+    names = function.__code__.co_varnames if isinstance(function, FunctionType) else ()
+    if "inplace" not in names:
+        return rule
+    place = names.index("inplace")
+
+    @functools.wraps(rule)
+    def whole(*args: Any, inplace: bool = False, **kwargs: Any) -> Any:
+        if len(args) > place:
+            inplace, args = args[place], args[:place]
+        result = rule(*args, **kwargs)
+        return write(args[0], result) if inplace else result
+
+    return whole
 
 
 def _divert(function: type[Function], rule: Callable[..., Any]) -> None:
@@ -140,7 +159,8 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
         raise ValueError(f"jet: expected an order of 0 or more, got {order!r}")
     algebra = Taylor(order + 1)
     inputs = follow("jet", x, v, lambda x, v: Jet(torch.stack([x, v][: order + 1]), algebra))
-    stack, _ = lift(check_tensor("jet", f(inputs)))
+    with following(algebra):
+        stack, _ = lift(check_tensor("jet", f(inputs)))
     missing = order + 1 - len(stack)
     zeros = stack.new_zeros(missing, *stack.shape[1:]).unbind() if missing else ()
     return (*[derivative(c, k) for k, c in enumerate(stack.unbind())], *zeros)

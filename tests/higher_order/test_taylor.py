@@ -266,91 +266,36 @@ def test_f_that_returns_no_tensor(result: Any) -> None:
 # ------------------------------------------------------------------------------ refusals
 
 
-def augmented(x: Tensor) -> Tensor:
-    x += 1
-    return x
-
-
-def indexed(x: Tensor) -> Tensor:
-    x[0] = 1.0
-    return x
-
-
-def filled(x: Tensor) -> Tensor:
-    buffer = torch.zeros(3)
-    buffer[:] = x
-    return buffer
-
-
-def copied(x: Tensor) -> Tensor:
-    buffer = torch.zeros(3)
-    buffer.copy_(x)
-    return buffer
-
-
-def added_to_buffer(x: Tensor) -> Tensor:
-    buffer = torch.zeros(3)
-    buffer += x
-    return buffer
-
-
 def written(x: Tensor) -> Tensor:
     result = torch.empty(3)
     torch.exp(x, out=result)
     return result
 
 
-def within(name: str, function: Callable[[Tensor], Any], text: str) -> Any:
-    return pytest.param(function, text, id=name)
-
-
-@pytest.mark.parametrize(
-    ("f", "text"),
-    [
-        within("add_", lambda x: x.add_(1), "add_ modifies .* in place"),
-        within("exp_", lambda x: x.exp_(), "exp_ modifies .* in place"),
-        within("zero_", lambda x: x.zero_(), "zero_ modifies .* in place"),
-        within("+=", augmented, "(add_|__iadd__) modifies .* in place"),
-        within("x[0] =", indexed, "__setitem__ modifies .* in place"),
-        within("buffer[:] =", filled, "__setitem__ modifies .* in place"),
-        within("buffer.copy_", copied, "copy_ modifies .* in place"),
-        within("buffer +=", added_to_buffer, "(add_|__iadd__) modifies .* in place"),
-        within("relu", lambda x: F.relu(x, inplace=True), "relu_? modifies .* in place"),
-        within("nn.ReLU", nn.ReLU(inplace=True), "relu_? modifies .* in place"),
-        within("dropout", lambda x: F.dropout(x, inplace=True), "dropout_? modifies .* in place"),
-        within("out", written, "exp_? modifies .* in place"),
-    ],
-)
-def test_operations_in_place(f: Callable[[Tensor], Tensor], text: str) -> None:
+def test_a_result_written_to_out_is_refused() -> None:
     x = torch.ones(3)
-    with pytest.raises(NotImplementedError, match=rf"jet: [\w.]*{text}"):
-        jet(f, x, x, 2)
-    assert torch.equal(x, torch.ones(3))
+    with pytest.raises(NotImplementedError, match=r"jet: torch\.exp modifies .* in place"):
+        jet(written, x, x, 2)
 
 
 @pytest.mark.parametrize(
     ("f", "name"),
     [
-        (lambda x: torch.linalg.svd(x)[1], "linalg.*svd"),
-        (lambda x: torch.cdist(x, x), "cdist"),
         (lambda x: torch.igamma(x, x), "igamma"),
-        (lambda x: torch.linalg.solve(x, x), "linalg.*solve"),
-        (torch.linalg.det, "linalg.*det"),
-        (lambda x: torch.cumprod(x, 0), "cumprod"),
-        (torch.median, "median"),
-        (lambda x: x.scatter_add(0, torch.zeros(2, 2).long(), x), "scatter_add"),
-        (
-            lambda x: F.grid_sample(x[None, None], x[None, :, None], align_corners=False),
-            "grid_sampler",
-        ),
         (lambda x: F.ctc_loss(x, x, x, x), "ctc_loss"),
-        (lambda x: F.embedding_bag(torch.tensor([[0]]), x), "embedding_bag"),
-        (torch.trapezoid, "trapezoid|trapz"),
+        (torch.linalg.lu_factor, "linalg.*lu_factor"),
+        (lambda x: torch.linalg.householder_product(x, x[0]), "householder_product"),
+        (torch.unique, "unique"),
+        (lambda x: x.clone().exponential_(), "exponential_"),
+        (lambda x: torch.special.zeta(x, x), "zeta"),
+        (lambda x: x.clone().resize_(4), "resize_"),
+        (lambda x: x.clone().unsqueeze_(0), "unsqueeze_"),
     ],
 )
 def test_an_operation_without_a_rule_is_named(f: Callable[[Tensor], Tensor], name: str) -> None:
     x = points(2, 2) + 3
-    with pytest.raises(NotImplementedError, match=rf"jet: [\w.]*({name}).* has no rule.*@jet_rule"):
+    remedy = "has no rule.*(@jet_rule|returns a new tensor)"
+    with pytest.raises(NotImplementedError, match=rf"jet: [\w.]*({name}).* {remedy}"):
         jet(f, x, x, 2)
 
 
@@ -421,7 +366,6 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "laplacian": lambda x: laplacian(lambda z: (z * x).sum(), torch.ones(3)),
     "to_sparse": lambda x: x.to_sparse().to_dense(),
     "dlpack": torch.from_dlpack,
-    "aten": torch.ops.aten.sin.default,
     "dual": lambda x: forward_ad.make_dual(x, x),
     "view of another dtype": lambda x: x.view(torch.int32),
 }
@@ -540,9 +484,7 @@ def test_one_decorated_function_adds_a_rule() -> None:
 
 
 def test_an_added_rule_is_gone_again() -> None:
-    x = torch.ones(2, 2)
-    with pytest.raises(NotImplementedError, match="cumprod"):
-        jet(lambda x: x.cumprod(1), x, x, 2)
+    assert dispatch.RULES[torch.cumprod].__module__.startswith("autograd_lib")
 
 
 @pytest.mark.usefixtures("rules")
@@ -912,12 +854,17 @@ def test_gradients_of_complex_values(name: str) -> None:
         assert_all_close(jet(lambda x: f(x, w), x, v, order), expected, rtol=1e-8)
 
 
-def test_absolute_value_of_complex_numbers_is_not_analytic() -> None:
-    x = torch.complex(points(2), points(2))
-    with pytest.raises(NotImplementedError, match=r"jet: torch.abs .* not analytic"):
-        jet(torch.abs, x, x, 2)
-    with pytest.raises(NotImplementedError, match=r"jet: .*sgn"):
-        jet(torch.sgn, x, x, 2)
+@pytest.mark.parametrize("f", [torch.abs, torch.sgn, torch.angle])
+def test_functions_that_are_not_analytic_along_a_real_direction(f: Any) -> None:
+    x, v = torch.complex(points(3), points(3, seed=1)) + 3, torch.complex(points(3), points(3))
+    length = lambda t: ((x + t * v).real ** 2 + (x + t * v).imag ** 2).sqrt()  # noqa: E731
+    by_hand: dict[Any, Callable[[Tensor], Tensor]] = {
+        torch.abs: length,
+        torch.sgn: lambda t: (x + t * v) / length(t),
+        torch.angle: lambda t: torch.atan((x + t * v).imag / (x + t * v).real),
+    }
+    assert (x.real > 0).all()
+    assert_all_close(jet(f, x, v, 4), nested(by_hand[f], ZERO, ONE, 4), rtol=1e-9)
 
 
 # ------------------------------------------------------------------------------ traced

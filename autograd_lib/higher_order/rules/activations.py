@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,3 +83,13 @@ def _hardtanh(input: Jet, min_val: float = -1.0, max_val: float = 1.0) -> Tensor
 
 jet_rule(F.hardsigmoid)(lambda input: F.hardtanh(input + 3, 0.0, 6.0) / 6)
 jet_rule(F.hardswish)(lambda input: input * F.hardsigmoid(input))
+
+
+@jet_rule(torch.rrelu)
+def _rrelu(
+    input: Jet, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, *_: Any
+) -> Tensor:
+    slope = (
+        torch.empty_like(primal(input)).uniform_(lower, upper) if training else (lower + upper) / 2
+    )
+    return torch.where(primal(input) > 0, input, input * slope)

@@ -10,12 +10,7 @@ from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet, algebra_of, aligned, lift, primal
 from autograd_lib.higher_order.rules.elementary import elementary
-from autograd_lib.higher_order.rules.registration import (
-    family,
-    in_python,
-    named,
-    require_first_only,
-)
+from autograd_lib.higher_order.rules.registration import family
 from autograd_lib.higher_order.series import power
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -79,13 +74,12 @@ def _div(x: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
 @family
 def _modulus(function: Any) -> None:
     @jet_rule(function)
-    def rule(x: Jet, other: Any) -> Tensor:
-        require_first_only(function, x, (other,))
-        return x + (function(primal(x), other) - primal(x))
+    def rule(x: Any, other: Any) -> Tensor:
+        value = function(primal(x), primal(other))
+        return x - other * ((primal(x) - value) / primal(other)).round()
 
 
 _modulus(torch.remainder, Tensor.__mod__, torch.fmod)
-in_python(*named("__rdiv__ __rtruediv__ __rpow__ __rmatmul__ norm", Tensor))
 
 
 jet_rule(torch.addcmul)(lambda x, a, b, *, value=1: x + value * (a * b))
@@ -131,6 +125,6 @@ def _integer_power(x: Tensor, n: int) -> Tensor:
     if n < 0:
         return torch.reciprocal(_integer_power(x, -n))
     if n < 2:
-        return x if n else torch.ones_like(x)
+        return x * 1 if n else torch.ones_like(x)
     half = _integer_power(x, n // 2)
     return half * half * x if n % 2 else half * half

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autograd_lib.higher_order.dispatch import primal
 from autograd_lib.higher_order.rules.registration import plus
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -36,5 +37,10 @@ def _attention(
     if attn_mask is not None:
         boolean = attn_mask.dtype == torch.bool
         mask = mask.masked_fill(~attn_mask, -math.inf) if boolean else mask + attn_mask
+    nothing = None  # rows that attend to nothing, which PyTorch makes 0
+    if attn_mask is not None:
+        nothing = (primal(mask) == -math.inf).all(-1, keepdim=True)
+        mask = mask.masked_fill(nothing, 0.0)
     weights = torch.softmax(plus(query * scale @ key.mT, mask), -1)
-    return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
+    result = (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
+    return result if nothing is None else result.masked_fill(nothing, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -150,15 +151,23 @@ class _Einsum(Operation):
 @jet_rule(*named("einsum", torch._VF))
 def _einsum(equation: str, operands: Any, path: Any = None) -> Tensor:
     equation = equation.replace(" ", "")
-    left, arrow, out = equation.partition("->")
-    terms = left.split(",")
-    if "." in equation or "Z" in equation:
+    spare = [letter for letter in ascii_letters if letter not in equation and letter != "Z"]
+    sizes = {
+        x.ndim - len(term) + 3
+        for term, x in zip(equation.partition("->")[0].split(","), operands, strict=True)
+        if "..." in term
+    }
+    if len(sizes) > 1 or "Z" in equation:
         raise NotImplementedError(
-            f"jet: torch.einsum has a rule for equations of the letters a to Y, got {equation!r}"
+            "jet: torch.einsum has a rule for equations of the letters a to Y, with as many "
+            f"dimensions for each '...', got {equation!r}"
         )
+    ellipsis = "".join(spare[: sizes.pop()]) if sizes else ""
+    left, arrow, out = equation.replace("...", ellipsis).partition("->")
+    terms = left.split(",")
     if not arrow:
-        letters = sorted(set(left) - {","})
-        out = "".join(letter for letter in letters if left.count(letter) == 1)
+        letters = sorted(set(left) - {",", *ellipsis})
+        out = ellipsis + "".join(letter for letter in letters if left.count(letter) == 1)
     values = list(operands)
     while len(values) > 1:
         rest = "".join(terms[2:]) + out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,9 @@ from autograd_lib.higher_order.taylor import jet_rule
 
 
 @family
-def _max_pooling(n: int) -> None:
-    with_indices = getattr(F, f"max_pool{n}d_with_indices")
+def _max_pooling(name: str) -> None:
+    with_indices = getattr(F, f"{name}_with_indices")
+    n = int(name[-2])
 
     @jet_rule(with_indices)
     def both(input: Jet, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -24,13 +26,26 @@ def _max_pooling(n: int) -> None:
         values = input.flatten(-n).gather(-1, places.flatten(-n)).reshape(places.shape)
         return values, places
 
-    @jet_rule(getattr(F, f"max_pool{n}d"), getattr(torch, f"max_pool{n}d"))
+    @jet_rule(getattr(F, name), getattr(torch, name, getattr(F, name)))
     def rule(input: Jet, *args: Any, **kwargs: Any) -> Tensor:
         kwargs.pop("return_indices", None)
         return both(input, *args[:5], **kwargs)[0]
 
 
-_max_pooling(1, 2, 3)
+_max_pooling(*[f"{kind}max_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)])
+_max_pooling("fractional_max_pool2d", "fractional_max_pool3d")
+
+
+@family
+def _max_unpooling(n: int) -> None:
+    @jet_rule(getattr(torch._C._nn, f"max_unpool{n}d"))
+    def rule(input: Tensor, places: Tensor, size: Any, *_: Any) -> Tensor:
+        zeros = input.new_zeros(*input.shape[:-n], math.prod(size))
+        filled = zeros.scatter(-1, places.flatten(-n), input.flatten(-n))
+        return filled.reshape(*input.shape[:-n], *size)
+
+
+_max_unpooling(2, 3)
 
 
 class _Convolution(Operation):

@@ -8,38 +8,83 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet
+from autograd_lib.higher_order.dispatch import Jet, by_stack, primal
+from autograd_lib.higher_order.lookup import LINEAR, VIEWS
 from autograd_lib.higher_order.rules.registration import (
     family,
     getter,
     linear,
     linear_elementwise,
+    linear_together,
     named,
 )
 from autograd_lib.higher_order.taylor import jet_rule
 
 _ELEMENTWISE = """
     clone conj real imag neg negative positive resolve_conj resolve_neg conj_physical __neg__
-    __pos__ view_as_real view_as_complex to float double half bfloat16 cpu cuda contiguous type_as
-    adjoint tril triu
+    __pos__ view_as_real view_as_complex contiguous adjoint tril triu
+"""
+_CONVERSIONS = "to float double half bfloat16 cfloat cdouble cpu cuda type_as"
+_VIEWS = """
+    transpose swapdims swapaxes t permute movedim unflatten unsqueeze squeeze expand broadcast_to
+    unfold diagonal select narrow unbind chunk hsplit vsplit dsplit tensor_split __getitem__
 """
 _BY_COEFFICIENT = """
-    transpose swapdims swapaxes t permute movedim flip fliplr flipud rot90 roll
-    reshape flatten unflatten ravel unsqueeze squeeze expand broadcast_to repeat tile
-    repeat_interleave unfold diag diagonal diag_embed trace
-    select narrow unbind chunk hsplit vsplit dsplit tensor_split __getitem__ masked_select
-    index_select take_along_dim gather diff cumsum sum mean
+    flip fliplr flipud rot90 roll reshape flatten ravel repeat tile repeat_interleave diag
+    diag_embed trace masked_select index_select take_along_dim gather diff cumsum sum mean nansum
 """
 _LAYERS = """
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     interpolate unfold fold
 """
-_FOURIER = "fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn fftshift"
+_FOURIER = """
+    fft ifft rfft irfft hfft ihfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift
+    ifftshift
+"""
+_WRITES = """
+    index_add index_copy index_put scatter_add slice_scatter select_scatter diagonal_scatter
+    masked_scatter
+"""
+_ATEN = """
+    slice _unsafe_view _reshape_alias as_strided unsafe_chunk unsafe_split split_with_sizes
+    unsafe_split_with_sizes split alias lift_fresh constant_pad_nd _fft_r2c _fft_c2r _fft_c2c
+"""
 
 linear_elementwise(*named(_ELEMENTWISE, torch, Tensor), F.pixel_shuffle, F.pixel_unshuffle)
 linear_elementwise(*[getter(name) for name in ("mT", "mH", "real", "imag")])
-linear(*named(_BY_COEFFICIENT, torch, Tensor), *named(_LAYERS, F), *named(_FOURIER, torch.fft))
+linear(*named(_VIEWS + _BY_COEFFICIENT, torch, Tensor), *named(_LAYERS, F))
+linear(*named(_FOURIER, torch.fft), *named(_ATEN, torch.ops.aten))
 linear(Tensor.split, getter("T"), getter("H"))
+linear_together(*named(_WRITES, torch))
+
+for _home in (torch, Tensor):
+    for _names, _always in (
+        (_VIEWS + "view view_as expand_as split adjoint view_as_real view_as_complex", True),
+        (
+            "reshape reshape_as flatten ravel contiguous conj resolve_conj resolve_neg positive",
+            False,
+        ),
+    ):
+        for _name in _names.split():
+            if hasattr(_home, _name):
+                VIEWS[getattr(_home, _name)] = _always
+VIEWS.update({getter(name): True for name in ("T", "H", "mT", "mH", "real", "imag")})
+
+
+@family
+def _conversion(function: Any) -> None:
+    """Of a followed value, which PyTorch returns itself where there is nothing to convert."""
+    LINEAR.add(function.__name__)
+
+    @jet_rule(function)
+    def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(x, Jet):  # as in constant.to(x)
+            return function(x, *primal(args), **primal(kwargs))
+        stack = function(x.stack, *primal(args), **primal(kwargs))
+        return x if stack is x.stack else by_stack(stack, x)
+
+
+_conversion(*named(_CONVERSIONS, torch, Tensor))
 
 
 @family

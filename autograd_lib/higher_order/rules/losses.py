@@ -110,3 +110,13 @@ def _bce(input: Tensor, target: Tensor, weight: Any, reduction: int) -> Tensor:
     logs, complements = (x.log().clamp_min(-100) for x in (input, 1 - input))
     loss = -(target * logs + (1 - target) * complements)
     return _reduce(loss if weight is None else loss * weight, reduction)
+
+
+@jet_rule(_nn.multilabel_margin_loss)
+def _multilabel_margin(input: Tensor, target: Tensor, reduction: int = _MEAN) -> Tensor:
+    listed = (target >= 0).cumprod(-1).bool()  # up to the first that is negative
+    wanted = torch.zeros_like(listed).scatter_add(-1, torch.where(listed, target, 0), listed)
+    margins = 1 - input.unsqueeze(-1) + input.unsqueeze(-2)
+    counted = wanted.unsqueeze(-1) & ~wanted.unsqueeze(-2)
+    loss = torch.where(counted, margins, 0.0).clamp_min(0).sum((-2, -1)) / input.shape[-1]
+    return _reduce(loss, reduction)

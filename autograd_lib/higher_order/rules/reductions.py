@@ -72,9 +72,28 @@ def _linalg_norm(
     matrix = x.ndim == 2 if dim is None else not isinstance(dim, int) and len(dim) == 2
     if ord == "fro" or ord is None:
         ord, matrix = 2, False
-    if (matrix and ord is not None) or isinstance(ord, str):
-        raise NotImplementedError(f"jet: torch.linalg.norm has no rule for matrices, ord={ord!r}")
+    if matrix or isinstance(ord, str):
+        dims = (-2, -1) if dim is None else dim
+        return torch.linalg.matrix_norm(x, ord, dims, keepdim, dtype=dtype)
     return torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
+
+
+@jet_rule(torch.linalg.matrix_norm)
+def _matrix_norm(
+    A: Tensor, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    rows = widened(A, dtype).movedim(dim, (-2, -1))
+    if ord == "fro":
+        norm = torch.linalg.vector_norm(rows, 2, (-2, -1))
+    else:
+        singular = ord in ("nuc", 2, -2)
+        sums = (
+            torch.linalg.svdvals(rows) if singular else rows.abs().sum(-2 if ord in (1, -1) else -1)
+        )
+        norm = sums.sum(-1) if ord == "nuc" else sums.amax(-1) if ord > 0 else sums.amin(-1)
+    for d in sorted(d % A.ndim for d in dim) if keepdim else ():
+        norm = norm.unsqueeze(d)
+    return norm
 
 
 @jet_rule(F.cosine_similarity)

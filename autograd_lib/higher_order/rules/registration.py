@@ -5,22 +5,24 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from types import BuiltinFunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as _vmap
-from torch._functorch import predispatch
+from torch._decomp import decomposition_table
 
 from autograd_lib.higher_order.dispatch import (
-    LINEAR,
     Jet,
     algebra_of,
+    by_coefficient,
+    by_stack,
     jets,
     lift,
     primal,
-    unchecked,
+    together,
 )
+from autograd_lib.higher_order.lookup import LINEAR, namesakes, unchecked
 from autograd_lib.higher_order.series import Operation
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -34,7 +36,7 @@ def named(names: str, *homes: Any) -> list[Any]:
     return [
         next(
             getattr(home, name)
-            for home in (homes if not name.startswith("_") else (Tensor,))
+            for home in (homes if not name.startswith("__") else (Tensor,))
             if callable(getattr(home, name, None))
         )
         for name in names.split()
@@ -56,6 +58,17 @@ def family(register: Callable[..., None]) -> Callable[..., None]:
 def in_python(function: Any) -> None:
     """Methods that PyTorch writes in Python, each with PyTorch's own source as its rule."""
     jet_rule(function)(unchecked(inspect.unwrap(function)))
+
+
+@family
+def decomposed(name: str) -> None:
+    """ATen operations with PyTorch's own decomposition as their rule."""
+    packet = getattr(torch.ops.aten, name)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    rule = next(decomposition_table[each] for each in overloads if each in decomposition_table)
+    jet_rule(*[f for f in namesakes(name) if isinstance(f, BuiltinFunctionType) or f is packet])(
+        rule
+    )
 
 
 def require_first_only(function: Any, x: Any, *others: Any) -> None:
@@ -83,6 +96,13 @@ def linear(function: Any) -> None:
 
 
 @family
+def linear_together(function: Any) -> None:
+    """Functions linear in all their floating-point tensors together."""
+    LINEAR.add(function.__name__)
+    jet_rule(function)(functools.partial(together, function))
+
+
+@family
 def linear_elementwise(function: Any) -> None:
     """Linear functions of the whole stack, since they count no dimension from the left."""
     LINEAR.add(function.__name__)
@@ -91,31 +111,7 @@ def linear_elementwise(function: Any) -> None:
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(x, Jet):  # as in constant.to(x)
             return function(x, *primal(args), **primal(kwargs))
-        return _followed(function(x.stack, *primal(args), **primal(kwargs)), x)
-
-
-def by_coefficient(function: Callable[..., Any], x: Jet, *args: Any, **kwargs: Any) -> Any:
-    """Apply a linear function to each coefficient.
-
-    This is `torch.vmap` without its checks of arguments, which take longer than most functions.
-    """
-    if not predispatch.DECOMPOSITIONS_LOADED:
-        predispatch.lazy_load_decompositions()
-    size = x.stack.shape[0]
-    level = _vmap._vmap_increment_nesting(size, "error")
-    try:
-        result = function(_vmap._add_batch_dim(x.stack, 0, level), *args, **kwargs)
-        if isinstance(result, Tensor):
-            return _followed(_vmap._remove_batch_dim(result, level, size, 0), x)
-        return tuple(_followed(_vmap._remove_batch_dim(part, level, size, 0), x) for part in result)
-    finally:
-        _vmap._vmap_decrement_nesting()
-
-
-def _followed(stack: Tensor, like: Jet) -> Tensor:
-    if not (stack.is_floating_point() or stack.is_complex()):
-        return stack[0]  # converted to integers, where there are no derivatives
-    return Jet(stack, like.algebra, like.live)
+        return by_stack(function(x.stack, *primal(args), **primal(kwargs)), x)
 
 
 def contract(operation: Operation, x: Tensor, y: Tensor) -> Tensor:

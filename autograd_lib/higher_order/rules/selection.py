@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet, algebra_of, aligned, jets, primal
-from autograd_lib.higher_order.rules.registration import family
+from autograd_lib.higher_order.rules.registration import family, widened
 from autograd_lib.higher_order.series import pad
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -38,9 +39,7 @@ jet_rule(torch.masked_fill)(lambda x, mask, value: torch.where(mask, value, x))
 
 @jet_rule(torch.abs, torch.absolute)
 def _abs(x: Jet) -> Tensor:
-    if x.is_complex():
-        raise NotImplementedError("jet: torch.abs has no rule for complex values, not analytic")
-    return x * torch.sign(primal(x))
+    return torch.hypot(x.real, x.imag) if x.is_complex() else x * torch.sign(primal(x))
 
 
 @jet_rule(torch.clamp, torch.clip)
@@ -61,6 +60,30 @@ def _maximum(x: Tensor, other: Tensor) -> Tensor:
 
 
 jet_rule(torch.minimum)(lambda x, other: -torch.maximum(-x, -other))
+jet_rule(torch.fmax)(
+    lambda x, other: torch.where(primal(other).isnan() | (primal(x) >= primal(other)), x, other)
+)
+jet_rule(torch.fmin)(lambda x, other: -torch.fmax(-x, -other))
+
+
+@family
+def _picked(function: Any, place: int = 0) -> None:
+    """Functions that return values along a dimension, and their places."""
+
+    @jet_rule(function)
+    def rule(x: Jet, *args: Any, **kwargs: Any) -> Any:
+        if function is torch.median and not (args or kwargs):
+            return x.flatten().median(0).values
+        dim = kwargs.get("dim", args[place] if len(args) > place else -1)
+        found = function(primal(x), *args, **kwargs)
+        places = found.indices if found.indices.ndim == x.ndim else found.indices.unsqueeze(dim)
+        values = x.gather(dim, places)
+        values = values if places is found.indices else values.squeeze(dim)
+        return type(found)((values, found.indices))
+
+
+_picked(torch.sort, torch.cummax, torch.cummin, torch.median, torch.nanmedian, torch.mode)
+_picked(torch.topk, torch.kthvalue, place=1)
 
 
 @family
@@ -87,13 +110,38 @@ def _extremum(name: str) -> None:
 _extremum("max", "min")
 
 
-@jet_rule(torch.sort)
-def _sort(x: Jet, dim: int = -1, descending: bool = False, **kwargs: Any) -> Any:
-    found = torch.sort(primal(x), dim=dim, descending=descending, **kwargs)
-    return type(found)((x.gather(dim, found.indices), found.indices))
+@jet_rule(torch.quantile, torch.nanquantile)
+def _quantile(
+    x: Jet, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
+) -> Tensor:
+    if isinstance(q, Tensor) and q.ndim:
+        raise NotImplementedError("jet: torch.quantile has a rule for one q only")
+    if interpolation != "linear" or primal(x).isnan().any():
+        raise NotImplementedError("jet: torch.quantile has a rule for 'linear' and no NaN only")
+    whole = dim is None
+    rows = (x.flatten() if whole else x).sort(0 if whole else dim).values
+    at = 0 if whole else dim
+    place = float(q) * (rows.shape[at] - 1)
+    low = rows.select(at, math.floor(place))
+    value = low + (rows.select(at, math.ceil(place)) - low) * (place % 1)
+    if not keepdim:
+        return value
+    return value.reshape([1] * x.ndim) if whole else value.unsqueeze(dim)
 
 
-@jet_rule(torch.topk)
-def _topk(x: Jet, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
-    found = torch.topk(primal(x), k, dim, *args, **kwargs)
-    return type(found)((x.gather(dim, found.indices), found.indices))
+@jet_rule(torch.cumprod)
+def _cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
+    x = widened(x, dtype).movedim(dim, 0)
+    step = 1
+    while step < len(x):  # products of 2, 4, 8, ... neighbours
+        x = torch.cat([x[:step], x[step:] * x[:-step]])
+        step *= 2
+    return x.movedim(0, dim)
+
+
+@jet_rule(torch.logcumsumexp)
+def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    x = x.movedim(dim, -1)
+    later = torch.ones(x.shape[-1:] * 2, dtype=torch.bool, device=x.device).triu(1)
+    rows = x.unsqueeze(-2).expand(*x.shape, x.shape[-1])
+    return rows.masked_fill(later, -math.inf).logsumexp(-1).movedim(-1, dim)

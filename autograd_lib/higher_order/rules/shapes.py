@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, algebra_of, lift, primal
-from autograd_lib.higher_order.rules.registration import by_coefficient, from_right
+from autograd_lib.higher_order.dispatch import Jet, algebra_of, by_coefficient, lift, primal
+from autograd_lib.higher_order.rules.registration import from_right
 from autograd_lib.higher_order.series import pad
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -64,6 +64,33 @@ def _embedding(
         kept = torch.arange(len(weight), device=weight.device) != padding_idx % len(weight)
         rows = torch.where(kept[:, None], weight, weight.detach())  # type: ignore[assignment]
     return rows.map(lambda c: torch.stack([F.embedding(input, w) for w in c]))
+
+
+@jet_rule(torch.embedding_bag)
+def _embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    starts = offsets[:-1] if include_last_offset else offsets
+    places = torch.arange(len(indices), device=indices.device)
+    bags = torch.searchsorted(starts, places, right=True) - 1
+    kept = torch.ones_like(bags) if padding_idx is None else (indices != padding_idx).long()
+    rows = F.embedding(indices, weight, padding_idx)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    zeros = torch.zeros(len(starts), weight.shape[1], dtype=rows.dtype, device=rows.device)
+    bags, rows = bags[kept > 0], rows[kept > 0]
+    into = bags.unsqueeze(-1).expand(rows.shape)
+    reduce = ("sum", "mean", "amax")[mode]
+    bag = zeros.scatter_reduce(0, into, rows, reduce, include_self=False)
+    return bag, bags, torch.bincount(bags, minlength=len(starts)), offsets
 
 
 def _join(function: Any, values: Sequence[Tensor], dim: int) -> Jet:

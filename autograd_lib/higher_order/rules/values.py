@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, primal
-from autograd_lib.higher_order.rules.registration import by_coefficient, family, getter, named
+from autograd_lib.higher_order.dispatch import Jet, by_coefficient, primal
+from autograd_lib.higher_order.rules.registration import family, getter, named
 from autograd_lib.higher_order.taylor import jet_rule
 
 _PLAIN = """
@@ -21,7 +22,7 @@ _PLAIN = """
     isneginf isclose allclose equal sign signbit floor ceil round trunc fix argmax argmin
     argsort count_nonzero nonzero any all logical_not logical_and logical_or logical_xor
     heaviside result_type can_cast searchsorted bucketize floor_divide __floordiv__
-    detach item tolist __bool__ __float__ __int__ __index__ __contains__ bool int long
+    histc bincount item tolist __bool__ __float__ __int__ __index__ __contains__ bool int long
 """
 _PLAIN_GETTERS = """
     shape dtype device layout ndim is_cuda is_cpu is_meta is_sparse is_mkldnn is_nested is_quantized
@@ -41,11 +42,7 @@ def _plain(function: Any) -> None:
 _plain(*named(_PLAIN, torch, Tensor), *[getter(name) for name in _PLAIN_GETTERS.split()])
 
 
-@jet_rule(torch.sgn)
-def _sgn(x: Jet) -> Any:
-    if x.is_complex():
-        raise NotImplementedError("jet: torch.sgn has no rule for complex values, not analytic")
-    return torch.sgn(primal(x))
+jet_rule(torch.sgn)(lambda x: x / x.abs() if x.is_complex() else torch.sgn(primal(x)))
 
 
 @jet_rule(Tensor.type)
@@ -53,9 +50,11 @@ def _type(x: Jet, *dtype: Any, **kwargs: Any) -> Any:
     return by_coefficient(Tensor.type, x, *dtype, **kwargs) if dtype or kwargs else primal(x).type()
 
 
-@jet_rule(getter("data"))
-def _data(x: Jet) -> Tensor:
-    return cast(Tensor, primal(x).detach())
+@jet_rule(torch.detach, getter("data"))
+def _detach(x: Jet) -> Tensor:
+    constant = primal(x).detach()
+    x.constants = (*[each for each in x.constants if each() is not None], weakref.ref(constant))
+    return cast(Tensor, constant)
 
 
 @jet_rule(Tensor.register_hook)
