@@ -8,7 +8,7 @@ ON_ALL_CORES := --numprocesses logical --maxprocesses 8 --dist loadfile
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint types notebooks lab serve bench requirements clean
+.PHONY: help book test lint types notebooks lab serve live bench requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks
 
 serve: book ## the built book on http://localhost:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 -d _build/html
+
+live: book ## the built book with Python behind it: edit and run every cell where it stands
+	$(BIN)/python book/_tools/live.py
 
 bench: $(INSTALLED) ## run the benchmarks, writing autograd_lib/report/records/
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done

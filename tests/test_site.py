@@ -9,21 +9,19 @@ from __future__ import annotations
 import doctest
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote_plus, unquote, urlsplit
 
 import bs4
 import pytest
 from axe_playwright_python import sync_playwright as axe
+from browser import chromium, give_up
 from hatchling.builders.wheel import WheelBuilder
-from playwright import sync_api
 
 import autograd_lib
 
@@ -33,24 +31,10 @@ SCREENSHOTS = ROOT / "_build" / "screenshots"
 PAGES = sorted(
     path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if path.parent != SITE
 ) + (["search.html"] if (SITE / "search.html").exists() else [])
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 PAGE_BYTES = 1_000_000  # what one page may weigh besides the shared assets
 SHARED_BYTES = 190_000  # style sheets, scripts and those fonts of formulas that are in use
 
 pages = pytest.mark.parametrize("name", PAGES or [None], ids=lambda name: name or "no site")
-
-
-def give_up(reason: str) -> NoReturn:
-    if os.environ.get("REQUIRE_BROWSER") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -222,24 +206,10 @@ def test_the_shared_assets_are_light_and_all_in_use() -> None:
 # --- in a browser -------------------------------------------------------------------------------
 
 
-def find_chromium(playwright: Any) -> str:
-    names = ["chromium", "chromium-browser", "google-chrome"]
-    candidates = [os.environ.get("CHROMIUM"), "/usr/bin/chromium", *map(shutil.which, names)]
-    candidates.append(playwright.chromium.executable_path)
-    for candidate in candidates:
-        if candidate and Path(candidate).exists():
-            return candidate
-    return give_up(
-        "no browser: set CHROMIUM to a Chromium, or run `python -m playwright install chromium`"
-    )
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
