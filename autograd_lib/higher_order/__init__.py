@@ -1,6 +1,7 @@
 """Derivatives beyond the first: Taylor mode, towers, products with the Hessian, its spectrum."""
 
 import autograd_lib.higher_order.rules  # noqa: F401 - fills the table of rules
+from autograd_lib.higher_order.ggn import fisher_product, ggn_product
 from autograd_lib.higher_order.operators import (
     Estimate,
     hessian_diagonal,
@@ -20,6 +21,8 @@ __all__ = [
     "DerivativeTower",
     "Estimate",
     "derivative_tower",
+    "fisher_product",
+    "ggn_product",
     "hessian_diagonal",
     "hessian_trace",
     "hvp",

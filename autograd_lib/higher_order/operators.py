@@ -5,12 +5,12 @@ Each function takes a scalar function of one tensor or of a dict of tensors; non
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autograd_lib.higher_order.algebra import Laplace
 from autograd_lib.higher_order.dispatch import Jet
@@ -22,6 +22,7 @@ from autograd_lib.higher_order.inputs import (
     check_scalar,
     check_tensor,
     check_uncompiled,
+    dense,
     follow,
     map_tensors,
     ordered_like,
@@ -52,8 +53,7 @@ def hvp(f: Scalar, x: Inputs, v: Inputs) -> Any:
     Raises:
         TypeError: if `x` or `v` is not floating point, or `f` returns no tensor.
         ValueError: if `v` is not like `x`, or `f` returns more than one number.
-        RuntimeError: by PyTorch, where an operation has no second derivative; a note tells what to
-            do about attention.
+        RuntimeError: by PyTorch, where an operation has no second derivative.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])
@@ -61,7 +61,8 @@ def hvp(f: Scalar, x: Inputs, v: Inputs) -> Any:
         tensor([4., 2.])
     """
     if torch._C._are_functorch_transforms_active():
-        return torch.func.jvp(torch.func.grad(f), (x,), (ordered_like(x, v),))[1]
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(torch.func.grad(f), (x,), (ordered_like(x, v),))[1]
     return linearized_hvp("hvp", f, x)(v)
 
 
@@ -98,7 +99,7 @@ def linearized_hvp(operation: str, f: Scalar, x: Inputs) -> Callable[[Inputs], A
     check_recording(operation)
     leaves = map_tensors(lambda t: t.detach().requires_grad_(), x)
     inputs = tensors_of(leaves)
-    with torch.enable_grad(), _advice():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
         y = check_scalar(operation, f(leaves))
         slopes: Sequence[Tensor] = []
         if y.requires_grad:
@@ -111,27 +112,12 @@ def linearized_hvp(operation: str, f: Scalar, x: Inputs) -> Callable[[Inputs], A
             return map_tensors(torch.zeros_like, x)
         vectors = tensors_of(ordered_like(x, v))
         weights = [vectors[i] for i in curved]
-        with _advice():
-            columns = torch.autograd.grad(
-                list(curved.values()), inputs, weights, retain_graph=True, materialize_grads=True
-            )
-        return structured_like(x, columns)
+        columns = torch.autograd.grad(
+            list(curved.values()), inputs, weights, retain_graph=True, materialize_grads=True
+        )
+        return structured_like(x, [dense(column) for column in columns])
 
     return product
-
-
-@contextlib.contextmanager
-def _advice() -> Iterator[None]:
-    """Add the remedy to PyTorch's error about fused attention."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "attention" in str(error) and "not implemented" in str(error):
-            error.add_note(
-                "The fused kernels of attention have no second derivative; call f under "
-                "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
-            )
-        raise
 
 
 def laplacian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

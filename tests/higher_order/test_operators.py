@@ -615,8 +615,8 @@ def test_wrong_arguments_are_refused() -> None:
 
 def test_an_operation_without_a_rule_is_named() -> None:
     model, (x, t) = net(), batch()
-    with pytest.raises(NotImplementedError, match="cdist"):
-        derivative_tower(model, lambda y, t: torch.cdist(y, t).sum(), x, t)
+    with pytest.raises(NotImplementedError, match="igamma"):
+        derivative_tower(model, lambda y, t: torch.igamma(y.exp(), t.exp()).sum(), x, t)
 
 
 # ---------------------------------------------------------------------------- what it leaves
@@ -1172,14 +1172,11 @@ def attended(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_fused_attention_raises_with_advice_that_helps(dtype: torch.dtype) -> None:
+def test_fused_attention_needs_no_set_up(dtype: torch.dtype) -> None:
     x, v = points(1, 2, 3, 4, dtype=dtype), points(1, 2, 3, 4, seed=1, dtype=dtype)
-    with pytest.raises(RuntimeError, match=r"flash_attention.* is not implemented") as caught:
-        hvp(attended, x, v)
-    (note,) = caught.value.__notes__
-    assert "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)" in note
-    with sdpa_kernel(SDPBackend.MATH):
-        got = hvp(attended, x, v)
+    got = hvp(attended, x, v)
+    torch.testing.assert_close(torch.vmap(lambda v: hvp(attended, x, v))(v[None])[0], got)
+    assert torch.backends.cuda.flash_sdp_enabled()  # as before
 
     def composite(x: Tensor) -> Tensor:
         return written_out_attention(x, x.sin(), x.cos(), is_causal=False).square().sum()
@@ -1372,10 +1369,10 @@ def test_laplacian_costs_d_and_two_forwards_of_constant_weights(d: int) -> None:
 
 def test_laplacian_refuses_what_it_cannot_follow() -> None:
     x = points(3)
-    with pytest.raises(NotImplementedError, match="cdist has no rule"):
-        laplacian(lambda x: torch.cdist(x[None], x[None] + 1).sum(), x)
+    with pytest.raises(NotImplementedError, match="igamma has no rule"):
+        laplacian(lambda x: torch.igamma(x.exp(), x.exp() + 1).sum(), x)
     with pytest.raises(NotImplementedError, match="in place"):
-        laplacian(lambda x: x.clone().mul_(x).sum(), x)
+        laplacian(lambda x: torch.exp(x, out=torch.empty_like(x)).sum(), x)
     with pytest.raises(TypeError, match="expected x to be a floating-point"):
         laplacian(lambda x: x.sum(), torch.arange(3))
     with pytest.raises(TypeError, match="laplacian: expected x to be a tensor, got a dict"):
@@ -1707,21 +1704,21 @@ SILENT: dict[str, tuple[Any, Tensor, Tensor, dict[str, int | None], set[str]]] =
         SQUARE,
         TURN,
         {"jet": None, "reverse": None, "forward": 2},
-        {"jet"},
+        set(),
     ),
     "det": (
         torch.linalg.det,
         SQUARE,
         TURN,
         {"jet": None, "reverse": None, "forward": 2},
-        {"jet"},
+        set(),
     ),
     "logdet": (
         torch.logdet,
         SQUARE,
         TURN,
         {"jet": None, "reverse": None, "forward": 2},
-        {"jet"},
+        set(),
     ),
     "naive_function": (
         NaiveSine.apply,
