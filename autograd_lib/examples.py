@@ -7,7 +7,6 @@ demonstration starts from seed 0 and restores the caller's random states at its 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -377,11 +376,10 @@ def _cnn() -> Results:
     plus = torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
     cross = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
     # Four of each shape at each of the 6 x 6 places where it fits.
-    images = 0.5 * torch.randn(6, 6, 2, 4, 1, 8, 8)
-    for row, column in itertools.product(range(6), repeat=2):
-        window = images[row, column, ..., row : row + 3, column : column + 3]
-        window += 2 * torch.stack([plus, cross])[:, None, None]
-    images = images.flatten(0, 3)
+    places = torch.eye(36).view(36, 1, 6, 6)
+    shapes = F.conv_transpose2d(places, torch.stack([plus, cross])[None])
+    images = 2 * shapes[:, :, None] + 0.5 * torch.randn(36, 2, 4, 8, 8)
+    images = images.view(-1, 1, 8, 8)
     labels = torch.arange(2)[:, None].expand(6, 6, 2, 4).flatten()
     model = CustomCNNModel(input_channels=1, num_classes=2, channels=(8, 8, 16))
     found = _trained(model, images, labels, F.cross_entropy)

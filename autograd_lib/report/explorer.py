@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,13 +89,6 @@ class Explorer(Interactive):
         controls = ", ".join(f"{c.name}: {len(c.labels)} values" for c in self.controls)
         return f"Explorer({controls})"
 
-    def _picture(self, positions: Iterable[int]) -> str:
-        index = 0
-        for position, control in zip(positions, self.controls, strict=True):
-            index = index * len(control.labels) + position
-        url = "data:image/svg+xml," + quote(self.frames[index])
-        return f'<img alt="{escape(self.alts[index])}" src="{url}">'
-
     def to_html(self) -> str:
         """Return the figure as HTML that stands alone: pictures, controls and script."""
         # Most lines of the pictures are the same in all of them: each is written once.
@@ -110,10 +103,14 @@ class Explorer(Interactive):
             "frames": frames,
             "alts": self.alts,
         }
+        start = 0
+        for control in self.controls:
+            start = start * len(control.labels) + control.start
+        url = "data:image/svg+xml," + quote(self.frames[start])
         script = importlib.resources.files("autograd_lib.report").joinpath("explorer.js")
         return (
             '<figure class="frames"><!-- frames -->'
-            f"{self._picture(control.start for control in self.controls)}"
+            f'<img alt="{escape(self.alts[start])}" src="{url}">'
             f'<div class="frames-controls">{"".join(map(_html_control, self.controls))}</div>'
             f'<script type="application/json">{script_json(state)}</script>'
             f"<script>{script.read_text(encoding='utf-8')}</script><!-- /frames --></figure>"

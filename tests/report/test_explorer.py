@@ -20,9 +20,8 @@ import numpy as np
 import pytest
 import torch
 from axe_playwright_python import sync_playwright as axe
+from browser import chromium
 from matplotlib.figure import Figure
-from playwright import sync_api
-from test_site import FLAGS, find_chromium
 
 from autograd_lib import Explorer, explore
 from autograd_lib.report import dashboard as module
@@ -411,10 +410,8 @@ STYLE = Path(__file__).parents[2] / "book" / "_static" / "book.css"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
