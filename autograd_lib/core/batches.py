@@ -154,12 +154,8 @@ def split(operation: str, batch: Any, size: int | None, count: Count | None) -> 
     if size is not None and size < (whole := batch_size(operation, parts[0])):
         cuts = [slice(start, start + size) for start in range(0, whole, size)]
         parts = [tree_map_only(Tensor, itemgetter(cut), parts[0]) for cut in cuts]
-    found = []
-    for part in parts:
-        targets = targets_of(part)
-        terms = samples_of(operation, part) if count is None else float(count(targets))
-        found.append(Piece(part, terms, terms))
-    return found
+    counts = [samples_of(operation, p) if count is None else count(targets_of(p)) for p in parts]
+    return [Piece(part, float(n), float(n)) for part, n in zip(parts, counts, strict=True)]
 
 
 def check_counted(operation: str, total: float) -> None:
@@ -193,7 +189,9 @@ def terms_of(
     if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
         return None
 
-    def count(targets: Tensor) -> float | Tensor:
+    def count(targets: Any) -> float | Tensor:
+        if not isinstance(targets, Tensor):
+            return math.nan
         if targets.is_floating_point():  # probabilities of classes
             return targets.numel() / targets.shape[1]
         counted = targets != loss_fn.ignore_index
@@ -235,14 +233,13 @@ _MEANS = ("NllLoss", "MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy
 def terms_in(loss: Tensor) -> Tensor | float | str:
     """How many terms a loss is the mean of, by its graph; a sentence where that does not tell."""
     node: Any = loss.grad_fn
-    name = type(node).__name__.removesuffix("Backward0")
-    while name in ("_DDPSinkBackward", "ToCopy"):  # which change nothing
+    while (name := type(node).__name__) in ("_DDPSinkBackward", "ToCopyBackward0"):
+        # They change nothing; the first takes all outputs of a model.
         node = node.next_functions[loss.output_nr if name[0] == "_" else 0][0]
-        name = type(node).__name__.removesuffix("Backward0")
     if name.startswith("Compiled"):
         return "it is compiled, so that nobody sees what it is the mean of"
     if not name.startswith(_MEANS) or node._saved_reduction != 1:
-        return f"it ends in {name}, not in one mean over labels"
+        return f"it ends in {name.removesuffix('Backward0')}, not in one mean over labels"
     return node._saved_total_weight if name.startswith("Nll") else node._saved_self.numel()
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,18 +35,15 @@ def check_arguments(
     metrics: Iterable[str],
 ) -> None:
     """Raise for what cannot be trained, would fail in the middle, or would change nothing."""
-    given: dict[type, object] = {nn.Module: model, Optimizer: optimizer, AutogradConfig: config}
+    given: dict[Any, object] = {nn.Module: model, Optimizer: optimizer, AutogradConfig: config}
+    if loss_fn is not None:
+        given[Callable] = loss_fn
     for kind, value in given.items():
         if not isinstance(value, kind):
             raise TypeError(
                 f"AutogradTrainingSystem: expected {kind.__name__}, got {type(value).__name__}"
                 + (_ONE_OPTIMIZER if kind is Optimizer else "")
             )
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(
-            "AutogradTrainingSystem: expected loss_fn to be a function of output and targets, or "
-            f"None for the model's own loss, got {type(loss_fn).__name__}; write config=..."
-        )
     if (reduction := getattr(loss_fn, "reduction", "mean")) != "mean":
         raise ValueError(
             f"AutogradTrainingSystem: expected a loss that is a mean, got reduction={reduction!r}; "

@@ -87,6 +87,15 @@ class ForwardBackward:
                 return output, batches.nothing(output)
             if self.loss_fn is None:
                 return output, batches.own_loss(self.operation, output, batch)
+            if (
+                isinstance(batch, dict)
+                and type(self.loss_fn).__module__ == nn.modules.loss.__name__
+            ):
+                raise TypeError(
+                    f"{self.operation}: a batch that is a mapping goes to loss_fn whole, and "
+                    f"{self.loss_fn} takes tensors; write `lambda output, batch: loss_fn(output, "
+                    "batch['labels'])`, or leave loss_fn out where the model computes its loss"
+                )
             loss = self.loss_fn(output, batches.targets_of(batch))
         if not isinstance(loss, Tensor) or loss.dim():
             raise ValueError(
@@ -164,7 +173,12 @@ def micro_batches(
 
 def move(tree: _T, device: torch.device) -> _T:
     """A batch, with all that can be moved on a device: tensors, packed sequences, graphs."""
-    return tree_map(lambda x: x.to(device, non_blocking=True) if hasattr(x, "to") else x, tree)
+
+    def moved(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=True) if hasattr(leaf, "to") else leaf
+
+    # What moves itself is no container: the lengths of a packed sequence stay on the CPU.
+    return tree_map(moved, tree, is_leaf=lambda leaf: hasattr(leaf, "to"))
 
 
 def _times(loss: Tensor, factor: float) -> Tensor:
