@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any
 
 from torch import Tensor, nn
 
-from autograd_lib.checkpointing.measure import Blocks, measure
+from autograd_lib.checkpointing.intercept import Blocks
+from autograd_lib.checkpointing.measure import measure
 from autograd_lib.checkpointing.recompute import apply_checkpoints, runs_its_children
 from autograd_lib.checkpointing.solver import Step, Steps, frontier, length, plain
 from autograd_lib.report.progress import progress
@@ -281,11 +283,20 @@ def _step(
         )
     if isinstance(sample, Tensor):
         if isinstance(blocks, nn.Sequential):
-            return lambda: blocks(sample).sum()
-        return lambda: reduce(lambda x, block: block(x), blocks, sample).sum()
+            return lambda: _sum(blocks(sample))
+        return lambda: _sum(reduce(lambda x, block: block(x), blocks, sample))
     if not callable(sample):
         raise TypeError(
             "plan_checkpoints: expected sample to be the input of the first block, a tensor, or a "
             f"function that runs the model and returns the loss, got {type(sample).__name__}"
         )
     return sample
+
+
+def _sum(y: Any) -> Tensor:
+    if not isinstance(y, Tensor):
+        raise ValueError(
+            "plan_checkpoints: expected the last block to return a tensor where sample is one, got "
+            f"{type(y).__name__}; pass a function that runs the model and returns the loss"
+        )
+    return y.sum()

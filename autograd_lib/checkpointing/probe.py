@@ -3,66 +3,48 @@
 from __future__ import annotations
 
 import math
-import pickle
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from autograd_lib.checkpointing.recompute import Checkpoint
 from autograd_lib.checkpointing.solver import Block, Mode, Recomputation
-from autograd_lib.core.snapshot import (
-    GLOBAL_GENERATORS,
-    ModuleState,
-    drop_gradients,
-    own_generators,
-    torch_generators,
-)
+from autograd_lib.checkpointing.trees import Place, copies, flatten, place
+from autograd_lib.checkpointing.visit import Visit
+from autograd_lib.core.snapshot import ModuleState, drop_gradients, torch_generators
 from autograd_lib.memory.saved import storage_parts
 from autograd_lib.memory.trace import Marks, Trace, no_collection
 
 _ROUNDS = 3  # timings of each way to run a block, interleaved
 _ROUNDING = 1e-3  # a gradient that is off by more was not computed from the same numbers
-_SPANS = ("forward", "forwarded"), ("gradient", "arrived")
-_INPUT_GRADIENT = "the gradient of the input"
-
-
-class Visit(NamedTuple):
-    """One call of a block in the step."""
-
-    input: Tensor
-    needs_gradient: bool
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    autocast: dict[str, Any]
 
 
 class StandIn(torch.autograd.Function):
-    """Stand for what comes before, between or after: return `value`, in backward `back(gradient)`.
+    """Stand for what comes before, between or after: return `values`, in backward `back(...)`.
 
-    Some input must require a gradient for that: `x`, or an `anchor` that gets none.
+    Some input must require a gradient for that.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor | None, x: Tensor | None, value: Tensor, back: Any
-    ) -> Tensor:
+    def forward(ctx: Any, back: Any, values: Sequence[Tensor], *inputs: Tensor) -> Any:
         ctx.back = back
-        return value.clone()
+        ctx.set_materialize_grads(False)
+        return tuple(values)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return None, ctx.back(gradient), None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        return None, None, *ctx.back(gradients)
 
 
 class Outcome(NamedTuple):
     """What one run of a block gave."""
 
-    values: dict[str, Tensor]  # the output and all gradients
+    values: dict[str, Tensor]  # results and all gradients
+    arrived: dict[int, Tensor]  # gradients of the arguments, by leaf
     output_bytes: int
     overwrites: bool
 
@@ -73,29 +55,42 @@ class Probe:
     Args:
         block: The block.
         visit: Its call in the step.
-        gradient: With respect to its output; only its layout is read.
-        made: Parameters whose gradients stand when backward reaches the block.
+        gradients: Those that stand, or come to its results, when backward reaches it, by the
+            place of the tensor; only their layout is read.
+        made: Parameters whose gradients stand by then.
     """
 
     def __init__(
-        self, block: nn.Module, visit: Visit, gradient: Tensor | None, made: set[Tensor]
+        self,
+        block: nn.Module,
+        visit: Visit,
+        gradients: Mapping[Place, Tensor],
+        made: set[Tensor],
     ) -> None:
-        self.module, self.visit, self.gradient = block, visit, gradient
+        self.module, self.visit = block, visit
         self.parameters = [p for p in block.parameters() if p.requires_grad]
         self.made = [p for p in self.parameters if p in made]
+        results, given = visit.made.leaves, visit.given.leaves
+        found = {i: gradients.get(place(results[i])) for i in visit.own if i in visit.growing}
+        self.gradients = {i: g for i, g in found.items() if g is not None}
+        self.others = [i for i in visit.others if place(given[i]) in gradients]
         devices = {visit.input.device} - {torch.device("cpu")}
         self.state = ModuleState(block.modules(), generators=torch_generators(devices))
         self.checkpoint = Checkpoint([block])
+        self.samples: dict[str, list[tuple[float, float]]] = {}
 
-    def measure(self) -> tuple[Block, str, Tensor | None]:
+    def measure(self) -> tuple[Block, str, dict[int, Tensor]]:
         """Measure the block.
 
         Returns:
-            Its costs; why it cannot be recomputed, empty if it can; the gradient of its input.
+            Its costs; why it cannot be recomputed, empty if it can; gradients of its arguments.
+
+        Raises:
+            ValueError: The block uses a graph from before it that is not in its arguments.
         """
         plain = self._run("save")
         ways, why = ["save"], ""
-        if self.parameters or self.visit.needs_gradient:
+        if self.parameters or self.visit.needing:
             # A block that overwrites its input can be recomputed, but not as the first under its
             # checkpoint; the copy stands for the block before it.
             why = self._refusal("copied" if plain.overwrites else "recompute", plain)
@@ -103,38 +98,53 @@ class Probe:
                 ways.append("recompute")
                 if self._may_be_selective(plain):
                     ways.append("selective")
-        seconds = median_seconds({way: partial(self._run, way) for way in ways}, *_SPANS)
+        for _ in range(_ROUNDS - 2):
+            for way in ways:
+                self._run(way)
         kind = self.visit.input.device.type
         traces = {way: Trace(partial(self._run, way), kind) for way in ways}
-        modes = {w: mode(traces[w], sum(seconds[w])) for w in ways if w != "recompute"}
+        seconds = {
+            way: [*map(statistics.median, zip(*self.samples[way], strict=True))] for way in ways
+        }
+        modes = {
+            w: mode(traces[w], sum(seconds[w]), self._shared(traces[w]))
+            for w in ways
+            if w != "recompute"
+        }
         again = None
         if "recompute" in ways:
             again = self._recomputation(traces["recompute"], *seconds["recompute"])
         elif plain.overwrites and not why:
             (forward, backward), peak = seconds["save"], modes["save"].forward_peak
             again = Recomputation(forward, peak, 0, forward + backward, peak)
+        new = [g for i, g in plain.arrived.items() if i not in (self.visit.chain, *self.others)]
+        new += [p.grad for p in self.parameters if p not in set(self.made) and p.grad is not None]
         block = Block(
             output=plain.output_bytes,
             aliases=traces["save"].number["forward"] == traces["save"].number["forwarded"],
             overwrites=plain.overwrites,
-            output_gradient=nbytes([self.gradient]),
-            parameters=nbytes(p.grad for p in self.parameters if p not in set(self.made)),
+            output_gradient=nbytes([self.gradients.get(self.visit.output)]),
+            parameters=nbytes(new),
             save=modes["save"],
             selective=modes.get("selective"),
             recompute=again,
         )
         drop_gradients(self.parameters)
-        return block, why, plain.values.get(_INPUT_GRADIENT)
+        return block, why, plain.arrived
 
-    def _call(self, way: str, marks: Marks) -> Callable[..., Tensor]:
+    def _call(self, way: str, marks: Marks) -> Callable[..., Any]:
         if way == "save":
             return self.module
         if way == "selective":
             return partial(self.checkpoint.run, True, self.module)
 
-        def run(x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if way == "copied":
+                given = flatten((args, kwargs))
+                given.leaves[self.visit.chain] = given.leaves[self.visit.chain].clone()
+                args, kwargs = given.build(given.leaves)
             try:
-                return self.module(x.clone() if way == "copied" else x, *args, **kwargs)
+                return self.module(*args, **kwargs)
             finally:  # the repetition ends in an exception, once it has what it needs
                 marks("again")
 
@@ -143,8 +153,15 @@ class Probe:
     def _run(self, way: str, marks: Marks | None = None) -> Outcome:
         """Run forward and backward in one way; parameters keep their gradients."""
         marks = marks or Marks()
-        visit, values = self.visit, dict[str, Tensor]()
-        args, kwargs = tree_map_only(Tensor, _separate, (visit.args, visit.kwargs))
+        with no_collection():
+            outcome = self._timed(way, marks)
+        times = marks.times
+        spans = times["forwarded"] - times["forward"], times["arrived"] - times["gradient"]
+        self.samples.setdefault(way, []).append(spans)
+        return outcome
+
+    def _timed(self, way: str, marks: Marks) -> Outcome:
+        visit, values, found = self.visit, dict[str, Tensor](), dict[int, Tensor]()
         anchor = torch.ones((), device=visit.input.device, requires_grad=True)
         self.state.restore()
         torch.clear_autocast_cache()
@@ -152,28 +169,49 @@ class Probe:
         for parameter in self.made:
             parameter.grad = torch.zeros_like(parameter)
 
-        def arrived(gradient: Tensor) -> None:
+        def arrived(gradients: Sequence[Tensor | None]) -> list[None]:
             marks("arrived")
-            values[_INPUT_GRADIENT] = gradient
+            pairs = zip(visit.needing, gradients, strict=True)
+            found.update((i, gradient) for i, gradient in pairs if gradient is not None)
+            return [None]
 
-        def start(_: Tensor) -> Tensor:
-            assert self.gradient is not None
-            gradient = _ones_like(self.gradient)
+        def start(_: Any) -> list[Tensor]:
+            layouts = [*self.gradients.values(), *(visit.given.leaves[i] for i in self.others)]
+            gradients = [ones_like(layout) for layout in layouts]
             marks("gradient")
-            return gradient
+            return gradients
 
         marks("begin")
-        needed = visit.needs_gradient
-        x = StandIn.apply(anchor, None, visit.input, arrived) if needed else visit.input.clone()
+        before = torch._C._autograd._get_sequence_nr()
+        leaves = copies(visit.given.leaves)
+        if visit.needing:
+            given = StandIn.apply(arrived, [leaves[i] for i in visit.needing], anchor)
+            for i, tensor in zip(visit.needing, given, strict=True):
+                leaves[i] = tensor
+            del given, tensor
+        for i in visit.given.tensors():
+            marks(f"argument {i}", leaves[i])
+        others = [leaves[i] for i in self.others]
+        args, kwargs = visit.given.build(leaves)
+        x = leaves[visit.chain]
+        del leaves
         version = x._version
         marks("forward", x)
         with torch.autocast(**visit.autocast):
-            y = self._call(way, marks)(x, *args, **kwargs)
-        marks("forwarded", y)
-        size, overwrites = y.untyped_storage().nbytes(), x._version != version
-        values["the output"] = y.detach().clone()
-        loss = StandIn.apply(None, y, y.new_zeros(()), start)
-        del x, y
+            result = self._call(way, marks)(*args, **kwargs)
+        results = visit.results(result)
+        marks("forwarded", results[visit.output])
+        for i in visit.own:
+            marks(f"result {i}", results[i])
+        size = results[visit.output].untyped_storage().nbytes()
+        overwrites = x._version != version
+        floats = [i for i in visit.own if results[i].is_floating_point() or results[i].is_complex()]
+        values |= {f"result {i}": results[i].detach().clone() for i in floats}
+        ends = [*(results[i] for i in self.gradients), *others]
+        loss = StandIn.apply(start, [x.new_zeros((), dtype=torch.float32)], *ends)[0]
+        if way == "save":
+            self._check_graph(loss, before)
+        del x, result, results, args, kwargs, ends, others
         marks("dropped")
         if loss.requires_grad:
             loss.backward()
@@ -182,19 +220,26 @@ class Probe:
                 marks(name)
         named = self.module.named_parameters()
         values |= {name: p.grad for name, p in named if p.grad is not None}
-        return Outcome(values, size, overwrites)
+        values |= {f"the gradient of argument {i}": gradient for i, gradient in found.items()}
+        return Outcome(values, found, size, overwrites)
+
+    def _check_graph(self, loss: Tensor, before: int) -> None:
+        """Refuse what would run backward into the step's own graph, through a closure say."""
+        old = [node for node in nodes_of(loss) if node._sequence_nr() < before]
+        if old:
+            raise ValueError(
+                f"plan_checkpoints: block {self.visit.label} uses a tensor that requires a "
+                f"gradient (of {old[0].name()}) and is in none of its arguments, but in a closure "
+                "or an attribute; pass it as an argument"
+            )
 
     def _refusal(self, way: str, plain: Outcome) -> str:
-        own = [g for module in self.module.modules() for g in own_generators(module)]
-        generators = [*GLOBAL_GENERATORS, *own]
-        before = [generator.get_state() for generator in generators]
+        if self.visit.draws:
+            return f"draws from {self.visit.draws}, which a checkpoint does not put back"
         try:
             error = _error(self._run(way), plain)
         except Exception as err:
             return f"fails under a checkpoint ({str(err).strip().splitlines()[0]})"
-        for generator, state in zip(generators, before, strict=True):
-            if not _same(state, generator.get_state()):
-                return f"draws from {generator.name}, which a checkpoint does not put back"
         if 0 < error <= _ROUNDING:
             # Kernels compiled anew round otherwise; some add in any order without a checkpoint too.
             compiled = self.module._compiled_call_impl is not None
@@ -209,8 +254,12 @@ class Probe:
         is_random = self.checkpoint.is_random_and_compiled
         return not is_random() and not self._refusal("selective", plain) and not is_random()
 
+    def _shared(self, trace: Trace) -> dict[int, str]:
+        """The allocations of what blocks share."""
+        return {trace.number[name]: name for name in self.visit.shared}
+
     def _recomputation(self, trace: Trace, forward: float, backward: float) -> Recomputation:
-        source = trace.number["forward"]
+        stay = {trace.number["forward"], *self._shared(trace)}
         left = sum(trace.standing("forward", "forwarded", "dropped").values())
         repeated = trace.at["again"] > trace.at["gradient"]
         return Recomputation(
@@ -218,55 +267,33 @@ class Probe:
             forward_peak=trace.peak("forward", "forwarded"),
             left=max(0, left - checkpoint_bytes(self.visit.input.device)),
             seconds=backward,
-            again_peak=trace.peak("gradient", "again", stays=source) if repeated else 0,
+            again_peak=trace.peak("gradient", "again", stay=stay) if repeated else 0,
+            shared=frozenset(name for name in self.visit.shared if name.startswith("argument")),
         )
 
 
-def mode(trace: Trace, seconds: float) -> Mode:
+def mode(trace: Trace, seconds: float, shared: Mapping[int, str] | None = None) -> Mode:
     """The costs of a block, or of the tail, from the phases of a run with these marks."""
-    source = trace.number["forward"]
+    source, known = trace.number["forward"], shared or {}
     kept = trace.standing("forward", "forwarded", "dropped")
+    standing = trace.standing("begin", "forwarded", "dropped")
     return Mode(
         seconds,
         forward_peak=trace.peak("forward", "forwarded"),
-        kept=sum(kept.values()),
+        kept=sum(nbytes for number, nbytes in kept.items() if number not in known),
         keeps_output=trace.number["forwarded"] in kept,
-        keeps_input=source in trace.standing("begin", "forward", "dropped"),
-        backward_peak=trace.peak("gradient", "arrived", stays=source),
-        backward_peak_freed=trace.peak("gradient", "arrived"),
+        keeps_input=source in standing,
+        backward_peak=trace.peak("gradient", "arrived", stay=(source, *known)),
+        backward_peak_freed=trace.peak("gradient", "arrived", stay=known),
+        shared=frozenset(known[number] for number in standing.keys() & known.keys()),
     )
 
 
-def median_seconds(
-    runs: dict[str, Callable[[Marks], object]], *spans: tuple[str, str]
-) -> dict[str, list[float]]:
-    """Median seconds of each span between two marks, with the runs interleaved."""
-    samples: dict[str, list[list[float]]] = {name: [] for name in runs}
-    for _ in range(_ROUNDS):
-        for name, run in runs.items():
-            marks = Marks()
-            with no_collection():
-                run(marks)
-            samples[name].append([marks.times[end] - marks.times[start] for start, end in spans])
-    return {
-        name: [statistics.median(times) for times in zip(*rows, strict=True)]
-        for name, rows in samples.items()
-    }
-
-
-def _separate(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_(x.requires_grad)
-
-
-def _ones_like(x: Tensor) -> Tensor:
+def ones_like(x: Tensor) -> Tensor:
     """Ones in the same layout; an expanded tensor takes less than its shape suggests."""
     elements = x.untyped_storage().nbytes() // x.element_size()
     flat = torch.ones(elements, dtype=x.dtype, device=x.device)
     return flat.as_strided(x.shape, x.stride(), x.storage_offset())
-
-
-def _same(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) else pickle.dumps(a) == pickle.dumps(b)
 
 
 def _error(found: Outcome, expected: Outcome) -> float:
@@ -289,3 +316,14 @@ def nbytes(tensors: Iterable[Tensor | None]) -> int:
 
 def checkpoint_bytes(device: torch.device) -> int:
     return torch.get_rng_state().nbytes if device.type == "cpu" else 0
+
+
+def nodes_of(tensor: Tensor) -> list[Any]:
+    """List the nodes of the graph of a tensor."""
+    found, pending = dict[Any, None](), [tensor.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            pending.extend(parent for parent, _ in node.next_functions)
+    return list(found)

@@ -145,6 +145,31 @@ def undo(module: nn.Module) -> None:
             _restore(module, name, function.replaced)
 
 
+def tensor_attributes(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], Tensor]:
+    """Tensors that are plain attributes, such as a balance loss that a forward leaves."""
+    return {
+        (module, name): value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def put_back(
+    modules: Iterable[nn.Module], attributes: Mapping[tuple[nn.Module, str], Tensor]
+) -> None:
+    """Set what `tensor_attributes` found before, and delete others."""
+    for module, name in tensor_attributes(modules).keys() - attributes.keys():
+        del vars(module)[name]
+    for (module, name), value in attributes.items():
+        vars(module)[name] = value
+
+
+def refuses_hooks() -> bool:
+    """Whether PyTorch refuses saved-tensor hooks now, as under `torch.func.grad`."""
+    return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+
+
 class _BlockForward:
     """The forward of one block by its step; not a closure, so that models can be copied."""
 
@@ -177,6 +202,8 @@ class _ChainForward:
 
     def __call__(self, x: Any) -> Any:
         return self._run(self.steps, 0, x)
+
+    __code__ = __call__.__code__  # torch.export asks the forward of the whole model for it
 
     def _run(self, steps: tuple[Step, ...], start: int, x: Any) -> Any:
         for step in steps:
@@ -212,7 +239,13 @@ class Checkpoint:
     def run(
         self, selective: bool, function: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Call a function that runs the blocks, under the checkpoint."""
+        """Call a function that runs the blocks, under the checkpoint.
+
+        Raises:
+            RuntimeError: A transform of `torch.func` is at work that allows no checkpoint.
+        """
+        if torch.compiler.is_exporting():
+            return function(*args, **kwargs)
         selective = selective and not self.is_random_and_compiled()
         if selective and self.block._compiled_call_impl is not None:
             return self.budgeted(*args, **kwargs)
@@ -220,6 +253,13 @@ class Checkpoint:
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
+        if refuses_hooks():
+            raise RuntimeError(
+                f"checkpoint plan: a block ({type(self.block).__name__}) has a plan, and "
+                "torch.func's grad, vjp, jacrev and hessian allow no checkpoints; undo the plan "
+                'first, by Settings(checkpoint={name: "save"}).apply(model) for the name of the '
+                "blocks or of their container"
+            )
         mode = tuple(module.training for module in self.modules)
         known = self.changing.get(mode)
         names = known if known is not None else [(m, n) for m in self.modules for n in m._buffers]
@@ -265,12 +305,15 @@ class Checkpoint:
         ]
         with _disable_current_modes():  # a selective checkpoint knows the block's operations only
             tables += [(module._buffers, name, b.clone()) for module, name, b in buffers]
+        # An attribute that the forward leaves stays the one of the first run, with its graph.
+        attributes = tensor_attributes(self.modules)
         before = [(table, name, table[name]) for table, name, _ in tables]
         for table, name, tensor in tables:
             table[name] = tensor
         try:
             yield
         finally:
+            put_back(self.modules, attributes)
             for table, name, tensor in before:
                 table[name] = tensor
 

@@ -18,8 +18,8 @@ a *frontier*, the list of (bytes, seconds) that no other schedule of the interva
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
@@ -43,6 +43,7 @@ class Mode:
         keeps_input: Whether it needs its input.
         backward_peak: High-water mark of the backward, where the input stays.
         backward_peak_freed: The same where the block is the last to need its input.
+        shared: What it keeps of the arguments that `Chain.shared` lists.
     """
 
     seconds: float
@@ -52,6 +53,7 @@ class Mode:
     keeps_input: bool
     backward_peak: int
     backward_peak_freed: int
+    shared: frozenset[Any] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Recomputation:
         left: What the first forward leaves until backward, without input and output.
         seconds: The repeated forward and the backward.
         again_peak: High-water mark of the repeated forward.
+        shared: The arguments among `Chain.shared`.
     """
 
     forward_seconds: float
@@ -71,6 +74,7 @@ class Recomputation:
     left: int
     seconds: float
     again_peak: int
+    shared: frozenset[Any] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class Block:
         aliases: Whether the output is the input's storage, as of a view.
         overwrites: Whether the input is modified in place.
         output_gradient: Bytes of the gradient with respect to the output.
-        parameters: Bytes of the gradients of its parameters that no later block has made.
+        parameters: Bytes of the gradients, of its parameters and of arguments other than the
+            input, that no later block has made.
         save: Its costs unchanged.
         selective: Its costs under a selective checkpoint; None if it cannot run so.
         recompute: Its costs under a checkpoint; None if that fails or changes gradients.
@@ -115,6 +120,9 @@ class Chain:
         tail_parameters: Bytes of the gradients of its parameters.
         checkpoint_bytes: What a checkpoint itself keeps (the state of the random numbers).
         seconds: Head and tail together.
+        shared: Bytes of tensors, such as masks, that blocks take as arguments besides their input
+            and that stand until backward only where some block keeps them; by number. In the
+            forward `head_frames` contains them.
         gradients_before: Bytes of gradients that stand before the step, where they accumulate.
     """
 
@@ -130,6 +138,7 @@ class Chain:
     tail_parameters: int
     checkpoint_bytes: int
     seconds: float
+    shared: Mapping[int, int] = field(default_factory=dict)
     gradients_before: int = 0
 
     @cached_property
@@ -222,16 +231,18 @@ class _Solver:
                 self.interval(start, end, True)
         return self.interval(0, count, self.chain.input_held)
 
-    def interval(self, start: int, end: int, held: bool) -> _Frontier:
+    def interval(
+        self, start: int, end: int, held: bool, shared: frozenset[Any] = frozenset()
+    ) -> _Frontier:
         """Schedules of the blocks from `start` on: forward and backward.
 
         They end with the tail, where `end` is its index, or with the last block of a run that is
         repeated, while the gradient of the run's output waits. `held` says whether something else
-        holds the input of the interval until backward.
+        holds the input of the interval until backward, and `shared` what earlier blocks keep.
         """
         chain, to_tail = self.chain, end == len(self.blocks)
         waiting = 0 if held else chain.size(start)
-        base = chain.head_frames if to_tail else self.gradients(end)
+        base = chain.head_frames - self.bytes(shared) if to_tail else self.gradients(end)
         if to_tail and start == end:
             return [(self.need(chain.tail, base, 0, waiting), 0.0, None)]
         block, back = self.blocks[start], self.gradients(start)
@@ -247,24 +258,33 @@ class _Solver:
         for step, mode in modes:
             if mode is None:
                 continue
-            need = self.need(mode, base, back, waiting)
-            kept = mode.kept + (waiting if mode.keeps_input else 0)
+            new = self.bytes(mode.shared - shared)
+            need = self.need(mode, base, back, waiting, new)
+            kept = new + mode.kept + (waiting if mode.keeps_input else 0)
             stays = held or mode.keeps_input if block.aliases else mode.keeps_output
             points += [
                 (max(need, kept + later), mode.seconds + seconds, (step, after))
-                for later, seconds, after in self.interval(start + 1, end, stays)
+                for later, seconds, after in self.interval(
+                    start + 1, end, stays, shared | mode.shared
+                )
             ]
         for last, need, kept, seconds, aliased in self.runs(start, end - 1, waiting):
-            inner, rest = self.interval(start, last, True), self.interval(last + 1, end, aliased)
-            points += _run_before(base + need, kept, seconds, inner, rest)
+            taken = block.recompute.shared if block.recompute and to_tail else frozenset[Any]()
+            more = kept + self.bytes(taken - shared)
+            inner = self.interval(start, last, True)
+            rest = self.interval(last + 1, end, aliased, shared | taken)
+            points += _run_before(base + need, more, seconds, inner, rest)
         return _prune(points)
+
+    def bytes(self, shared: frozenset[Any]) -> int:
+        return sum(self.chain.shared[number] for number in shared)
 
     def gradients(self, index: int) -> int:
         """Bytes of the gradients that stand as backward reaches a block, that of its output too."""
         return self.blocks[index].output_gradient + self.chain.gradients[index + 1]
 
-    def need(self, mode: Mode, base: int, back: int, waiting: int) -> int:
-        return max(base + waiting + mode.forward_peak, self.backward(mode, back, waiting))
+    def need(self, mode: Mode, base: int, back: int, waiting: int, new: int = 0) -> int:
+        return max(base + waiting + mode.forward_peak, new + self.backward(mode, back, waiting))
 
     def backward(self, mode: Mode, back: int, waiting: int) -> int:
         if waiting and mode.keeps_input:

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import accumulate
 
@@ -48,6 +48,7 @@ class Trace:
         events: Number of the allocation and bytes, negative when freed.
         devices: By number of the allocation.
         at: By the name of a mark the index of the event after it; the last of that name counts.
+        times: By the name of a mark its time.
         number: By the name of a mark the allocation of its tensor; -1 if it is older than the run.
     """
 
@@ -57,12 +58,14 @@ class Trace:
         self.devices: list[torch.device] = []
         self.at: dict[str, int] = {}
         self.number: dict[str, int] = {}
+        self.times: dict[str, float] = {}
         with _one_profiler:  # until the bytes of the marks are freed: other threads would see it
             self._record(run, device)
 
     def _record(self, run: Callable[[Marks], object], device: str | None) -> None:
         marks = Marks()
         events = _allocations(partial(run, marks))
+        self.times = marks.times
         marked = {byte.data_ptr(): (name, address) for name, byte, address in marks.marked}
         standing: dict[int, tuple[int, int]] = {}  # by address, which later allocations reuse
         for where, address, size in events:
@@ -82,9 +85,10 @@ class Trace:
     def cut(self, start: str, end: str) -> list[tuple[int, int]]:
         return self.events[self.at[start] : self.at[end]]
 
-    def peak(self, start: str, end: str, *, stays: int = -1) -> int:
-        """Return the high-water mark of a phase above its start, as if `stays` were not freed."""
-        changes = (0 if n < 0 and number == stays else n for number, n in self.cut(start, end))
+    def peak(self, start: str, end: str, *, stay: Iterable[int] = ()) -> int:
+        """Return the high-water mark of a phase above its start, as if `stay` were not freed."""
+        kept = set(stay)
+        changes = (0 if n < 0 and number in kept else n for number, n in self.cut(start, end))
         return max(accumulate(changes, initial=0))
 
     def standing(self, start: str, end: str, at: str) -> dict[int, int]:

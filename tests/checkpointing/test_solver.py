@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -108,7 +109,8 @@ class Simulator:
         self.new(chain.gradients_before, "always")
         self.moment(chain.head_forward_peak)
         self.new(chain.head_kept, "head")
-        self.new(chain.head_frames, "frames")
+        self.new(chain.head_frames - sum(chain.shared.values()), "frames")
+        self.shared = {k: self.new(nbytes, "frames") for k, nbytes in chain.shared.items()}
         x = self.new(0 if chain.input_held else chain.input, "current")
         if chain.input_held:
             x.holders.append("head")
@@ -124,6 +126,8 @@ class Simulator:
         return self.peak, self.seconds
 
     def keep(self, mode: Mode, owner: object, x: Storage, y: Storage | None) -> None:
+        for number in mode.shared:
+            self.shared[number].holders.append(owner)
         if mode.keeps_input:
             x.holders.append(owner)
         if mode.keeps_output and y is not None:
@@ -154,6 +158,8 @@ class Simulator:
                 back.append((mode, owner, x, blocks[0]))
             else:
                 x.holders.append(owner)
+                for number in blocks[0].recompute.shared if len(blocks) == 1 else ():
+                    self.shared[number].holders.append(owner)
                 y = x
                 for block in blocks:
                     self.moment(block.recompute.forward_peak + (0 if y is x else y.nbytes))
@@ -311,6 +317,32 @@ def test_against_all_schedules_without_runs(count: int) -> None:
         chain = random_chain(random.Random(seed), count)
         singles = {s for s in flat(count, ("save", "selective")) if len(s) == count}
         assert len(singles) == 3**count
+        check(chain, singles, runs=False)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+def test_shared_arguments_against_all_schedules(count: int) -> None:
+    """Masks and tables that stand in the forward, and after it as long as some block keeps them."""
+    for seed in range(10):
+        draw = random.Random(seed)
+        chain = random_chain(draw, count)
+        shared = {number: draw.randint(0, 20) for number in range(3)}
+
+        def taking(way: Any, draw: random.Random = draw) -> Any:
+            return way and replace(way, shared=frozenset(draw.sample(range(3), draw.randint(0, 3))))
+
+        blocks = tuple(
+            replace(
+                block,
+                save=taking(block.save),
+                selective=taking(block.selective),
+                recompute=taking(block.recompute),
+            )
+            for block in chain.blocks
+        )
+        frames = chain.head_frames + sum(shared.values())
+        chain = replace(chain, blocks=blocks, shared=shared, head_frames=frames)
+        singles = {s for s in flat(count, ("save", "selective")) if len(s) == count}
         check(chain, singles, runs=False)
 
 
