@@ -5,28 +5,43 @@ block, segments, selective), torch.compile with and without `activation_memory_b
 micro-batches, and plans at three budgets. `peers`: against each of these peers a plan that may use
 what the peer uses. `cnn`: a chain of 13 unequal convolutions: plans against the square-root rule
 and against checkpointing each block. `predictions`: the predicted against the measured peak of
-every optimal plan of these models. Writes records to autograd_lib/report/records/.
+every optimal plan of these models. `ilp`: plans against the selective checkpoints that the integer
+program of `torch.distributed._tools` chooses, at equal bytes, on these models and on a chain of
+unequal layers (it needs pulp and pwlf, see requirements.txt, and runs where these are). Writes
+records to autograd_lib/report/records/.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
+import itertools
 import json
+import logging
 import math
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from io import StringIO
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
     checkpoint,
     checkpoint_sequential,
     create_selective_checkpoint_contexts,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from autograd_lib import CheckpointPlan, compare, peak_bytes, plan_checkpoints
 from autograd_lib.report import RECORDS, this_environment
@@ -194,6 +209,20 @@ def cnn(options: argparse.Namespace) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model.to(options.device), (x, torch.randint(10, (16,), device=options.device))
 
 
+def chain(options: argparse.Namespace) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Twelve blocks of unequal width: what a block costs in bytes says nothing of its seconds."""
+    torch.manual_seed(0)
+    widths = [256, 512, 128, 384, 640, 256, 512, 192, 768, 256, 448, 320, 256]
+    blocks = nn.Sequential()
+    for inputs, outputs in itertools.pairwise(widths):
+        layers = nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.GELU(), nn.Tanh()
+        blocks.append(nn.Sequential(*layers))
+    model = nn.Sequential()
+    model.blocks, model.head = blocks, nn.Linear(widths[-1], 10)
+    x = torch.randn(2048, widths[0], device=options.device)
+    return model.to(options.device), (x, torch.randint(10, (2048,), device=options.device))
+
+
 class Build:
     """Candidates of one model, each on a copy of its own."""
 
@@ -312,6 +341,174 @@ def run_predictions(options: argparse.Namespace) -> None:
     write("memory_predictions", options, {"plans": rows})
 
 
+def run_ilp(options: argparse.Namespace) -> None:
+    """PyTorch's integer program, and a plan that may use as many bytes as what it chose uses."""
+    if missing := [name for name in ("pulp", "pwlf") if importlib.util.find_spec(name) is None]:
+        print(f"left out, as {' and '.join(missing)} are not installed", flush=True)
+        return
+    rows = []
+    for make in (gpt, cnn, chain):
+        build = Build(*make(options))
+        reference, plain = exact_gradient(build.model, build.batch), peak_bytes(build().step)
+        start = time.perf_counter()
+        program = IntegerProgram(make, options, build)
+        seconds = {"ilp": time.perf_counter() - start}
+        candidate, start = build(), time.perf_counter()
+        plan = plan_checkpoints(candidate.model.blocks, candidate.whole_loss, 2**62)
+        seconds["plan"] = time.perf_counter() - start
+        for share in (0.9, 0.8, 0.65, 0.5):
+            chosen = program.within(int(share * plain))
+            if chosen is None:
+                print(f"{make.__name__} at {share}: the ILP finds nothing", flush=True)
+                continue
+            peer, predicted = chosen
+            peak = peak_bytes(peer.step)
+            try:
+                ours = build().following(plan.within(peak))
+            except ValueError as err:
+                print(f"{make.__name__} at {share}: {err}", flush=True)
+                continue
+            pair = {"ilp": peer, "plan": ours}
+            errors = {name: gradient_error(c, reference) for name, c in pair.items()}
+            flops = {name: flops_of(c.step) for name, c in pair.items()}
+            result = compare({name: c.step for name, c in pair.items()}, rounds=options.rounds)
+            rows.append(
+                {
+                    "model": make.__name__,
+                    "share": share,
+                    "budget": int(share * plain),
+                    "planning_seconds": seconds,
+                    "predicted_bytes": {"ilp": predicted, "plan": ours.plan.predicted_bytes},
+                    "peak_bytes": result.peak_bytes,
+                    "flops": flops,
+                    "gradient_error": errors,
+                    "medians": result.medians,
+                    "ratio": result.ratios["plan"]._asdict(),
+                    "noise": result.noise._asdict(),
+                    "verdict": result.verdict("plan"),
+                }
+            )
+            print(
+                f"{make.__name__} at {share} of plain ({share * plain / MiB:.1f} MiB): ILP "
+                f"{result.peak_bytes['ilp'] / MiB:.1f} MiB, plan "
+                f"{result.peak_bytes['plan'] / MiB:.1f} MiB; time of the plan "
+                f"{result.ratios['plan']} of the ILP's ({result.verdict('plan')}), FLOPs "
+                f"{flops['plan'] / flops['ilp']:.3f}",
+                flush=True,
+            )
+        print(f"{make.__name__}: planned in {seconds} s", flush=True)
+    write("memory_ilp", options, {"rounds": options.rounds, "plans": rows})
+
+
+class IntegerProgram:
+    """The statistics of one model that `torch.distributed._tools` takes, and what it makes of them.
+
+    Operators are timed one by one on the device, which its own code does on CUDA only: on the CPU
+    `torch.cuda`'s events are replaced by the clock.
+    """
+
+    def __init__(self, make: Callable[..., Any], options: argparse.Namespace, build: Build) -> None:
+        # ruff: noqa: PLC0415 - what these import is not installed everywhere
+        from torch.distributed._tools.ilp_utils import aggregate_stats, parse_module_info
+        from torch.distributed._tools.mem_tracker import MemTracker
+        from torch.distributed._tools.runtime_estimator import RuntimeEstimator
+        from torch.distributed._tools.sac_estimator import SACEstimator
+
+        self.build, self.estimator = build, SACEstimator()
+        self.parameter_bytes = sum(p.nbytes for p in build.model.parameters())
+        device, runtime, memory = build.batch[0].device, RuntimeEstimator(), MemTracker()
+        stay = mock.patch.object(nn.Module, "to", lambda module, device: module)
+        with cpu_events(device), redirect_stdout(StringIO()), FakeTensorMode():
+            with torch.device(device), stay:  # a fake module is made where it is, and cannot move
+                model, batch = make(options)
+            candidate = Candidate(model, batch)
+            memory.track_external(model)
+            with memory:
+                for _ in range(2):
+                    memory.reset_mod_stats()
+                    candidate.step()
+            with runtime("operator-level-benchmark"):
+                candidate.step()
+            with self.estimator("operator-level-benchmark"):
+                candidate.whole_loss()
+            info = aggregate_stats(model, memory, runtime, self.estimator, device)
+        self.graph = parse_module_info(info)
+        root = self.graph.nodes[0]["fqn"]
+        self.units = [f"{root}.blocks.{i}" for i in range(len(build.model.blocks))]
+        for node in self.graph.nodes:
+            if node["fqn"] not in self.units:  # whose lines may be NaN, and do not matter
+                node["n_segments"] = 0
+
+    def within(self, budget: int) -> tuple[Candidate, int] | None:
+        """A candidate with the checkpoints chosen, and the peak that was predicted."""
+        from torch.distributed._tools.sac_ilp import (
+            get_optimal_checkpointing_policy_per_module,
+            sac_milp,
+        )
+
+        logging.getLogger("torch.distributed._tools.sac_ilp").setLevel(logging.ERROR)
+        total = (budget + self.parameter_bytes) / 2**30
+        discarded, _, peak = sac_milp(self.graph, total, ac_units=self.units)
+        if peak < 0:
+            return None
+        candidate = self.build()
+        for name, share in discarded.items():
+            stats = self.estimator.sac_mod_stats[name]
+            kept = get_optimal_checkpointing_policy_per_module(stats, 1 - share)
+            block = candidate.model.get_submodule(name.partition(".")[2])
+            policy = partial(in_order, stats.func_names, kept)
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, context_fn=policy
+            )
+        return candidate, peak - self.parameter_bytes
+
+
+def in_order(names: list[str], kept: list[int]) -> tuple[Any, Any]:
+    """Contexts that keep the results of operators by their place in the forward."""
+    seen = Counter[bool]()
+
+    def policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operator in SAC_IGNORED_OPS:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        place = seen[ctx.is_recompute]
+        seen[ctx.is_recompute] += 1
+        assert operator._overloadpacket.__name__ == names[place], (operator, names[place])
+        return CheckpointPolicy.MUST_SAVE if kept[place] else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+@contextmanager
+def cpu_events(device: torch.device) -> Iterator[None]:
+    """The clock in place of CUDA's events, unless there is CUDA."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.time = 0.0
+
+        def record(self, stream: object) -> None:
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, end: Any) -> float:
+            return 1e3 * (end.time - self.time)
+
+    if device.type == "cuda":
+        yield
+        return
+    with (
+        mock.patch.object(torch.cuda, "Event", Event),
+        mock.patch.object(torch.cuda, "current_stream", return_value=None),
+        mock.patch.object(torch.cuda, "synchronize", return_value=None),
+    ):
+        yield
+
+
+def flops_of(step: Step) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def report(
     options: argparse.Namespace,
     record: str,
@@ -346,7 +543,13 @@ def write(record: str, options: argparse.Namespace, content: dict[str, Any]) -> 
     print(f"wrote autograd_lib/report/records/{path.name}", flush=True)
 
 
-PARTS = {"gpt": run_gpt, "peers": run_peers, "cnn": run_cnn, "predictions": run_predictions}
+PARTS = {
+    "gpt": run_gpt,
+    "peers": run_peers,
+    "cnn": run_cnn,
+    "predictions": run_predictions,
+    "ilp": run_ilp,
+}
 
 
 def main() -> None:
