@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 def read_batch(operation: str, batch: Any) -> Batch:
     """Plain dicts, tuples and tensors, from what a loader or a tokenizer gives."""
     if isinstance(batch, Mapping):
-        return _plain(batch)
+        return plain(batch)
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         of = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise ValueError(
@@ -50,18 +50,20 @@ def read_batch(operation: str, batch: Any) -> Batch:
             f"(inputs, targets), got {type(batch).__name__}{of}; set collate_fn of the loader, "
             "with several inputs in a tuple of their own and None for targets that there are not"
         )
-    inputs, targets = map(_plain, batch)
+    inputs, targets = map(plain, batch)
     if isinstance(inputs, dict) and targets is None:
         return inputs
     # The collate_fn of a loader makes a list of a tuple.
     return tuple(inputs) if isinstance(inputs, list) else inputs, targets
 
 
-def _plain(tree: Any) -> Any:
+def plain(tree: Any) -> Any:
+    """A tree of dicts, lists, tuples and tensors, of mappings and NumPy arrays."""
+
     # What pytrees do not know, as the dict of a tokenizer, is a leaf of theirs.
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, Mapping):
-            return _plain(dict(leaf))
+            return plain(dict(leaf))
         # Not by `from_numpy`, which warns of arrays that are read-only.
         return torch.tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
 
@@ -152,10 +154,26 @@ def split(operation: str, batch: Any, size: int | None, count: Count | None) -> 
     """
     parts = [read_batch(operation, batch)]
     if size is not None and size < (whole := batch_size(operation, parts[0])):
+        _check_lists(operation, parts[0], whole)
         cuts = [slice(start, start + size) for start in range(0, whole, size)]
         parts = [tree_map_only(Tensor, itemgetter(cut), parts[0]) for cut in cuts]
     counts = [samples_of(operation, p) if count is None else count(targets_of(p)) for p in parts]
     return [Piece(part, float(n), float(n)) for part, n in zip(parts, counts, strict=True)]
+
+
+def _check_lists(operation: str, batch: Batch, samples: int) -> None:
+    """Raise for a list with an entry for each sample, which a cut through tensors would miss."""
+
+    def is_listed(tree: Any) -> bool:
+        listed = isinstance(tree, list) and len(tree) == samples
+        return listed and not all(isinstance(entry, Tensor) for entry in tree)
+
+    if any(map(is_listed, tree_leaves(batch, is_leaf=is_listed))):
+        raise ValueError(
+            f"{operation}: to divide a batch of {samples} samples, expected tensors, got a list "
+            "with an entry for each sample; make a tensor of it, or leave micro_batch out and let "
+            "the loader make the batches small enough"
+        )
 
 
 def check_counted(operation: str, total: float) -> None:

@@ -586,5 +586,5 @@ class AutogradTrainingSystem:
             NotImplementedError: An operation has no rule.
         """
         setup.check_higher_order(self.config, self.module)
-        input, target = move((input, target), self.device)
+        input, target = move(batches.plain((input, target)), self.device)
         return derivative_tower(self.module, self.loss_fn, input, target, order, direction)

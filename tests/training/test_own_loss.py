@@ -183,7 +183,7 @@ def test_a_contrastive_loss_is_refused() -> None:
 
 def test_derivatives_of_the_own_loss() -> None:
     model, batch = architecture("bert")
-    tower = system_of(model).compute_higher_order_gradients(batch, order=2)
+    tower = system_of(model).compute_higher_order_gradients(UserDict(batch), order=2)
     assert tower.values[0].item() == pytest.approx(model(**batch).loss.item())
     model.zero_grad()
     model(**batch).loss.backward()
@@ -487,6 +487,31 @@ def test_nets_by_hand_are_divided_rightly_or_not_at_all(name: str) -> None:
             batch
         )
         assert apart(gradient(model), expected) < 1e-5
+
+
+def test_lists_with_an_entry_for_each_sample_are_not_cut() -> None:
+    """Boxes of two objects in each of two images look like tensors of two samples."""
+    model, batch = labelled()
+    count = lambda _: 1.0  # noqa: E731
+    entries = [{"boxes": torch.zeros(4, 4)} for _ in range(4)]
+    features = [torch.zeros(4, 2), torch.zeros(4, 3)]
+    seen = []
+
+    def forward(tokens: Tensor, labels: Tensor, extra: Any) -> Any:
+        seen.append(extra)
+        return Labelled.forward(model, tokens, labels)
+
+    model.forward = forward  # type: ignore[method-assign]
+    for extra in (entries, ["a", "b", "c", "d"]):
+        system_of(model, count=count).train_step({**batch, "extra": extra})
+        message = (
+            r"^train_step: to divide a batch of 4 samples, expected tensors, got a list with an"
+        )
+        with pytest.raises(ValueError, match=message):
+            system_of(model, size=2, count=count).train_step({**batch, "extra": extra})
+    seen.clear()
+    system_of(model, size=2).train_step({**batch, "extra": features})
+    assert [[tuple(t.shape) for t in extra] for extra in seen] == [[(2, 2), (2, 3)]] * 2
 
 
 # --- loaders
