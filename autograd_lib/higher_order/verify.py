@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -39,8 +39,10 @@ class DerivativeReport(Table):
         values: for each way, the derivatives up to the order that it reached.
         errors: for each way that raised, what it raised.
         rtol: the relative error that passes.
-        first_wrong: for each way, the first order at which it disagrees with the fit, or which it
-            does not reach; None where all orders agree.
+        others: reports along further directions, which were taken where the ways disagree and this
+            fit cannot tell which is wrong.
+        first_wrong: for each way, the first order at which it disagrees with the fit here or in
+            `others`, or which it does not reach; None where all orders agree.
     """
 
     fit: list[float]
@@ -48,14 +50,29 @@ class DerivativeReport(Table):
     values: dict[str, list[float]]
     errors: dict[str, str]
     rtol: float
+    others: list[DerivativeReport] = field(default_factory=list)
 
     @property
     def first_wrong(self) -> dict[str, int | None]:
-        def first(found: list[float]) -> int | None:
-            wrong = (k for k in range(len(found)) if self._verdict(found, k) == "wrong")
-            return next(wrong, len(found) if len(found) < len(self.fit) else None)
+        def first(report: DerivativeReport, name: str) -> list[int]:
+            found = report.values[name]
+            wrong = [k for k in range(len(found)) if report._verdict(found, k) == "wrong"]
+            return wrong[:1] or ([len(found)] if len(found) < len(report.fit) else [])
 
-        return {name: first(found) for name, found in self.values.items()}
+        reports = [self, *self.others]
+        return {
+            name: min([k for report in reports for k in first(report, name)], default=None)
+            for name in self.values
+        }
+
+    def disputed(self) -> bool:
+        """Whether the ways differ at an order at which the fit calls none of them wrong."""
+        wrong = [k for k in self.first_wrong.values() if k is not None]
+        for k in range(min(wrong, default=len(self.fit))):
+            found = [values[k] for values in self.values.values() if k < len(values)]
+            if len(found) > 1 and not np.ptp(found) <= 2 * self.rtol * np.abs(found).max():
+                return True
+        return False
 
     @property
     def ok(self) -> bool:
@@ -97,7 +114,10 @@ class DerivativeReport(Table):
         return title, ["order", "fit", *self.values], rows
 
     def _notes(self) -> list[str]:
-        return [f"{name} raises {error}" for name, error in self.errors.items()]
+        notes = [f"{name} raises {error}" for name, error in self.errors.items()]
+        if self.others:
+            notes.append(f"decided along {len(self.others)} further directions, by sign of v")
+        return notes
 
 
 def verify_derivatives(
@@ -115,7 +135,10 @@ def verify_derivatives(
     "Approximation Theory and Approximation Practice"); the fit's own derivatives at 0 are compared
     with those that automatic differentiation returns. By default: `jet`; `reverse`, nested
     `torch.autograd.grad`; `forward`, nested `torch.func.jvp`. Several widths are tried; the one
-    whose fits of two degrees agree best counts, and their difference is the uncertainty.
+    whose fits of two degrees agree best counts. The uncertainty is their difference, with what the
+    rounding of f, to float32 inside perhaps, and the fit's misses between its points do to it.
+    Where the ways disagree and the fit cannot tell which is wrong, further directions are tried,
+    which differ from `v` in the signs of its entries.
 
     Args:
         f: a function as for `jet`. It must take float64: convert a copy of a model by
@@ -163,17 +186,27 @@ def verify_derivatives(
             )
         return (y * weights[0]).sum()
 
-    fit, uncertainty = _fit(lambda t: one(_step(x, v, t)).item(), order)
-    values: dict[str, list[float]] = {}
-    errors: dict[str, str] = {}
-    for name, way in (_WAYS if ways is None else ways).items():
-        values[name] = []
-        try:
-            for found in itertools.islice(way(one, x, v, order), order + 1):
-                values[name].append(found.item())
-        except (RuntimeError, NotImplementedError) as error:
-            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return DerivativeReport(fit, uncertainty, values, errors, rtol)
+    def along(v: Inputs) -> DerivativeReport:
+        fit, uncertainty = _fit(lambda t: one(_step(x, v, t)).item(), order)
+        values: dict[str, list[float]] = {}
+        errors: dict[str, str] = {}
+        for name, way in (_WAYS if ways is None else ways).items():
+            values[name] = []
+            try:
+                for found in itertools.islice(way(one, x, v, order), order + 1):
+                    values[name].append(found.item())
+            except (RuntimeError, NotImplementedError) as error:
+                errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        return DerivativeReport(fit, uncertainty, values, errors, rtol)
+
+    report, generator = along(v), torch.Generator().manual_seed(0)
+    while report.disputed() and len(report.others) < _DIRECTIONS:
+        report.others.append(along(map_tensors(lambda t: t * _signs(t, generator), v)))
+    return report
+
+
+def _signs(t: Tensor, generator: torch.Generator) -> Tensor:
+    return (2 * torch.randint(0, 2, t.shape, generator=generator) - 1).to(t)
 
 
 def _step(x: Inputs, v: Inputs, t: Any) -> Inputs:
@@ -212,6 +245,8 @@ def _slope(g: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 _WAYS: dict[str, Callable[..., Any]] = {"jet": jet, "reverse": _reverse, "forward": _forward}
+_BETWEEN = (-0.83, -0.29, 0.37, 0.71)  # no points of a fit
+_DIRECTIONS = 8  # at most, beyond the given one
 _WIDTHS = (2.0, 1.0, 0.5, 0.25, 0.12, 0.06)
 
 
@@ -220,6 +255,11 @@ def _fit(g: Callable[[float], float], order: int) -> tuple[list[float], list[flo
     at_zero, finite = g(0.0), False
     # The last coefficients over a short interval are noise: of float64, or of what f computes in.
     noise = np.abs(_interpolate(g, _WIDTHS[-1], order + 16).coef[-3:]).max()
+    samples = np.array([g(share * _WIDTHS[-1]) for share in _BETWEEN])
+    with np.errstate(over="ignore"):
+        rounded = np.array_equal(samples, samples.astype(np.float32))
+    if rounded:  # to steps, on which the samples may all be the same
+        noise = np.nanmax([noise, np.finfo(np.float32).eps * np.abs(samples).max()])
     best: list[tuple[float, float]] = []
     for width, (low, high) in itertools.product(_WIDTHS, ((4, 6), (12, 16))):
         fits = [_interpolate(g, width, degree) for degree in (order + low, order + high)]
@@ -227,10 +267,10 @@ def _fit(g: Callable[[float], float], order: int) -> tuple[list[float], list[flo
         if not all(np.isfinite(series.coef).all() for series in fits):
             continue
         finite = True
-        between = 0.37 * width  # no point of the fit
-        if abs(float(fits[1](between)) - g(between)) > 1e-5 * largest:
+        miss = max(abs(float(fits[1](t)) - g(t)) for t in np.array(_BETWEEN) * width)
+        if not miss <= 1e-5 * largest:
             continue  # too wide to resolve f
-        error = np.finfo(np.float64).eps * largest + (noise if math.isfinite(noise) else 0.0)
+        error = np.finfo(np.float64).eps * largest + miss + (noise if math.isfinite(noise) else 0)
         for k in range(order + 1):
             rough, fine = (float((series.deriv(k) if k else series)(0.0)) for series in fits)
             doubt = abs(fine - rough) + error * _amplification(order + high, k) / width**k

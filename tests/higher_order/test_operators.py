@@ -2007,6 +2007,65 @@ def test_a_function_that_rounds_to_float32_is_not_called_wrong() -> None:
         assert report.ok, report
 
 
+class RoundsInside(nn.Module):
+    """Blocks in float64 whose norms and softmax compute in float32, as in many language models."""
+
+    def __init__(self, depth: int = 4, width: int = 12) -> None:
+        super().__init__()
+        self.mix = nn.ModuleList(nn.Linear(width, width).double() for _ in range(2 * depth))
+
+    def norm(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in zip(self.mix[::2], self.mix[1::2], strict=True):
+            weights = torch.softmax((first(self.norm(x)) @ self.norm(x).mT).float(), -1)
+            x = x + weights.double() @ F.silu(second(self.norm(x)))
+        return self.norm(x).square().mean() + x.float().logsumexp(-1).double().mean()
+
+
+def test_a_deep_model_that_rounds_inside_is_not_called_wrong() -> None:
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model, x = RoundsInside(), torch.randn(2, 5, 12).double()
+        parameters = {k: p.detach() for k, p in model.named_parameters()}
+        v = {k: 0.3 * torch.randn_like(p) for k, p in parameters.items()}
+        report = verify_derivatives(
+            lambda p: functional_call(model, p, (x,)),  # noqa: B023
+            parameters,
+            v,
+            3,
+            ways={"jet": jet},
+        )
+        assert report.first_wrong == {"jet": None}, (seed, report)
+
+
+def test_further_directions_tell_which_of_two_ways_is_wrong() -> None:
+    """Along v the third derivative is lost in the rounding; along (1, -1) it is large."""
+
+    def f(x: Tensor) -> Tensor:
+        return (20 * (x[0] - x[1]) ** 3 + 0.02 * x[0] ** 3 + 1e4).float().double()
+
+    def right(f: Any, x: Tensor, v: Tensor, order: int) -> list[Tensor]:
+        return list(jet(lambda x: 20 * (x[0] - x[1]) ** 3 + 0.02 * x[0] ** 3 + 1e4, x, v, order))
+
+    def wrong(f: Any, x: Tensor, v: Tensor, order: int) -> list[Tensor]:
+        found = right(f, x, v, order)
+        return [*found[:3], 1.5 * found[3]]
+
+    x, v = torch.tensor([0.3, 0.2]), torch.tensor([1.0, 1.0])
+    report = verify_derivatives(f, x, v, 3, ways={"right": right, "wrong": wrong})
+    assert report.first_wrong == {"right": None, "wrong": 3}
+    assert report.others
+    assert "wrong: wrong from order 3 on" in repr(report)
+    assert f"decided along {len(report.others)} further directions" in repr(report)
+    assert not report.ok
+    alone = verify_derivatives(f, x, v, 3, ways={"wrong": wrong})
+    assert not alone.others  # nobody to disagree with
+    assert alone.first_wrong == {"wrong": None}
+
+
 def test_complex_values_are_checked_in_both_parts() -> None:
     x = torch.tensor([1 + 1j, 2 - 1j])
     assert verify_derivatives(lambda x: (x**3).sum(), x, torch.ones(2) + 0j, 3).ok
