@@ -134,8 +134,9 @@ class ModuleState:
             table[name] = buffer
         for tensor, value in self._values:
             try:
-                # Through .data, so that a graph from before does not count it as a change.
-                tensor.data.copy_(value)
+                # Through .data, so that a graph from before does not count it as a change; that of
+                # a sparse tensor is another one.
+                (tensor.data if tensor.layout is torch.strided else tensor).copy_(value)
             except RuntimeError:
                 if is_writable(tensor):
                     raise

@@ -1,4 +1,4 @@
-"""The monitor on what people train: architectures of `transformers`, adapters, Accelerate."""
+"""The monitor on what people train: `transformers`, nets by hand, adapters, Accelerate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from autograd_lib import GradientMonitor
 
 pytest.importorskip("transformers")
 from architectures import ARCHITECTURES
+from handwritten import NETS
 
+MODELS = ARCHITECTURES | NETS
 # Its losses are sums, and the first attention of its decoder sees queries that are all zero: there
 # the gradient of a whole module is 1e-13.
 LIMITS: dict[str, dict[str, Any]] = {"detr": {"explode_above": 1e6, "vanish_below": 1e-20}}
@@ -24,29 +26,35 @@ def train(
     name: str, watched: bool, prepare: Any = lambda model, optimizer: (model, optimizer)
 ) -> tuple[list[Tensor], GradientMonitor, list[float], set[str]]:
     """Five steps, clipped: the parameters, the monitor, norms and absences as PyTorch has them."""
-    model, batch = ARCHITECTURES[name]()
+    model, batch = MODELS[name]()
     torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    is_sparse = any(getattr(module, "sparse", False) for module in model.modules())
+    kind = torch.optim.SGD if is_sparse else torch.optim.AdamW  # which refuses sparse gradients
+    optimizer = kind(model.parameters(), lr=1e-3)
     prepared, stepping = prepare(model, optimizer)
     monitor = GradientMonitor(model, stepping, **LIMITS.get(name, {}))
     norms: list[float] = []
     missing: set[str] = set()
     with monitor if watched else contextlib.nullcontext():
         for _ in range(5):
-            prepared(**batch).loss.backward()
+            prepared(**batch)["loss"].backward()
             grads = [p.grad for p in model.parameters() if p.grad is not None]
-            norms.append(nn.utils.get_total_norm(grads).item())
+            norms.append(nn.utils.get_total_norm([grad.to_dense() for grad in grads]).item())
             absent = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
             missing |= absent  # those that this loss, or a dropped layer, does not reach
             if watched:
                 monitor.look()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            if is_sparse:  # as clip_grad_norm_ does, which refuses them too
+                for grad in grads:
+                    grad.mul_(min(1.0, 0.1 / norms[-1]))
+            else:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             stepping.step()
             stepping.zero_grad()
     return [p.detach() for p in model.parameters()], monitor, norms, missing
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_healthy_model_has_no_issue_and_trains_as_before(name: str) -> None:
     parameters, monitor, norms, missing = train(name, watched=True)
     assert all(map(torch.equal, parameters, train(name, watched=False)[0]))

@@ -1747,6 +1747,46 @@ def test_rows_of_a_sparse_gradient_that_add_up_are_one():
     assert guard(step(1, 1, 1, 1)).kind == "spike"  # 8; the rows by themselves have 4
 
 
+@pytest.mark.parametrize("spike_above", [None, 1.5])
+def test_a_sparse_gradient_is_what_it_was_before_a_refused_step(spike_above):
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+
+    def step(scale, *rows):
+        return lambda: (model(torch.tensor(rows)) * scale).sum().backward()
+
+    guard = NonFiniteGuard(model, spike_above)
+    for _ in range(20):
+        model.zero_grad()
+        assert guard(step(1.0, 0, 1, 1)) is None
+    before = [parameter.grad.to_dense().clone() for parameter in model.parameters()]
+    looks = [(guard, NAN), (lambda s: find_nonfinite(model, s), 1.0)]
+    for look, scale in looks + ([(guard, 1e3)] if spike_above else []):
+        assert (look(step(scale, 2, 1, 4)) is None) == (scale == 1.0)
+        after = [parameter.grad.to_dense() for parameter in model.parameters()]
+        assert all(map(torch.equal, after, before))
+
+
+def test_what_an_operation_never_writes_is_no_nan():
+    """The table of `ctc_loss` has such elements; deterministic mode fills them with NaN."""
+    x, lengths = torch.randn(12, 2, 5), torch.tensor([12, 7])
+    model = nn.Linear(5, 6)
+    targets = torch.tensor([[1, 2, 3, 4], [5, 1, 0, 0]])
+
+    def step():
+        logs = model(x).log_softmax(-1)
+        F.ctc_loss(logs, targets, lengths, torch.tensor([4, 2])).backward()
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert find_nonfinite(model, step) is None
+        with torch.no_grad():
+            model.weight[0, 0] = NAN
+        assert find_nonfinite(model, step).name == "weight"
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def test_larger_gradients_that_stay_are_let_through():
     model = Weight()
     guard = NonFiniteGuard(model, spike_above=3.0)

@@ -14,13 +14,15 @@ from autograd_lib.nonfinite.guard import NonFiniteGuard, find_nonfinite
 
 pytest.importorskip("transformers")
 from architectures import ARCHITECTURES
+from handwritten import NETS
 
-NAMES = sorted(ARCHITECTURES)
+MODELS = ARCHITECTURES | NETS
+NAMES = sorted(MODELS)
 
 
 def stepping(model: nn.Module, batch: dict[str, Any]) -> Callable[[], Tensor]:
     def step() -> Tensor:
-        loss = model(**batch).loss
+        loss = model(**batch)["loss"]
         loss.backward()
         return loss
 
@@ -38,18 +40,18 @@ def copied(tensors: list[Tensor | None]) -> list[Tensor | None]:
 def assert_same(a: list[Tensor | None], b: list[Tensor | None]) -> None:
     for x, y in zip(a, b, strict=True):
         assert (x is None) == (y is None)
-        assert x is None or torch.equal(x.nan_to_num(), y.nan_to_num())
+        assert x is None or torch.equal(x.to_dense().nan_to_num(), y.to_dense().nan_to_num())
 
 
 @pytest.mark.parametrize("spike_above", [None, 10.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_healthy_step_is_what_it_is_without_a_guard(name: str, spike_above: float | None) -> None:
-    model, batch = ARCHITECTURES[name]()
+    model, batch = MODELS[name]()
     torch.manual_seed(1)
     loss = stepping(model, batch)().detach()
     expected = [*copied(state(model)), torch.get_rng_state()]
 
-    model, batch = ARCHITECTURES[name]()
+    model, batch = MODELS[name]()
     guard = NonFiniteGuard(model, spike_above)
     torch.manual_seed(1)
     assert guard(stepping(model, batch)) is None
@@ -64,14 +66,14 @@ def breaks(model: nn.Module, batch: dict[str, Any]) -> bool:
     """Whether a NaN reaches the loss; the matcher of DETR raises instead."""
     try:
         with torch.random.fork_rng():
-            return not math.isfinite(model(**batch).loss.item())
+            return not math.isfinite(model(**batch)["loss"].item())
     except ValueError:
         return True
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_nan_in_one_weight_is_named(name: str) -> None:
-    model, batch = ARCHITECTURES[name]()
+    model, batch = MODELS[name]()
     model.eval()  # dropout may hide it
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     seen = 0
@@ -92,5 +94,5 @@ def test_a_nan_in_one_weight_is_named(name: str) -> None:
                 assert_same(state(model), before)
         with torch.no_grad():
             element.copy_(good)
-    assert seen >= 5
+    assert seen >= min(5, len(named) - 2)  # the bags of the recommender lack some words
     assert NonFiniteGuard(model)(stepping(model, batch)) is None
