@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 from torch import Tensor
 
 from autograd_lib.callbacks.shared import FrameworkCallback, callback_class, shallow_copy
+from autograd_lib.core.batches import loss_within
 from autograd_lib.core.snapshot import drop_gradients
 
 __all__ = ["lightning_callback"]
@@ -78,7 +79,7 @@ class _LightningHooks(FrameworkCallback):
 
             def replay() -> object:
                 with mock.patch.object(pl_module, "log"):
-                    loss = _loss_of(original(*map(shallow_copy, kept)))
+                    loss = loss_within(original(*map(shallow_copy, kept)))
                 loss = loss / trainer.accumulate_grad_batches
                 pl_module.backward(loss if self._scaler is None else self._scaler.scale(loss))
                 return loss.detach()
@@ -87,7 +88,7 @@ class _LightningHooks(FrameworkCallback):
             self._replay = None if isinstance(kept[0], Iterator) else replay
             with self._explained(self._replay if pl_module.automatic_optimization else None):
                 output = original(*args)
-            loss = _loss_of(output)
+            loss = loss_within(output)
             self._loss = loss.detach() if isinstance(loss, Tensor) else None
             return output
 
@@ -110,11 +111,6 @@ def _place(trainer: Any, optimizer: Any) -> int:
     """The place of an optimizer, or of Lightning's wrapper around it, among all."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return next(i for i, o in enumerate(trainer.optimizers) if o is inner)
-
-
-def _loss_of(output: Any) -> Any:
-    """The loss in what `training_step` returns."""
-    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def lightning_callback(*, guard: bool = True, max_nonfinite: int = 3, **options: Any) -> Any:

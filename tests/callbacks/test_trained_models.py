@@ -30,6 +30,8 @@ from autograd_lib import (
 pytestmark = [
     # Lightning asks torch for a class of pytree that torch has since renamed.
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning"),
+    # peft asks transformers for a name that is on its way out.
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     # A data loader without workers is enough for three batches.
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
 ]
@@ -40,6 +42,19 @@ if HAS_TRANSFORMERS:
     from architectures import ARCHITECTURES
 
     MODELS |= ARCHITECTURES
+if HAS_TRANSFORMERS and importlib.util.find_spec("peft") is not None:
+
+    def adapted() -> tuple[nn.Module, dict[str, Any]]:
+        """Adapters in a model whose own weights are frozen."""
+        peft = importlib.import_module("peft")
+        model, batch = ARCHITECTURES["llama"]()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1)
+            return peft.get_peft_model(model, config).train(), batch
+
+    MODELS["adapted by peft"] = adapted
+
 STEPS, CLIP = 3, 0.1
 # Losses of DETR are sums, and one attention of its decoder sees queries that are all zero.
 LIMITS: dict[str, Any] = {"explode_above": 1e6, "vanish_below": 1e-20}
