@@ -4,6 +4,7 @@ import autograd_lib.higher_order.rules  # noqa: F401 - fills the table of rules
 from autograd_lib.higher_order.ggn import fisher_product, ggn_product
 from autograd_lib.higher_order.operators import (
     Estimate,
+    biharmonic,
     hessian_diagonal,
     hessian_trace,
     hvp,
@@ -20,6 +21,7 @@ __all__ = [
     "DerivativeReport",
     "DerivativeTower",
     "Estimate",
+    "biharmonic",
     "derivative_tower",
     "fisher_product",
     "ggn_product",

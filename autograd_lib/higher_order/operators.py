@@ -30,8 +30,17 @@ from autograd_lib.higher_order.inputs import (
     sum_dtype,
     tensors_of,
 )
+from autograd_lib.higher_order.taylor import jet
 
-__all__ = ["Estimate", "hessian_diagonal", "hessian_trace", "hvp", "laplacian", "linearize_hvp"]
+__all__ = [
+    "Estimate",
+    "biharmonic",
+    "hessian_diagonal",
+    "hessian_trace",
+    "hvp",
+    "laplacian",
+    "linearize_hvp",
+]
 
 
 def hvp(f: Scalar, x: Inputs, v: Inputs) -> Any:
@@ -120,8 +129,8 @@ def linearized_hvp(operation: str, f: Scalar, x: Inputs) -> Callable[[Inputs], A
     return product
 
 
-def laplacian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    r"""Return $\Delta f(x) = \sum_i \partial_i^2 f(x)$ in one pass.
+def laplacian(f: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor | None = None) -> Tensor:
+    r"""Return $\Delta f(x) = \sum_i \partial_i^2 f(x)$ in one pass, or a weighted sum.
 
     Collapsed Taylor mode, the forward Laplacian (Li et al. 2024, "A computational framework for
     neural network-based variational Monte Carlo with forward Laplacian"): beside the value every
@@ -131,13 +140,17 @@ def laplacian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     Args:
         f: a function of one tensor that returns a tensor, usually a scalar.
         x: a floating-point tensor, usually of shape `(d,)`. Take `torch.func.vmap` over batches.
+        weight: `(r, *x.shape)`, the r directions whose second derivatives are summed instead of
+            those of the coordinates: for $W$ it is $\operatorname{tr}(W^\top W\, \nabla^2 f)$, as
+            with $W = \sigma^\top$ in the generator of a diffusion. The cost grows with r.
 
     Returns:
-        A tensor like `f(x)`.
+        A tensor like `f(x)`, differentiable with respect to `weight`, too.
 
     Raises:
         NotImplementedError: as `jet`.
         TypeError: if `x` is not floating point, or `f` returns no tensor.
+        ValueError: if `weight` has another shape or dtype.
 
     Example:
         >>> laplacian(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]))
@@ -147,15 +160,55 @@ def laplacian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
 
     def seed(x: Tensor, _: Tensor) -> Jet:
-        n = x.numel()
-        ones = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, *x.shape)
-        return Jet(torch.cat([x[None], ones, torch.zeros_like(x)[None]]), Laplace())
+        along = _units(x) if weight is None else weight
+        return Jet(torch.cat([x[None], along, torch.zeros_like(x)[None]]), Laplace())
 
     check_uncompiled("laplacian")
     if isinstance(x, Mapping):
         raise TypeError("laplacian: expected x to be a tensor, got a dict")
+    if weight is not None and (weight.shape[1:], weight.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"laplacian: expected weight of shape (r, *{tuple(x.shape)}) and {x.dtype}, a "
+            f"direction in each row, got {tuple(weight.shape)} {weight.dtype}"
+        )
     y = check_tensor("laplacian", f(follow("laplacian", x, x, seed)))
     return y.stack[-1] if isinstance(y, Jet) else torch.zeros_like(y)
+
+
+def _units(x: Tensor) -> Tensor:
+    """One direction for each number of x."""
+    n = x.numel()
+    return torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, *x.shape)
+
+
+def biharmonic(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    r"""Return $\Delta^2 f(x) = \sum_{ij} \partial_i^2 \partial_j^2 f(x)$.
+
+    From the fourth derivatives along the $d^2$ directions $e_i$ and $e_i \pm e_j$, each by `jet`
+    (Griewank, Utke & Walther 2000, "Evaluating higher derivative tensors by forward propagation of
+    univariate Taylor series"); it is differentiable, too.
+
+    Args:
+        f: a function of one tensor that returns a tensor, usually a scalar.
+        x: a floating-point tensor of d numbers. Take `torch.func.vmap` over batches.
+
+    Returns:
+        A tensor like `f(x)`.
+
+    Raises:
+        NotImplementedError: as `jet`.
+        TypeError: if `x` is not floating point, or `f` returns no tensor.
+
+    Example:
+        >>> biharmonic(lambda x: x.square().sum() ** 2, torch.ones(3))  # 8 d (d + 2)
+        tensor(120.)
+    """
+    check_floating("biharmonic", x)
+    d, units = x.numel(), _units(x)
+    i, j = torch.triu_indices(d, d, 1, device=x.device)
+    directions = torch.cat([units, units[i] + units[j], units[i] - units[j]])
+    fourth = torch.vmap(lambda v: jet(f, x, v, 4)[4])(directions)
+    return (4 - d) / 3 * fourth[:d].sum(0) + fourth[d:].sum(0) / 6
 
 
 class Estimate(NamedTuple):

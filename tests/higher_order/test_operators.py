@@ -30,6 +30,7 @@ from autograd_lib import (
     DerivativeReport,
     DerivativeTower,
     Estimate,
+    biharmonic,
     derivative_tower,
     hessian_diagonal,
     hessian_trace,
@@ -2073,3 +2074,76 @@ def test_complex_values_are_checked_in_both_parts() -> None:
 
 def test_the_laplacian_of_nothing() -> None:
     assert laplacian(lambda x: x.square().sum(), torch.empty(0)) == 0
+
+
+# ------------------------------------------------------------------------------ other operators
+
+
+MIX = points(3, 5, seed=9)
+
+
+def smooth_net(x: Tensor) -> Tensor:
+    h = torch.softmax(torch.tanh(x @ MIX) @ MIX.mT, -1)
+    return (F.gelu(h * x) @ MIX).exp().sum() / (1 + x.square().sum())
+
+
+def test_a_weighted_laplacian_is_the_trace_of_a_product() -> None:
+    x, weight = points(3), points(2, 3, seed=1)
+    matrix = hessian(smooth_net)(x)
+    expected = torch.trace(weight.mT @ weight @ matrix)
+    torch.testing.assert_close(laplacian(smooth_net, x, weight), expected)
+    factors = torch.tensor([0.5, 0.0, 2.0]).double()
+    torch.testing.assert_close(
+        laplacian(smooth_net, x, factors.sqrt().diag()), factors @ matrix.diagonal()
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w: laplacian(smooth_net, x, w), (x.requires_grad_(), weight.requires_grad_())
+    )
+
+
+def test_the_generator_of_a_diffusion_in_a_batch() -> None:
+    """Of exp(a x) under noise sigma(x) = diag(x): half the sum of (a_i x_i)^2 times it."""
+    a, xs = points(3), points(4, 3, seed=1)
+
+    def f(x: Tensor) -> Tensor:
+        return (a @ x).exp()
+
+    got = vmap(lambda x: laplacian(f, x, x.diag()) / 2)(xs)
+    torch.testing.assert_close(got, ((a * xs) ** 2).sum(1) / 2 * (xs @ a).exp())
+
+
+def test_weights_of_other_shapes_are_refused() -> None:
+    for weight in (torch.eye(2).double(), torch.eye(3), torch.ones(3).double()):
+        with pytest.raises(
+            ValueError, match=r"laplacian: expected weight of shape \(r, \*\(3,\)\)"
+        ):
+            laplacian(smooth_net, points(3), weight)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5])
+def test_the_biharmonic_operator_in_closed_form(d: int) -> None:
+    a, x = points(d), points(d, seed=1)
+    got = biharmonic(lambda x: torch.sin(a @ x), x)
+    torch.testing.assert_close(got, (a @ a) ** 2 * torch.sin(a @ x))
+    got = biharmonic(lambda x: x.square().sum() ** 2, x)
+    torch.testing.assert_close(got, torch.tensor(8.0 * d * (d + 2)).double())
+    flat = biharmonic(lambda x: x[:1].exp().sum() * 0 + x.square().sum(), x.reshape(d, 1))
+    torch.testing.assert_close(flat, torch.zeros(()).double())
+
+
+def test_the_biharmonic_operator_against_nested_hessians() -> None:
+    def trace(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: hessian(f)(x).diagonal().sum()
+
+    def f(x: Tensor) -> Tensor:
+        return (torch.tanh(x @ MIX).square() @ MIX.mT).exp().sum()
+
+    xs = points(2, 3)
+    expected = torch.stack([trace(trace(f))(x) for x in xs])
+    torch.testing.assert_close(vmap(lambda x: biharmonic(f, x))(xs), expected)
+    x = points(2).requires_grad_()
+    plate = biharmonic(lambda x: x.square().sum() * x.square().sum().log(), x)  # of a thin plate
+    torch.testing.assert_close(plate, torch.zeros(()).double(), atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(lambda x: biharmonic(lambda x: (x**3).prod(), x), (x,))
+    with pytest.raises(TypeError, match="biharmonic: expected x to be a floating-point"):
+        biharmonic(f, torch.ones(3, dtype=torch.int64))
