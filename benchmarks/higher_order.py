@@ -5,7 +5,9 @@ parameters up to order 1, 2, 4, 6, 8 in gradients: jet, jet compiled, nested rev
 torch.func.jvp, jax.experimental.jet under jit, torch-jet. `tower_mlp`, `tower_transformer`: all
 vectors up to order 2, 4, 6 (derivative_tower) against nested reverse mode, with the peak memory.
 `hvp_mlp`, `hvp_transformer`: one Hessian-vector product, then 8 at one point, per vector.
-`laplacian`: of a network of 50 variables, in forward passes.
+`ggn_mlp`, `ggn_transformer`: one Gauss-Newton product. `solution`: the Taylor coefficients of an
+ODE's solution to orders 8, 12, 16, against a loop over `jet`. `laplacian`: of a network of 50
+variables, in forward passes.
 
 All candidates of a comparison are checked to agree before they are timed. Peers that are not
 installed are left out (benchmarks/requirements.txt); memory taken outside of PyTorch is not seen.
@@ -31,6 +33,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -40,11 +43,14 @@ from autograd_lib import (
     Ratio,
     compare,
     derivative_tower,
+    ggn_product,
     hvp,
     jet,
     laplacian,
     linearize_hvp,
+    taylor_solution,
 )
+from autograd_lib.higher_order.solution import RightHandSide
 from autograd_lib.report import RECORDS
 
 ORDERS = (1, 2, 4, 6, 8)
@@ -484,13 +490,13 @@ def functional_hvp(problem: Problem) -> tuple[Tensor, ...]:
     return torch.autograd.functional.hvp(loss, at, v)[1]
 
 
-def curvlinops_hvp(problem: Problem) -> Thunk | None:
+def curvlinops_product(problem: Problem, operator: str) -> Thunk | None:
     curvlinops = peer("curvlinops")
     if curvlinops is None:
         return None
     model = problem.nested  # jvp of jacrev, of which it is built, is wrong in F.layer_norm
     try:
-        operator = curvlinops.HessianLinearOperator(
+        product = getattr(curvlinops, operator)(
             model,
             nn.CrossEntropyLoss(),
             list(model.parameters()),
@@ -498,11 +504,11 @@ def curvlinops_hvp(problem: Problem) -> Thunk | None:
             check_deterministic=False,
         )
         v = list(problem.direction.values())
-        operator @ v
+        product @ v
     except Exception as error:
         leave_out("curvlinops", error)
         return None
-    return lambda: operator @ v
+    return lambda: product @ v
 
 
 def single_products(problem: Problem) -> dict[str, Thunk]:
@@ -511,7 +517,7 @@ def single_products(problem: Problem) -> dict[str, Thunk]:
         "double backward": lambda: double_backward(problem),
         "torch.func.jvp of grad": lambda: jvp_of_grad(problem),
         "torch.autograd.functional.hvp": lambda: functional_hvp(problem),
-        "curvlinops @ v": curvlinops_hvp(problem),
+        "curvlinops @ v": curvlinops_product(problem, "HessianLinearOperator"),
     }
     return {name: run for name, run in candidates.items() if run is not None}
 
@@ -568,6 +574,107 @@ def products(options: argparse.Namespace, kind: str) -> list[Goal]:
         print(f"{name}: {each} gradients per vector")
     best = min(("linearize_hvp, loop", "linearize_hvp, vmap"), key=lambda name: found.medians[name])
     return in_gradients(found, f"{kind}: each of {VECTORS} products, {best}", 1.6, best, VECTORS)
+
+
+# ------------------------------------------------------------------ Gauss-Newton products
+
+
+def ggn_products(problem: Problem) -> dict[str, Thunk]:
+    batch, v = (problem.inputs, problem.targets), problem.direction
+
+    def build() -> Callable[[Vector], Vector]:
+        return ggn_product(problem.model, F.cross_entropy, batch)
+
+    def by_func() -> Vector:
+        def outputs(parameters: Vector) -> Tensor:
+            return torch.func.functional_call(problem.nested, parameters, (problem.inputs,))
+
+        def slope(z: Tensor) -> Tensor:
+            return torch.func.grad(F.cross_entropy)(z, problem.targets)
+
+        z, pull, *_ = torch.func.vjp(outputs, problem.parameters)
+        tangent = torch.func.jvp(outputs, (problem.parameters,), (v,))[1]
+        return pull(torch.func.jvp(slope, (z,), (tangent,))[1])[0]
+
+    product = build()
+    candidates: dict[str, Thunk | None] = {
+        "ggn_product": lambda: product(v),
+        "ggn_product, building included": lambda: build()(v),
+        "torch.func, jvp and vjp": by_func,
+        "curvlinops @ v": curvlinops_product(problem, "GGNLinearOperator"),
+    }
+    return {name: run for name, run in candidates.items() if run is not None}
+
+
+def gauss_newton(options: argparse.Namespace, kind: str) -> list[Goal]:
+    results = ggn_products(Problem.make(kind, options.device, torch.float64))
+    expected = results["torch.func, jvp and vjp"]()
+    for name, run in results.items():
+        check(name, run(), expected)
+    problem = Problem.make(kind, options.device)
+    candidates = problem.gradients() | ggn_products(problem)
+    what = f"a Gauss-Newton product, {kind}, in gradients"
+    found = report(options, what, f"ggn_{kind}", candidates)
+    if "curvlinops @ v" not in candidates:
+        return []
+    shares = replace(found, baseline="curvlinops @ v").ratios
+    names = ("ggn_product", "ggn_product, building included")
+    return [(f"{kind}: {name}, in curvlinops' time", 0.5, shares[name]) for name in names]
+
+
+# ------------------------------------------------------------------ solutions of ODEs
+
+
+def lotka_volterra(t: Tensor, y: Tensor) -> Tensor:
+    prey, predators = y.unbind(-1)
+    return torch.stack([prey * (1.5 - predators), predators * (prey - 3)], -1)
+
+
+def solution_by_jet(f: Callable[[Tensor, Tensor], Tensor], y0: Tensor, order: int) -> Tensor:
+    """Each coefficient from a call of `jet` along the polynomial of those before."""
+    zero, one = y0.new_zeros(()), y0.new_ones(())
+    found = [y0]
+    for k in range(order):
+
+        def along(t: Tensor) -> Tensor:
+            y = found[-1]
+            for c in reversed(found[:-1]):
+                y = c + t * y
+            return f(t, y)
+
+        found.append(jet(along, zero, one, k)[k] / math.factorial(k + 1))
+    return torch.stack(found)
+
+
+def solutions(options: argparse.Namespace) -> list[Goal]:
+    goals: list[Goal] = []
+    torch.manual_seed(0)
+    net = mlp(2, 50, 2).to(options.device).requires_grad_(False)
+    systems: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {
+        "lotka_volterra": (lotka_volterra, torch.tensor([1.0, 1.2], device=options.device)),
+        "mlp": (lambda t, y: net(y), torch.randn(64, 2).to(options.device)),
+    }
+    for (kind, (f, y0)), order in itertools.product(systems.items(), (8, 12, 16)):
+        record, zero = RightHandSide(f, y0.new_zeros(()), y0), y0.new_zeros(())
+        candidates: dict[str, Thunk] = {
+            "jet in a loop": functools.partial(solution_by_jet, f, y0, order),
+            "taylor_solution": functools.partial(taylor_solution, f, y0, order),
+            "recorded before": functools.partial(record.coefficients, order, zero, y0),
+        }
+        if order in options.compile:
+            graph = make_fx(lambda y: taylor_solution(f, y, order))(y0)  # noqa: B023 - called here
+            candidates["compiled"] = functools.partial(torch.compile(graph), y0)
+        expected = candidates["jet in a loop"]()
+        for name, run in candidates.items():
+            check(name, [torch.stack(list(run()))], [expected], rtol=1e-4)
+        what = f"Taylor coefficients of a solution to order {order}, {kind}"
+        found = report(options, what, f"solution_{kind}_{order}", candidates)
+        shares = ((name, found.ratios[name]) for name in candidates if name != "jet in a loop")
+        goals += [
+            (f"{kind}: {name} to order {order}, in loops over jet", 0.05, share)
+            for name, share in shares
+        ]
+    return goals
 
 
 # ------------------------------------------------------------------ the Laplacian
@@ -694,7 +801,8 @@ def report(
     for name, run in candidates.items():
         if not any(word in name for word in unseen):
             peak = comparison.peak_bytes[name] / comparison.peak_bytes[comparison.baseline]
-            print(f"{name}: {flops(run) / base:.2f} of the FLOPs, {peak:.2f} of the peak")
+            counted = f"{flops(run) / base:.2f} of the FLOPs, " if base else ""
+            print(f"{name}: {counted}{peak:.2f} of the peak")
     suffix = "" if options.device == "cpu" else f"_{options.device}"
     path = options.results / f"higher_order_{record}{suffix}.json"
     comparison.to_json(path)
@@ -731,6 +839,9 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Goal]]] = {
     "tower_transformer": lambda options: tower(options, "transformer"),
     "hvp_mlp": lambda options: products(options, "mlp"),
     "hvp_transformer": lambda options: products(options, "transformer"),
+    "ggn_mlp": lambda options: gauss_newton(options, "mlp"),
+    "ggn_transformer": lambda options: gauss_newton(options, "transformer"),
+    "solution": solutions,
     "laplacian": laplace,
 }
 
