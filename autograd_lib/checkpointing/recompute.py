@@ -228,6 +228,9 @@ class Checkpoint:
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.block, self.budgeted = blocks[0], Budgeted(blocks[0])
         self.modules = list(dict.fromkeys(m for block in blocks for m in block.modules()))
+        # RReLU saves its noise before it is drawn, and a repetition that stops as soon as all is
+        # saved leaves it empty: in PyTorch 2.13 the gradient is silently wrong.
+        self.early_stop = not any(isinstance(module, nn.RReLU) for module in self.modules)
         # Which buffers a forward changes, by the training mode of each module. The first forward
         # in a mode copies all buffers to find out.
         self.changing: dict[tuple[bool, ...], list[tuple[nn.Module, str]]] = {}
@@ -277,7 +280,8 @@ class Checkpoint:
 
         selected = partial(create_selective_checkpoint_contexts, _policy)
         context_fn = selected if selective else noop_context_fn
-        result = checkpoint(call, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+        run = partial(checkpoint, use_reentrant=False, early_stop=self.early_stop)
+        result = run(call, *args, context_fn=context_fn, **kwargs)
         if known is None:
             # Compare values: batch_norm of PyTorch 2.13 does not raise the version of its
             # statistics. Those are kept in any case, as a batch of zeros may leave them unchanged.
