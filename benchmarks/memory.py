@@ -454,7 +454,9 @@ class IntegerProgram:
         candidate = self.build()
         for name, share in discarded.items():
             stats = self.estimator.sac_mod_stats[name]
+            # Where operators in place leave it no solution, all of the block is recomputed.
             kept = get_optimal_checkpointing_policy_per_module(stats, 1 - share)
+            kept = kept or [0] * len(stats.func_names)
             block = candidate.model.get_submodule(name.partition(".")[2])
             policy = partial(in_order, stats.func_names, kept)
             block.forward = partial(
@@ -475,7 +477,8 @@ def in_order(names: list[str], kept: list[int]) -> tuple[Any, Any]:
         assert operator._overloadpacket.__name__ == names[place], (operator, names[place])
         return CheckpointPolicy.MUST_SAVE if kept[place] else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    # BatchNorm counts its batches in place.
+    return create_selective_checkpoint_contexts(policy, allow_cache_entry_mutation=True)
 
 
 @contextmanager

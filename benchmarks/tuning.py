@@ -5,7 +5,8 @@ eighth), with a checkpoint plan where the budget calls for one, compiled and not
 those within budget and tolerance against the plain step, but for those that take three times as
 long in a first look. What the two searches choose is then timed side by side. Writes
 autograd_lib/report/records/tuning.json: per model and budget the two choices, the
-ratio of their times, and what each search took.
+ratio of their times, and what each search took. Before that it writes tuning_search.json: what a
+search without compiling costs on a GPT of 6 layers of width 128, in plain steps per candidate.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from autograd_lib import (
     peak_bytes,
     plan_checkpoints,
 )
-from autograd_lib.report import RECORDS
+from autograd_lib.report import RECORDS, this_environment
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Plain steps for each candidate before races were bounded, on the CPU, by the share of the budget.
+BEFORE = {1.0: 69.7, 0.4: 82.1}
 HOPELESS = 3.0  # times the plain step: not timed any further
 SCALE = {"fp16": 2.0**10}  # of the loss; gradients of these models then fit fp16
 
@@ -179,6 +182,40 @@ def judge(problem: Problem, found: dict[str, Settings], rounds: int) -> Comparis
     return compare(steps, baseline="exhaustive", rounds=rounds)
 
 
+def cost_of_a_search(options: argparse.Namespace) -> None:
+    """Plain steps for each candidate; the plain step is timed before and after the search."""
+    torch.manual_seed(0)
+    width, length = (32, 16) if options.quick else (128, 128)
+    tokens = torch.randint(0, 256, (8, length + 1), device=options.device)
+    model = CustomTransformerModel(256, width, num_layers=6).to(options.device)
+    problem: Problem = (model, (tokens[:, :-1], tokens[:, 1:]), mean_over_tokens)
+    plain, record = step_of(problem, Settings()), {}
+    for share in options.shares:
+        budget = None if share == 1 else int(share * peak_bytes(plain))
+        before = look(plain)
+        report = autotune(*problem, budget, options.tolerance, compile=False)
+        step = (before + look(plain)) / 2
+        steps = report.seconds / step / len(report.trials)
+        print(
+            f"search at {share:g} of the plain peak: {report.seconds:.1f} s, "
+            f"{len(report.trials)} candidates, {steps:.1f} plain steps for each",
+            flush=True,
+        )
+        record[f"{share:g} of the plain peak"] = {
+            "plain_seconds": step,
+            "seconds": report.seconds,
+            "candidates": len(report.trials),
+            "plain_steps_per_candidate": steps,
+            "plain_steps_per_candidate_before": BEFORE.get(share),
+        }
+    if not options.quick:
+        suffix = "" if options.device == "cpu" else f"_{options.device}"
+        record["environment"] = this_environment()
+        path = RECORDS / f"tuning_search{suffix}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote autograd_lib/report/records/{path.name}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -194,6 +231,7 @@ def main() -> None:
         default=[1.0, 0.4],
         help="budgets as shares of the plain peak; 1 is no budget",
     )
+    parser.add_argument("--search-only", action="store_true", help="only what a search costs")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument(
         "--quick", action="store_true", help="small models, which show that it runs"
@@ -202,6 +240,9 @@ def main() -> None:
     if options.quick:
         options.rounds, options.no_compile = 5, True
     torch.set_num_threads(options.threads)
+    cost_of_a_search(options)
+    if options.search_only:
+        return
     record = {}
     for make, share in itertools.product((transformer, cnn, rnn), options.shares):
         torch.manual_seed(0)
