@@ -8,9 +8,9 @@ tensor, a tuple of positional or a mapping of keyword arguments. The one way to 
 - ``pieces = micro_batches(operation, batch, size, count)`` of `training.step`, where ``count`` is
   the user's, or ``terms_of(loss_fn, model)``;
 - ``ForwardBackward(operation, model, loss_fn, precision, device)(pieces)`` runs them, where
-  ``loss_fn`` is None for the model's own loss. With ``trusted=False`` it raises where the own loss
-  of the model is not the mean over what `terms_of` counts. Whoever compares the gradient with that
-  of the whole batch, as `autotune` does, need not ask for it.
+  ``loss_fn`` is None for the model's own loss. With ``trusted=False`` it raises where that loss is
+  not the mean over what `terms_of` counts. `autotune` does not ask for this check, as it compares
+  gradients with that of the whole batch anyway.
 """
 
 from __future__ import annotations
@@ -234,9 +234,9 @@ def _labels(batch: Any, *, shifted: bool) -> float | Tensor:
 
 
 def _shifts(model: nn.Module) -> bool:
-    """Whether the labels of a model of `transformers` are the tokens before which it stands.
+    """Whether a model of `transformers` shifts its labels, so that each token predicts the next.
 
-    `loss_type` names its loss, and stands for that of a decoder where it is None.
+    Its `loss_type` names the loss; `transformers` takes None for the loss of a decoder.
     """
     for module in model.modules():
         if hasattr(module, "loss_type"):
@@ -267,9 +267,11 @@ def check_own(operation: str, model: nn.Module, seen: Sequence[tuple[Piece, Any]
     What `terms_in` found is read here, after all work is queued: a device is waited for once.
     """
     for piece, found in seen:
+        # The number is rounded to the type of the loss.
+        rounding = torch.finfo(found.dtype).eps if isinstance(found, Tensor) else 0.0
         if isinstance(found, str):
             why = found
-        elif piece.terms != float(found):
+        elif not math.isclose(piece.terms, found, rel_tol=rounding):
             why = f"it is a mean over {float(found):g} terms, the batch has {piece.terms:g} labels"
         else:
             continue

@@ -401,7 +401,8 @@ class AutogradTrainingSystem:
         """Average the loss and the metrics over all batches of a loader, without gradients.
 
         The model is in evaluation mode meanwhile, and so is an optimizer that has one. Processes
-        may have different numbers of batches: the mean is over the samples of all.
+        may have different numbers of batches: the mean is over the samples of all. The model's own
+        loss is averaged over labels, or over samples where a batch has none.
 
         Args:
             loader: Gives batches.

@@ -392,6 +392,21 @@ def test_what_the_graph_says_of_a_loss(kind: str) -> None:
     assert apart(gradient(model), expected) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_labels_are_rounded_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 11, (3, 5003))
+    labels = tokens.clone()
+    labels[1, 301:] = -100
+    model = Labelled().to(dtype)
+    loss = model(tokens, labels)["loss"].item()
+    found = system_of(model, size=1).train_step({"tokens": tokens, "labels": labels})
+    assert found.item() == pytest.approx(loss, rel=1e-2)
+    weighted = system_of(Labelled(loss=SEEN["weighted"][0]).to(dtype), size=1)
+    with pytest.raises(ValueError, match="it is a mean over"):
+        weighted.train_step({"tokens": tokens, "labels": labels})
+
+
 class Regression(nn.Module):
     def __init__(self, loss: Any) -> None:
         super().__init__()
