@@ -179,11 +179,6 @@ def _is_autocast(operands: tuple[Tensor, ...]) -> bool:
     return enabled and all(p.dtype != torch.float64 for p in operands)
 
 
-def _exactly(tensor: Tensor) -> torch.autocast:
-    """Compute in the dtypes that are given."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 @dataclass(frozen=True)
 class _Options:
     ignore_index: int
@@ -236,7 +231,7 @@ class _Task:
 
     def losses_vjp(self, rows: slice, upstream: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
         losses = lambda *operands: self.losses(rows, self.logits(*operands))  # noqa: E731
-        with _exactly(upstream):
+        with torch.autocast(upstream.device.type, enabled=False):
             return vjp(losses, *operands)[1](upstream)
 
     def z_factor(self) -> Tensor | float:
@@ -295,8 +290,7 @@ def _work_through(
     ignored = task.target == options.ignore_index
     index = task.target.masked_fill(ignored, 0)[:, None]
     hard = (1 - options.label_smoothing) * shares.to(wide)[index]
-    share = options.label_smoothing / classes
-    soft = share * shares.to(wide) if options.label_smoothing else None
+    soft = options.label_smoothing / classes * shares.to(wide) if options.label_smoothing else None
     # The factors 1 / rows of a mean would push fp16 products below its smallest number: half
     # precision is multiplied by factors of order 1, and scaled in float32 at the end.
     unit = None
@@ -312,7 +306,6 @@ def _work_through(
     ]
     buffer = x.new_empty(min(len(x), options.chunk_size), classes, dtype=wide)
     product = buffer if options.dtype == wide else torch.empty_like(buffer, dtype=options.dtype)
-    slopes = torch.empty_like(buffer) if options.softcap else None
     z_factor = task.z_factor()
     plain = task.class_weight is None and soft is None and not options.z_loss
     for rows in task.chunks():
@@ -321,8 +314,7 @@ def _work_through(
             torch.mm(x[rows], weight.T, out=logits)
         else:
             torch.addmm(bias.to(options.dtype), x[rows], weight.T, out=logits)
-        slope = None if slopes is None else slopes[: len(p)]
-        seen = logits if slope is None else _cap(logits, p, slope, options.softcap)
+        seen, slope = _cap(logits, p, options.softcap) if options.softcap else (logits, None)
         if options.z_loss or options.accuracy:
             top, best[rows] = seen.max(1)
         # In place where both are one buffer: a row is read to its end before it is written.
@@ -346,12 +338,10 @@ def _work_through(
     return losses.masked_fill_(ignored, 0), best, grads
 
 
-def _cap(logits: Tensor, out: Tensor, slope: Tensor, cap: float) -> Tensor:
-    """Write the capped logits to `out`, which may be `logits`, and the cap's derivative."""
-    slope.copy_(logits).div_(cap).tanh_()
-    torch.mul(slope, cap, out=out)
-    slope.square_().neg_().add_(1)
-    return out
+def _cap(logits: Tensor, out: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Write the capped logits to `out`, which may be `logits`; and the derivative of the cap."""
+    bent = logits.to(out.dtype, copy=True).div_(cap).tanh_()
+    return torch.mul(bent, cap, out=out), bent.square_().neg_().add_(1)
 
 
 def _derive(
@@ -420,7 +410,7 @@ class _LinearCrossEntropy(_WithoutForwardMode):
         task.check_range(len(weight))
         if task.options.reduction == "none":  # the factor of a row is known in backward only
             task = replace(task, options=replace(task.options, wanted=(False,) * 3))
-        with _exactly(x):
+        with torch.autocast(x.device.type, enabled=False):
             upstream = task.upstream(x.new_ones((), dtype=task.wide))
             losses, best, grads = _work_through(task, upstream, x, weight, bias)
             return (
@@ -464,7 +454,7 @@ def _composed(
     task, shared = _Task(*rest), (weight,) if bias is None else (weight, bias)
     losses, best = [], []
     for rows in task.chunks():
-        with _exactly(task.target):
+        with torch.autocast(x.device.type, enabled=False):
             logits = task.logits(x[rows], *shared)
             losses.append(task.losses(rows, logits))
         best += [logits.argmax(1)] if task.options.accuracy else []
@@ -486,7 +476,7 @@ class _Gradients(_WithoutForwardMode):
         task, known = _Task(*rest[:3]), rest[3:]
         wanted = task.options.wanted
         if any(want and k is None for want, k in zip(wanted, known, strict=True)):
-            with _exactly(x):
+            with torch.autocast(x.device.type, enabled=False):
                 known = tuple(_work_through(task, task.upstream(grad), x, weight, bias)[2])
                 grad = grad.new_ones(())
         dtypes = (p if p is None else p.dtype for p in (x, weight, bias))

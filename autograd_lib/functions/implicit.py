@@ -105,11 +105,7 @@ def _anderson(step: _Step, z: Tensor, tol: float, max_iter: int) -> Tensor:
 
 
 def fixed_point(
-    f: Callable[..., Tensor],
-    z0: Tensor,
-    *args: Tensor,
-    tol: float = 1e-6,
-    max_iter: int = 200,
+    f: Callable[..., Tensor], z0: Tensor, *args: Tensor, tol: float = 1e-6, max_iter: int = 200
 ) -> Tensor:
     r"""Solve $z = f(z, \mathit{args})$, with the gradient of the solution, not of the iteration.
 

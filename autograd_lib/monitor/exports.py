@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from autograd_lib.core.optional import optional
 from autograd_lib.core.statistics import STATISTICS
 from autograd_lib.gradients import GradientStatistics
 from autograd_lib.monitor.history import UNWATCHED, Issue, Record, Unwatched
@@ -25,11 +26,9 @@ class Readings:
     """How a monitor is read. Only these methods wait for the device."""
 
     _record: Record
+    _written: dict[Any, int]  # up to which step, by directory or writer
+    _writers: dict[Any, Any]  # by directory
     _noise: bool
-
-    def __init__(self) -> None:
-        self._written: dict[Any, int] = {}  # up to which step, by directory or writer
-        self._writers: dict[Any, Any] = {}  # by directory
 
     def _is_unwatched(self) -> bool:
         raise NotImplementedError
@@ -122,7 +121,7 @@ class Readings:
             ImportError: pyarrow is not installed.
             OSError: The file cannot be written.
         """
-        parquet = _optional("to_parquet", "pyarrow.parquet")
+        parquet = optional("to_parquet", "pyarrow.parquet")
         parquet.write_table(import_module("pyarrow").table(columns(self.history)), path)
 
     def to_dataframe(self) -> Any:
@@ -131,7 +130,7 @@ class Readings:
         Raises:
             ImportError: pandas is not installed.
         """
-        return _optional("to_dataframe", "pandas").DataFrame(columns(self.history))
+        return optional("to_dataframe", "pandas").DataFrame(columns(self.history))
 
     def to_tensorboard(self, writer: Any) -> None:
         """Write the total norm, that after clipping, and the norms, to TensorBoard.
@@ -156,7 +155,7 @@ class Readings:
         self._is_unwatched()
         key, target = fspath(writer) if is_directory else weakref.ref(writer), writer
         if is_directory:
-            _optional("to_tensorboard", "tensorboard")
+            optional("to_tensorboard", "tensorboard")
             if key not in self._writers:  # kept, as each makes a file
                 self._writers[key] = import_module("torch.utils.tensorboard").SummaryWriter(key)
             target = self._writers[key]
@@ -236,11 +235,3 @@ def scalars(history: dict[str, Any], row: int, statistics: Sequence[str]) -> dic
     if np.isnan(found["gradients/clipped_norm"]):  # nobody looked before
         del found["gradients/clipped_norm"]
     return {name: float(value) for name, value in found.items()}
-
-
-def _optional(operation: str, module: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(f"{operation} needs {package}: pip install {package}") from error

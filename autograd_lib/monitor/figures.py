@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
     Source = GradientMonitor | Mapping[str, Any]
 
-__all__ = [
-    "plot_gradient_flow",
-    "plot_gradient_heatmap",
-    "plot_gradient_histograms",
-]
+__all__ = ["plot_gradient_flow", "plot_gradient_heatmap", "plot_gradient_histograms"]
 
 Style = dict[str, Any]  # keywords of Matplotlib
 

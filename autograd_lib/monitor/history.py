@@ -146,10 +146,7 @@ class Record:
     """The last `capacity` recorded steps of some parameters."""
 
     def __init__(
-        self,
-        capacity: int,
-        histogram_every: int,
-        thresholds: tuple[float, float],
+        self, capacity: int, histogram_every: int, thresholds: tuple[float, float]
     ) -> None:
         self.capacity = capacity
         # Other records than those of a step: histograms are large.

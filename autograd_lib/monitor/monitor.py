@@ -31,15 +31,7 @@ from autograd_lib.core.snapshot import is_replay
 from autograd_lib.core.statistics import COUNTS
 from autograd_lib.gradients import check_not_meta
 from autograd_lib.monitor.exports import Readings
-from autograd_lib.monitor.history import (
-    FROZEN,
-    IDLE,
-    MISSING,
-    PRESENT,
-    UNWATCHED,
-    Issue,
-    Record,
-)
+from autograd_lib.monitor.history import FROZEN, IDLE, MISSING, PRESENT, UNWATCHED, Issue, Record
 from autograd_lib.monitor.hooks import (
     EndOfBackward,
     Handle,
@@ -164,7 +156,7 @@ class GradientMonitor(Readings):
                 f"GradientMonitor: the parameters {lazy} are lazy and have no shape yet; call the "
                 "model once on an input, then make the monitor"
             )
-        super().__init__()
+        self._written, self._writers = {}, {}
         self._model = weakref.ref(model)
         self._wrapper = weak(optimizer)
         if optimizer is not None:
