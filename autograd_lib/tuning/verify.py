@@ -30,6 +30,7 @@ Gradient = list[Tensor]  # in double precision, one for each parameter; zeros wh
 _DIRECTIONS = 2  # random ones, over all parameters
 _JUDGED = 8  # parameters that differ the most have a direction of their own
 _STEPS = [10.0**-k for k in range(2, 8)]  # of finite differences, relative to the parameters
+_FORMS = ("reference", "candidate")
 _SMALL = 1e-3  # of the whole gradient: what is smaller may differ by as much as that may
 
 
@@ -139,11 +140,12 @@ class _Form:
         """Loss, gradient, and of which parameters `.grad` is None."""
         state = ModuleState(self.modules)
         seed_all(seed)
-        loss = float(self.run(micro_batches("verify_gradients", batch, None, None)))
-        found = loss, gradient_of(self.parameters), [p.grad is None for p in self.parameters]
-        drop_gradients(self.parameters)
-        state.restore()
-        return found
+        try:
+            loss = float(self.run(micro_batches("verify_gradients", batch, None, None)))
+            return loss, gradient_of(self.parameters), [p.grad is None for p in self.parameters]
+        finally:
+            drop_gradients(self.parameters)
+            state.restore()
 
     def slope(self, batch: Any, seed: int, direction: Gradient) -> tuple[float, float]:
         """Derivative of the loss along a direction by finite differences, and its doubt.
@@ -158,10 +160,11 @@ class _Form:
             for p, v in zip(self.parameters, direction, strict=True):
                 p.data.add_(v.to(p), alpha=t)
             seed_all(seed)
-            # With a graph, as without one compiled code may draw other random numbers.
-            value = float(self.run.forward(piece)[1].detach())
-            state.restore()
-            return value
+            try:
+                # With a graph, as without one compiled code may draw other random numbers.
+                return float(self.run.forward(piece)[1].detach())
+            finally:
+                state.restore()
 
         slopes = [(loss(h * unit) - loss(-h * unit)) / (2 * h * unit) for h in _STEPS]
         pairs = [(b, abs(a - b)) for a, b in itertools.pairwise(slopes)]
@@ -308,65 +311,57 @@ def _compare(
     if narrow:
         rtol, precision, notes = 1e-2, "the given precision", [narrow]
     runs = [form.gradient(batch, seed) for form in forms]
-    gradients = [gradient for _, gradient, _ in runs]
-    losses = runs[0][0], runs[1][0]
-    generator = torch.Generator().manual_seed(seed)
-    wrong, referee = set[int](), [0.0, 0.0]
-
-    def refuted(direction: Gradient) -> list[int]:
-        """Which forms have another slope than their loss; how far off they are is kept."""
-        found = []
-        size = sum(g.numel() for g in direction if g.any()) ** 0.5
-        for i, (form, gradient) in enumerate(zip(forms, gradients, strict=True)):
-            slope, doubt = form.slope(batch, seed, direction)
-            pairs = list(zip(gradient, direction, strict=True))
-            dot = sum(float((g.conj() * v).sum().real) for g, v in pairs)
-            scale = norm_of([g for g, v in pairs if v.any()]) * norm_of(direction) / size
-            scale = max(scale, _SMALL * norm_of(gradient))
-            referee[i] = max(referee[i], abs(dot - slope) / scale)
-            if not abs(dot - slope) <= rtol * scale + 10 * doubt:
-                found.append(i)
-        wrong.update(found)
-        return found
-
-    for _ in range(_DIRECTIONS):
-        refuted([_random(g, generator) for g in gradients[0]])
-    whole = norm_of(gradients[0])
-    found, order = dict[str, Difference](), list[tuple[float, int]]()
-    for i, (a, b) in enumerate(zip(*gradients, strict=True)):
-        order.append((norm_of([a - b]) / max(norm_of([a]), _SMALL * whole), i))
-    order.sort(key=lambda pair: (-pair[0], pair[1]))
-    for rank, (error, i) in enumerate(order):
-        verdict = ""
-        if not error <= rtol:
-            verdict = "differs"
-            if rank < _JUDGED:
-                zero = [torch.zeros_like(g) for g in gradients[0]]
-                zero[i] = _random(zero[i], generator)
-                which = refuted(zero)
-                verdict = _VERDICTS[tuple(which)]
-            absent = [name for name, run in zip(_FORMS, runs, strict=True) if run[2][i]]
-            verdict += f", no gradient in the {absent[0]}" if absent else ""
-        found[names[i]] = Difference(norm_of([gradients[0][i]]), error, verdict)
-    if not abs(losses[0] - losses[1]) <= rtol * abs(losses[0]):
+    losses, gradients = (runs[0][0], runs[1][0]), (runs[0][1], runs[1][1])
+    same = abs(losses[0] - losses[1]) <= rtol * abs(losses[0])
+    if not same:
         notes.append(
             f"The losses differ, {losses[0]:.6g} and {losses[1]:.6g}: the two compute different "
             "functions, or draw different random numbers. Each was judged by its own loss."
         )
-    forms_wrong = tuple(_FORMS[i] for i in sorted(wrong))
-    as_it_runs = relative_error(given, gradients[0])
-    pair = referee[0], referee[1]
-    return GradientReport(forms_wrong, found, losses, pair, as_it_runs, precision, tuple(notes))
+    small = _SMALL * max(map(norm_of, gradients)) or 1.0
+    generator, wrong, referee = torch.Generator().manual_seed(seed), set[str](), [0.0, 0.0]
 
+    def refuted(only: int | None = None) -> str:
+        """Which forms have another slope than their loss, along a direction in a parameter or all.
 
-_FORMS = ("reference", "candidate")
-_VERDICTS = {
-    (): "differs, each right for its own loss",
-    (0,): "reference is wrong",
-    (1,): "candidate is wrong",
-    (0, 1): "both are wrong",
-}
+        How far off they are is kept.
+        """
+        direction = [torch.zeros_like(g) for g in gradients[0]]
+        for i in range(len(names)) if only is None else [only]:
+            v = torch.randn(direction[i].shape, dtype=direction[i].dtype, generator=generator)
+            direction[i] = v.to(direction[i].device)
+        where = slice(None) if only is None else slice(only, only + 1)
+        size, found = sum(v.numel() for v in direction[where]) ** 0.5, list[str]()
+        for i, (form, gradient) in enumerate(zip(forms, gradients, strict=True)):
+            slope, doubt = form.slope(batch, seed, direction)
+            pairs = zip(gradient, direction, strict=True)
+            dot = sum(float((g.conj() * v).sum().real) for g, v in pairs)
+            scale = max(norm_of(gradient[where]) * norm_of(direction) / size, small)
+            referee[i] = max(referee[i], abs(dot - slope) / scale)
+            if not abs(dot - slope) <= rtol * scale + 10 * doubt:
+                found.append(_FORMS[i])
+        wrong.update(found)
+        undecided = "undecided" if same else "each right for its own loss"
+        return f"{' and '.join(found)} wrong" if found else f"differs, {undecided}"
 
-
-def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
+    for _ in range(_DIRECTIONS):
+        refuted()
+    parameters = dict[str, Difference]()
+    norms = [(norm_of([a]), norm_of([a - b])) for a, b in zip(*gradients, strict=True)]
+    errors = [difference / max(norm, small) for norm, difference in norms]
+    for rank, i in enumerate(sorted(range(len(names)), key=lambda i: -errors[i])):
+        verdict = ""
+        if not errors[i] <= rtol:
+            verdict = refuted(i) if rank < _JUDGED else "differs"
+            absent = [form for form, run in zip(_FORMS, runs, strict=True) if run[2][i]]
+            verdict += f", no gradient in the {absent[0]}" if absent else ""
+        parameters[names[i]] = Difference(norms[i][0], errors[i], verdict)
+    return GradientReport(
+        tuple(form for form in _FORMS if form in wrong),
+        parameters,
+        losses,
+        (referee[0], referee[1]),
+        relative_error(given, gradients[0]),
+        precision,
+        tuple(notes),
+    )

@@ -188,8 +188,8 @@ class Workbench:
     def measure_reference(self) -> float:
         """Set the reference, in float64 if that runs; return how far micro-batches are from it.
 
-        Where they are the same to rounding, the reference is made of quarters or, if memory runs
-        out, of less: in float64 they take no more than a half of the batch in float32.
+        Where they are the same to rounding, the reference is made of eighths: in float64 they take
+        no more than a quarter of the batch in float32.
         """
         try:
             return self._measure_reference(tree_map_only(Tensor, widened, self.batch))
@@ -206,19 +206,10 @@ class Workbench:
     def _measure_reference(self, batch: Batch) -> float:
         error, made = self._division_error(batch), Copy(self.model, self.loss_fn, self.exact)
         divided = self.exact is None and error <= SEPARABLE[None]
-        size = -(-self.size // 4) if divided else None
-        while True:
-            pieces = micro_batches("autotune", batch, size, self.count)
-            try:
-                seed_all(0)
-                _, self.reference = made.gradient("fp32", pieces)
-                break
-            except (RuntimeError, MemoryError) as err:
-                if size in (None, 1) or not is_out_of_memory(err):
-                    raise
-            # Leave `except` first, so that the traceback frees its tensors.
-            drop_gradients(made.parameters)
-            size = -(-size // 2)
+        size = -(-self.size // 8) if divided else None
+        pieces = micro_batches("autotune", batch, size, self.count)
+        seed_all(0)
+        _, self.reference = made.gradient("fp32", pieces)
         norm = norm_of(self.reference)
         if not 0 < norm < math.inf:
             raise ValueError(
@@ -266,7 +257,7 @@ class Workbench:
                     for parameter in made.parameters:
                         parameter.add_(torch.randn_like(parameter), alpha=1e-3)
                 together = made.loss(pieces(batch, None))
-                apart = made.loss(pieces(batch, -(-self.size // 4)))
+                apart = made.loss(pieces(batch, -(-self.size // 8)))
                 # A sum, as the larger of a number and NaN may be either.
                 difference = abs(apart - together) / (abs(together) or math.nan)
                 return relative_error(halves, whole) + difference

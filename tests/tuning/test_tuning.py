@@ -316,7 +316,7 @@ def test_batches_as_people_have_them(told, give):
 
 
 def test_the_reference_takes_less_than_the_batch_in_float64():
-    """In float64 by quarters, where the batch may be divided."""
+    """In float64 by eighths, where the batch may be divided."""
     model = chain(blocks=20)
     bench = Workbench(model, WIDE, nn.MSELoss())
     wide = tuple(t.double() for t in WIDE)
@@ -335,7 +335,7 @@ def _double_gradient(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[nn.
     return list(twin.parameters())
 
 
-def test_the_reference_is_made_of_less_where_memory_runs_out(told):
+def test_the_reference_runs_an_eighth_of_the_batch_at_a_time(told):
     told(by_precision)
 
     class Little(nn.Module):

@@ -74,12 +74,12 @@ def test_a_wrong_function_is_named_whichever_form_has_it(factor):
     report = verify_gradients(right, wrong, pairs(), MSE)
     assert report.wrong == ("candidate",)
     verdicts = {name: found.verdict for name, found in report.parameters.items()}
-    assert verdicts["0.weight"] == verdicts["0.bias"] == "candidate is wrong"
+    assert verdicts["0.weight"] == verdicts["0.bias"] == "candidate wrong"
     assert verdicts["2.weight"] == verdicts["2.bias"] == ""  # behind it nothing is wrong
     assert report.parameters["0.weight"].error == pytest.approx(abs(factor - 1), rel=1e-6)
     swapped = verify_gradients(wrong, right, pairs(), MSE)
     assert swapped.wrong == ("reference",)
-    assert swapped.parameters["0.bias"].verdict == "reference is wrong"
+    assert swapped.parameters["0.bias"].verdict == "reference wrong"
     assert verify_gradients(wrong, wrong, pairs(), MSE).wrong == ("reference", "candidate")
 
 
@@ -110,8 +110,13 @@ def test_a_small_gradient_that_is_wrong_is_seen():
     right, wrong = Faint(1.0), Faint(2.0)
     wrong.load_state_dict(right.state_dict())
     report = verify_gradients(right, wrong, pairs(), MSE)
-    assert report.parameters["scale"].verdict == "candidate is wrong"
+    assert report.parameters["scale"].verdict == "candidate wrong"
     assert report.parameters["big.weight"].verdict == ""
+
+
+def test_gradients_that_are_zero_agree():
+    model = with_sine(Plain())
+    assert verify_gradients(model, with_sine(Sine(1.0)), pairs(), lambda out, _: 0 * out.sum()).ok
 
 
 # Forms of the library and of PyTorch
@@ -256,7 +261,7 @@ def test_a_gradient_that_is_missing_is_said():
     assert report.wrong == ("candidate",)
     for name in ("first.weight", "first.bias"):
         found = report.parameters[name]
-        assert found.verdict == "candidate is wrong, no gradient in the candidate"
+        assert found.verdict == "candidate wrong, no gradient in the candidate"
     right.unused = nn.Linear(2, 2)
     wrong.unused = copy.deepcopy(right.unused)
     wrong.detach = False
@@ -390,5 +395,5 @@ def test_table():
     assert lines[0].startswith("wrong: candidate; 2 of 4 gradients differ (compared in float64")
     assert lines[1].split() == ["parameter", "norm", "error", "verdict"]
     assert lines[2].startswith("0.")
-    assert lines[2].endswith("candidate is wrong")
-    assert "candidate is wrong" in report._repr_html_()
+    assert lines[2].endswith("candidate wrong")
+    assert "candidate wrong" in report._repr_html_()
