@@ -343,6 +343,22 @@ def test_axe_finds_no_violation(name: str, tab: Any) -> None:
         assert not found, theme
 
 
+def test_what_is_wide_shows_on_which_side_it_goes_on(tab: Any) -> None:
+    tab.set_viewport_size({"width": 390, "height": 800})
+    visit(tab, "book/basics.html")
+    wide = tab.locator(".cell_input pre[data-more='right']").first
+    assert "inset" in wide.evaluate("pre => getComputedStyle(pre).boxShadow")
+    pre = wide.element_handle()
+    pre.evaluate("pre => (pre.scrollLeft = pre.scrollWidth)")
+    tab.wait_for_timeout(100)
+    assert pre.get_attribute("data-more") == "left"
+    tab.set_viewport_size({"width": 3000, "height": 800})
+    tab.wait_for_timeout(100)
+    assert pre.get_attribute("data-more") in ("", "left")
+    narrow = tab.locator(".cell_input pre[data-more='']").first
+    assert narrow.evaluate("pre => getComputedStyle(pre).boxShadow") == "none"
+
+
 @pages
 def test_no_page_scrolls_sideways(name: str, tab: Any) -> None:
     visit(tab, name, unfold=True)

@@ -121,10 +121,20 @@ for (const block of all(".cell_input .highlight, .bd-article > section .highligh
 
 // --- what is wider than the page scrolls inside itself, also from the keyboard -------------------
 const WIDE = "pre, .math-scroll, .pst-scrollable-table-container, .output.text_html, dt.sig";
+// The style sheet shades the side at which it goes on.
+function showMore(element) {
+  const left = element.scrollLeft > 1;
+  const right = element.scrollLeft + element.clientWidth < element.scrollWidth - 1;
+  element.dataset.more = [left && "left", right && "right"].filter(Boolean).join(" ");
+}
+
 const resized = new ResizeObserver((entries) => {
   for (const { target } of entries) {
-    if (target.scrollWidth > target.clientWidth + 1) target.tabIndex = 0;
-    else target.removeAttribute("tabindex");
+    if (target.scrollWidth > target.clientWidth + 1) {
+      target.tabIndex = 0;
+      target.onscroll = () => showMore(target);
+    } else target.removeAttribute("tabindex");
+    showMore(target);
   }
 });
 for (const element of all(WIDE)) resized.observe(element);
