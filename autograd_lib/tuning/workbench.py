@@ -24,7 +24,7 @@ from autograd_lib.benchmark import seconds_per_call
 from autograd_lib.checkpointing.measure import leaves_of
 from autograd_lib.config.records import Settings
 from autograd_lib.core.batches import Batch, Count, Piece, batch_size, read_batch, terms_of
-from autograd_lib.core.snapshot import ModuleState, drop_gradients, seed_all
+from autograd_lib.core.snapshot import ModuleState, drop_gradients
 from autograd_lib.memory import peak_bytes, saved_tensors
 from autograd_lib.training.step import ForwardBackward, micro_batches
 from autograd_lib.tuning.verify import Gradient, gradient_of, norm_of, relative_error, widened
@@ -61,21 +61,15 @@ class Copy:
         """The training step, without its optimizer."""
         return ForwardBackward("autotune", self.model, self.loss_fn, precision, self.device)
 
-    @contextlib.contextmanager
-    def afresh(self) -> Iterator[None]:
-        """Without dropout, from the same buffers and parameters each time."""
-        self.state.restore_buffers()
-        with _without_dropout(self.modules):
-            yield
-
     def gradient(
         self,
         precision: str,
         pieces: Sequence[Piece],
         scale: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Gradient]:
-        """Mean loss and gradient, without dropout."""
-        with self.afresh():
+        """Mean loss and gradient, without dropout, from the same buffers and parameters."""
+        self.state.restore_buffers()
+        with _without_dropout(self.modules):
             loss = self.run(precision)(pieces, scale)
         found = gradient_of(self.parameters)
         drop_gradients(self.parameters)
@@ -83,7 +77,8 @@ class Copy:
 
     def loss(self, pieces: Sequence[Piece]) -> float:
         """Mean loss alone, which takes the memory of a forward only."""
-        with self.afresh(), torch.no_grad():
+        self.state.restore_buffers()
+        with _without_dropout(self.modules), torch.no_grad():
             return sum(piece.share * float(self.run("fp32").forward(piece)[1]) for piece in pieces)
 
     def state_bytes(self) -> int:
@@ -163,13 +158,11 @@ class Workbench:
     def error(self, settings: Settings) -> float:
         """Relative error of the gradient; in fp16 of the one that a `GradScaler` arrives at."""
         made, pieces, precision = self.copy_for(settings), self.pieces(settings), settings.precision
-        while True:
-            loss, found = made.gradient(precision, pieces, self.scaler(settings).scale)
-            overflown = not all(bool(g.isfinite().all()) for g in found) and loss.isfinite()
-            if precision != "fp16" or not overflown or self.scale <= _SMALLEST_SCALE:
-                break
-            self.scale /= 2
+        loss, found = made.gradient(precision, pieces, self.scaler(settings).scale)
         if precision == "fp16":
+            while loss.isfinite() and not _is_finite(found) and self.scale > _SMALLEST_SCALE:
+                self.scale /= 2
+                loss, found = made.gradient("fp16", pieces, self.scaler(settings).scale)
             found = [g / self.scale for g in found]
         return relative_error(found, self.reference)
 
@@ -208,8 +201,7 @@ class Workbench:
         divided = self.exact is None and error <= SEPARABLE[None]
         size = -(-self.size // 8) if divided else None
         pieces = micro_batches("autotune", batch, size, self.count)
-        seed_all(0)
-        _, self.reference = made.gradient("fp32", pieces)
+        self.reference = made.gradient("fp32", pieces)[1]
         norm = norm_of(self.reference)
         if not 0 < norm < math.inf:
             raise ValueError(
@@ -217,12 +209,8 @@ class Workbench:
                 "it; find_nonfinite(model, step) says where a NaN comes from, and a zero needs "
                 "a batch and a model that learn from each other"
             )
-        first = self.reference
-        if len(pieces) > 1:
-            seed_all(0)
-            first = made.gradient("fp32", pieces[:1])[1]
-        seed_all(1)
-        if relative_error(made.gradient("fp32", pieces[:1])[1], first) > _ROUNDING[self.exact]:
+        first, again = (made.gradient("fp32", pieces[:1])[1] for _ in range(2))
+        if relative_error(again, first) > _ROUNDING[self.exact]:
             raise ValueError(
                 "autotune: two runs of one batch have different gradients even with the "
                 "probability of every dropout module at 0, so the error of a candidate cannot be "
@@ -246,12 +234,10 @@ class Workbench:
             return micro_batches("autotune", part, size, self.count)
 
         try:
-            loss = made.run("fp32").forward(Piece(few, 1.0, 1.0))[1]
-            strange = [leaf for leaf in leaves_of(loss) if leaf not in set(made.parameters)]
+            leaves = leaves_of(made.run("fp32").forward(Piece(few, 1.0, 1.0))[1])
+            strange = [leaf for leaf in leaves if leaf not in set(made.parameters)]
             if not strange and self.size > 1:
-                seed_all(0)
                 whole = made.gradient("fp32", pieces(few, None))[1]
-                seed_all(0)
                 halves = made.gradient("fp32", pieces(few, -(-min(self.size, 4) // 2)))[1]
                 with torch.no_grad():
                     for parameter in made.parameters:
@@ -289,6 +275,10 @@ def _without_pieces(settings: Settings) -> Settings:
     return replace(settings, precision="fp32", micro_batch=None)
 
 
+def _is_finite(gradient: Gradient) -> bool:
+    return all(bool(g.isfinite().all()) for g in gradient)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, as a device, Python or the CPU's allocator says it."""
     kinds = (torch.OutOfMemoryError, MemoryError)
@@ -297,13 +287,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Set the probability of dropout to zero, where modules have one."""
-    kinds = {
-        nn.modules.dropout._DropoutNd: "p",
-        nn.MultiheadAttention: "dropout",
-        nn.RNNBase: "dropout",
-    }
-    found = [(m, name) for m in modules for kind, name in kinds.items() if isinstance(m, kind)]
+    """Set the probability of dropout to zero, where modules have one, by a name with "drop" in it.
+
+    So have attention, recurrent layers, drop-path, and layers that call `F.dropout` themselves.
+    """
+    found = [
+        (m, name)
+        for m in modules
+        for name, value in vars(m).items()
+        if isinstance(value, float)
+        and ("drop" in name or (name == "p" and isinstance(m, nn.modules.dropout._DropoutNd)))
+    ]
     before = [getattr(module, name) for module, name in found]
     try:
         for module, name in found:

@@ -214,6 +214,23 @@ def test_dropout_of_attention_and_of_recurrent_layers_is_off_for_the_error(told)
     assert (model.attention.dropout, model.recurrent.dropout) == (0.5, 0.5)
 
 
+def test_dropout_that_a_layer_calls_itself_is_off_for_the_error(told):
+    told(by_precision)
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.dropout_rate = nn.Linear(8, 8), 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(self.linear(x), self.dropout_rate, self.training)
+
+    model, batch = Calls(), (torch.randn(4, 8), torch.randn(4, 8))
+    report = autotune(model, batch, nn.MSELoss(), compile=False)
+    assert trial_of(report, FP32).gradient_error < 1e-5
+    assert model.dropout_rate == 0.5
+
+
 class Noisy(nn.Module):
     def __init__(self, noise: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -322,7 +339,7 @@ def test_the_reference_takes_less_than_the_batch_in_float64():
     wide = tuple(t.double() for t in WIDE)
     whole = measured(copy.deepcopy(model).double(), FP32, wide)
     needed = peak_bytes(lambda: Workbench(model, WIDE, nn.MSELoss()).measure_reference())
-    assert needed < 0.6 * whole  # a copy of the model is in it
+    assert needed < min(0.5 * whole, measured(model, FP32, WIDE))
     bench.measure_reference()
     exact = [p.grad for p in _double_gradient(model, WIDE)]
     for found, expected in zip(bench.reference, exact, strict=True):

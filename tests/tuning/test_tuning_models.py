@@ -28,7 +28,7 @@ def doubled(batch: dict[str, Any]) -> dict[str, Any]:
 
 def exact(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The gradient of the whole batch, by PyTorch alone in float64."""
-    twin = copy.deepcopy(model).double()
+    twin = copy.deepcopy(model).double().eval()  # without dropout, as the tuner's gradients are
     wide = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     twin(**wide).loss.backward()
     return torch.cat([p.grad.flatten() for p in twin.parameters() if p.grad is not None])
@@ -49,7 +49,6 @@ def quick(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_give_the_gradient_of_the_whole_batch(name):
     model, batch = ARCHITECTURES[name]()
-    model.eval()  # without dropout in attention, which is a function here
     if name == "mixtral":
         model.set_experts_implementation("eager")  # else it does not run in float64
     batch = doubled(batch)
@@ -78,7 +77,7 @@ def _of_samples(batch: dict[str, Any]) -> int:
 def test_settings_fit_the_model_they_were_found_for(name):
     model, batch = ARCHITECTURES[name]()
     batch = doubled(batch)
-    report = autotune(model.eval(), batch, tolerance=1e-4, compile=False)
+    report = autotune(model, batch, tolerance=1e-4, compile=False)
     assert all(t.gradient_error < 1e-4 for t in report.trials if t.verdict.startswith("best"))
     if name != "mixtral":
         assert Settings(micro_batch=2) in {trial.settings for trial in report.trials}
@@ -90,7 +89,7 @@ def test_settings_fit_the_model_they_were_found_for(name):
 def test_planned_blocks_are_named_and_planned(monkeypatch):
     model, batch = ARCHITECTURES["gpt2"]()
     batch = doubled(batch)
-    before = exact(model.eval(), batch)
+    before = exact(model, batch)
     told = {True: 1.0, False: 3.0}
     monkeypatch.setattr(Workbench, "seconds", lambda bench, s: told[s.micro_batch is None])
     plain = Workbench(model, batch, None).peak(Settings())
