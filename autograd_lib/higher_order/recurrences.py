@@ -28,11 +28,10 @@ _JOINT = """
     add sub rsub where cat stack masked_fill fill copy index_put index_add scatter scatter_add
     select_scatter slice_scatter diagonal_scatter constant_pad_nd
 """
+# Beside those of `jet`.
 _LINEAR = """
-    alias lift_fresh view _unsafe_view _reshape_alias _to_copy slice split split_with_sizes index
-    select_backward slice_backward _conj _neg_view embedding _adaptive_avg_pool2d im2col col2im
-    reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
-    _fft_c2c _fft_r2c _fft_c2r
+    view _to_copy index select_backward slice_backward _conj _neg_view embedding im2col col2im
+    _adaptive_avg_pool2d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
 """
 _PLAIN = """
     sign sgn floor ceil round trunc heaviside zeros_like ones_like full_like empty_like

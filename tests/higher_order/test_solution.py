@@ -129,6 +129,7 @@ SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
     "atan": torch.atan,
     "logit": lambda x: torch.logit(torch.sigmoid(x) * 0.9),
     "cosh": torch.cosh,
+    "lerp": lambda x: torch.addcmul(x, x, x, value=2).lerp(x, x),
     "log1p": lambda x: torch.log1p(x * x),
     "rational": lambda x: x / (1 + x * x),
     "reciprocal": lambda x: 1 / (2 + x.sin()),
