@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,37 +19,34 @@ from autograd_lib.core.snapshot import drop_gradients
 from autograd_lib.memory.trace import Marks, Trace
 
 
+@dataclass
 class Ends:
     """The step with stand-ins, which return what the blocks returned when they were visited.
 
     The graphs of the stand-ins make a chain, as those of the blocks.
 
-    Args:
+    Attributes:
         blocks: The blocks.
         step: Runs forward and returns the loss.
         visits: Their calls; `shared` is noted in them.
         leaves: Tensors whose `.grad` the step sets.
         accumulate: Whether those stand from the start.
-
-    Attributes:
         gradients: Those that the tail sends to the results of blocks, by place.
         made: The leaves that have gradients when backward reaches the blocks.
     """
 
-    def __init__(
-        self,
-        blocks: Blocks,
-        step: Callable[[], Tensor],
-        visits: list[Visit],
-        leaves: list[Tensor],
-        accumulate: bool,
-    ) -> None:
-        self.blocks, self.step, self.visits, self.leaves = blocks, step, visits, leaves
-        self.accumulate, self.device = accumulate, visits[0].input.device
-        self.gradients: dict[Place, Tensor] = {}
-        self.made: set[Tensor] = set()
+    blocks: Blocks
+    step: Callable[[], Tensor]
+    visits: list[Visit]
+    leaves: list[Tensor]
+    accumulate: bool
+    gradients: dict[Place, Tensor] = field(default_factory=dict)
+    made: set[Tensor] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.device = self.visits[0].input.device
         # What later blocks take gets gradients from stand-ins, which are not the tail's.
-        self.between = {place(v.given.leaves[i]) for v in visits[1:] for i in v.needing}
+        self.between = {place(v.given.leaves[i]) for v in self.visits[1:] for i in v.needing}
 
     def measure(self) -> Chain:
         """Return a chain that lacks its blocks and the gradient of its input."""

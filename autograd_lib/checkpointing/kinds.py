@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +14,23 @@ _PLAIN = (bool, float, complex, str, bytes, type(None), torch.dtype, torch.devic
 _CONTAINERS = (list, tuple, dict, set, frozenset)
 
 
-class _Number(NamedTuple):
-    """A number that may count the blocks, as `layer_idx` does."""
+@dataclass(frozen=True, eq=False)
+class _Number:
+    """A number that may count the blocks, as `layer_idx` does: equal if it differs as they do."""
 
     value: int
-    above: int  # the index of the block
+    block: int
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Number):
+            return False
+        return self.value - other.value in (0, self.block - other.block)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def traits(probe: Probe, index: int) -> list[Any]:
-    """What decides over costs and gradients of a block and its call, to be compared by `alike`.
+    """What decides over costs and gradients of a block and its call, to be compared.
 
     That is every attribute of its modules, shapes instead of tensors; what it is called with; and
     the sizes of what its forward allocated, which differ where work depends on values, as in a
@@ -56,14 +64,3 @@ def _trait(value: Any, index: int) -> Any:
     if isinstance(value, _PLAIN):
         return value
     return repr(value) if isinstance(value, _CONTAINERS) else id(value)
-
-
-def alike(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two lists of traits are equal, or differ by what counts the blocks."""
-    return len(a) == len(b) and all(x == y or _counts(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _counts(a: Any, b: Any) -> bool:
-    if not isinstance(a, _Number) or not isinstance(b, _Number):
-        return False
-    return a.value == b.value or a.value - b.value == a.above - b.above

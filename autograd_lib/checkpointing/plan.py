@@ -164,39 +164,45 @@ def plan_checkpoints(
 ) -> CheckpointPlan:
     r"""Find the fastest schedule of a chain of blocks whose peak fits a budget of bytes.
 
-    Each block is measured once, alone: seconds forward and backward, the bytes it saves, the
-    high-water marks of its phases by the events of the allocator. From these a dynamic program
-    finds every schedule for which no other needs less memory and less time; of those that fit the
-    budget the fastest is the plan. A block is saved, recomputed, or recomputed except for its
-    matrix products, convolutions and attention ("selective"; in a compiled block the compiler
-    chooses what to recompute, by `activation_memory_budget`). A compiled block that draws random
-    numbers in any mode is never selective, because PyTorch 2.13 would draw them anew in backward.
-    If `blocks` is an `nn.Sequential`, a checkpoint may hold several blocks, and within it further
-    checkpoints.
+    Each kind of block is measured once, alone: seconds forward and backward, the bytes it saves,
+    the high-water marks of its phases by the events of the allocator. Blocks are of one kind if
+    their modules, shapes, arguments and the sizes of what they allocate are equal. From these costs
+    a dynamic program finds every schedule for which no other needs less memory and less time; of
+    those that fit the budget the fastest is the plan. A block is saved, recomputed, or recomputed
+    except for its matrix products, convolutions and attention ("selective"; in a compiled block the
+    compiler chooses what to recompute, by `activation_memory_budget`). A compiled block that draws
+    random numbers in any mode is never selective, because PyTorch 2.13 would draw them anew in
+    backward. If `blocks` is an `nn.Sequential`, a checkpoint may hold several blocks, and within it
+    further checkpoints.
 
     For $n$ equal blocks this contains the binomial schedules, which need memory and repeat work
     in proportion to $\log n$ (Griewank and Walther, *ACM Trans. Math. Softw.* 26, 2000); for
     unequal ones it is the program of Beaumont et al. (*Optimal checkpointing for heterogeneous
     chains*, Inria RR-9302, 2019), with selective steps added and memory exact, not in slots.
 
-    The predicted peak leaves out gradients that go around the chain or to other arguments of the
-    blocks, and the partial gradients of a weight that several blocks share. It is exact otherwise.
+    Blocks may take and return tensors in tuples, mappings and objects: one tensor goes from block
+    to block; others may come from the head, go to later blocks or to the tail, or stay behind as
+    attributes. Masks and tables that blocks keep are counted once, gradients of arguments that
+    blocks share stand until the block or head that made these.
+
+    The predicted peak leaves out gradients that go around the chain, and the partial gradients of
+    a weight that several blocks share. It is exact otherwise.
 
     A checkpoint restores PyTorch's default generator of random numbers and no other. A block that
     draws from Python's or NumPy's generator, or from one of its own, would get wrong gradients
-    silently. So each block is run twice: one whose gradient differs, or that advances such a
-    generator, is always saved, with a warning that names the reason.
+    silently. So each kind of block is run twice: one whose gradient differs, or that advances such
+    a generator, is always saved, with a warning that names the reason.
 
     Args:
-        blocks: Modules that run one after the other, once each, each taking the output of the one
-            before as its first argument: an `nn.Sequential`, or the list that the forward of a
-            transformer loops over.
+        blocks: Modules that run one after the other, once each, each taking a tensor that the one
+            before returned: an `nn.Sequential`, or the list that the forward of a transformer
+            loops over.
         sample: The input of the first block, for a step that is
             ``blocks(sample).sum().backward()``; or a function without arguments that runs the
             forward of the whole model and returns the loss, for a step that is that and
             ``.backward()``. What comes before and after the blocks is measured too, under the
-            autocast that the function sets. It is called about ten times, and only the first
-            time with the blocks.
+            autocast that the function sets. It is called three times, and only the first time
+            with the blocks.
         budget: Bytes, at the peak of one step, gradients of parameters included, above what stood
             before a step that starts with every `.grad` None.
         accumulate: Whether `sample` is one of several forwards and backwards whose gradients add
@@ -208,8 +214,9 @@ def plan_checkpoints(
 
     Raises:
         TypeError: An argument is of another kind.
-        ValueError: No schedule fits the budget (the least possible is named), or the blocks are
-            not a chain.
+        ValueError: No schedule fits the budget (the least possible is named), the blocks are not a
+            chain, or no plan can serve them: a block writes into an argument (a cache) or uses a
+            graph that is not in its arguments, or the step runs a backward inside.
 
     Warns:
         UserWarning: A block cannot be recomputed, and why.
