@@ -20,6 +20,7 @@ Values = list[list[Tensor]]  # by slot the coefficients so far; of a constant on
 Compute = Callable[[Values, int], Any]  # the coefficient of an order, or several
 
 _TO_PYTHON = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+_FROM_LISTS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 # The places of numbers that are added, and so have no part in higher orders.
 _ADDENDS = {
     **dict.fromkeys(["add", "sub", "rsub"], (0, 1)),
@@ -70,7 +71,7 @@ def no_rule(name: str) -> NotImplementedError:
 def _converted(name: str) -> NotImplementedError:
     return NotImplementedError(
         f"taylor_solution: {name} converts a value that depends on the arguments of f to Python, "
-        "where f may branch on it; a record holds for one branch only: use torch.where"
+        "where it is lost to a record; use torch.where for a branch, torch.stack for a list"
     )
 
 
@@ -148,7 +149,10 @@ class Recorder(TorchDispatchMode):
             self.enter(func(*args), self.slot(result))
             return args[0]
         if func._schema.is_mutable:
-            raise MutationError(f"taylor_solution: {name} has no form that is not in place")
+            raise MutationError(
+                f"taylor_solution: {name} writes in place where PyTorch cannot do without; rewrite "
+                "it by functions that return new tensors"
+            )
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise no_rule(f"{name}, which is random,")
         inputs = tensors_in(args)
@@ -263,8 +267,10 @@ class FunctionMode(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _TO_PYTHON and id(args[0]) in self.recorder.slots:
-            raise _converted(f"Tensor.{func.__name__}")
+        lists = [x for x in args if isinstance(x, list | tuple)]
+        read = args[:1] if func in _TO_PYTHON else tensors_in(lists) if func in _FROM_LISTS else ()
+        if any(id(x) in self.recorder.slots for x in read):
+            raise _converted(func.__name__)
         if torch._C._functorch.maybe_current_level() is None and any(
             torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors_in(args)
         ):

@@ -387,11 +387,13 @@ def test_the_cost_grows_as_the_square_of_the_order() -> None:
 # ------------------------------------------------------------------ what is refused
 
 
-def test_branches_on_values_are_refused() -> None:
+def test_values_that_leave_for_python_are_refused() -> None:
     cases: dict[str, Field] = {
         "local_scalar_dense": lambda t, y: y if y.sum() > 0 else -y,
-        "Tensor.tolist": lambda t, y: y * y.tolist()[0],
-        "Tensor.numpy": lambda t, y: y * float(y.detach().numpy()[0]),
+        "tolist": lambda t, y: y * y.tolist()[0],
+        "tensor": lambda t, y: torch.tensor([y[1], -y[0]]),
+        "new_tensor": lambda t, y: y.new_tensor([y[1], -y[0]]),
+        "numpy": lambda t, y: y * float(y.detach().numpy()[0]),
         "equal": lambda t, y: y if torch.equal(y, y) else -y,
     }
     for name, f in cases.items():
@@ -399,6 +401,8 @@ def test_branches_on_values_are_refused() -> None:
             taylor_solution(f, START, 2)
     with pytest.raises(NotImplementedError, match="local_scalar_dense converts"):
         taylor_solution(lambda t, y, p: y if p[0] > 0 else -y, START, 2, PARAMETERS)
+    with pytest.raises(NotImplementedError, match="writes in place where PyTorch cannot"):
+        taylor_solution(lambda t, y: nn.BatchNorm1d(2).double()(y.expand(3, 2))[0], START, 2)
     mask = torch.tensor([True, False])
     taylor_solution(lambda t, y: y * mask if mask.any() else y, START, 2)  # of no argument
 
