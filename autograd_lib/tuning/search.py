@@ -64,10 +64,8 @@ def _sizes(candidates: Candidates) -> list[int | None]:
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
                 why = f"{name!r} is a {type(m).__name__}"
                 break
-        candidates.note(
-            f"Micro-batches left out: what they give differs by {error:.1e} from what the whole "
-            f"batch gives ({why})."
-        )
+        differ = f"what they give differs by {error:.1e} from what the whole batch gives ({why})"
+        candidates.note(f"Micro-batches left out: {bench.indivisible or differ}.")
         return [None]
     sizes: list[int | None] = [None]
     size = bench.size

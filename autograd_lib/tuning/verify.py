@@ -151,6 +151,7 @@ class _Form:
         """Derivative of the loss along a direction by finite differences, and its doubt.
 
         Of several steps those two count that agree best: the loss may be rounded, or have kinks.
+        What rounding makes of it shows at the smallest steps, where the loss is a straight line.
         """
         (piece,) = micro_batches("verify_gradients", batch, None, None)
         state = ModuleState(self.modules, self.parameters)
@@ -166,9 +167,12 @@ class _Form:
             finally:
                 state.restore()
 
-        slopes = [(loss(h * unit) - loss(-h * unit)) / (2 * h * unit) for h in _STEPS]
-        pairs = [(b, abs(a - b)) for a, b in itertools.pairwise(slopes)]
-        return min(pairs, key=lambda pair: pair[1])
+        ends, middle = [(loss(h * unit), loss(-h * unit)) for h in _STEPS], loss(0.0)
+        noise = max(abs(a + b - 2 * middle) for a, b in ends[-3:]) + 1e-16 * abs(middle)
+        slopes = [(a - b) / (2 * h * unit) for h, (a, b) in zip(_STEPS, ends, strict=True)]
+        pairs = zip(itertools.pairwise(slopes), _STEPS[1:], strict=True)
+        doubts = [(b, abs(a - b) + noise / (h * unit)) for (a, b), h in pairs]
+        return min(doubts, key=lambda found: found[1])
 
 
 def verify_gradients(

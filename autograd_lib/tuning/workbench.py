@@ -109,7 +109,7 @@ class Workbench:
         self.copies: dict[Settings, Copy] = {}
         self.reference: Gradient = []
         self.exact: Settings | None = None  # of the reference; None for float64
-        self.narrow = ""  # why it is not in float64
+        self.narrow = self.indivisible = ""  # why it is not in float64, and micro-batches fail
 
     def copy_for(self, settings: Settings) -> Copy:
         """The copy on which `settings` run."""
@@ -234,8 +234,11 @@ class Workbench:
             return micro_batches("autotune", part, size, self.count)
 
         try:
-            leaves = leaves_of(made.run("fp32").forward(Piece(few, 1.0, 1.0))[1])
-            strange = [leaf for leaf in leaves if leaf not in set(made.parameters)]
+            # What the model makes anew in each forward is no matter.
+            run = made.run("fp32")
+            a, b = (set(leaves_of(run.forward(Piece(few, 1.0, 1.0))[1])) for _ in range(2))
+            strange = list((a & b).difference(made.parameters))
+            del a, b
             if not strange and self.size > 1:
                 whole = made.gradient("fp32", pieces(few, None))[1]
                 halves = made.gradient("fp32", pieces(few, -(-min(self.size, 4) // 2)))[1]
@@ -247,7 +250,8 @@ class Workbench:
                 # A sum, as the larger of a number and NaN may be either.
                 difference = abs(apart - together) / (abs(together) or math.nan)
                 return relative_error(halves, whole) + difference
-        except (ValueError, RuntimeError):  # what the whole batch raises too comes up there
+        except (ValueError, RuntimeError) as err:  # what the whole batch raises too comes up there
+            self.indivisible = str(err).strip().partition("\n")[0]
             return math.nan
         if strange:
             raise ValueError(

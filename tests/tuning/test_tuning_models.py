@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from architectures import ARCHITECTURES
 
-from autograd_lib import autotune
+from autograd_lib import autotune, verify_gradients
 from autograd_lib.config import Settings
 from autograd_lib.tuning.workbench import Workbench
 
@@ -84,6 +84,21 @@ def test_settings_fit_the_model_they_were_found_for(name):
     assert any("in float32" in note for note in report.notes) is (name == "mixtral")
     assert report.best.apply(model) is model
     assert model(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "wav2vec2"])
+def test_a_model_agrees_with_itself(name):
+    model, batch = ARCHITECTURES[name]()
+    report = verify_gradients(model, copy.deepcopy(model), batch)
+    assert report.wrong == (), report
+    assert not any(found.verdict for found in report.parameters.values())
+
+
+def test_a_leaf_that_each_forward_makes_is_no_parameter_out_of_reach():
+    model, batch = ARCHITECTURES["wav2vec2"]()  # its input requires a gradient, in training
+    bench = Workbench(model, doubled(batch), None)
+    bench.measure_reference()
+    assert bench.error(Settings()) < 1e-4
 
 
 def test_planned_blocks_are_named_and_planned(monkeypatch):

@@ -337,6 +337,28 @@ def test_what_float64_does_not_run_is_compared_as_given():
     assert wrong.wrong == ("candidate",)
 
 
+def test_a_model_that_computes_in_float32_inside_is_no_false_alarm():
+    """As norms and losses of `transformers` do: finite differences see their rounding."""
+
+    class Rounded(nn.Module):
+        def __init__(self, sine: nn.Module) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.sine = nn.Linear(8, 8), nn.Linear(8, 8), sine
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.sine(self.first(x).float()).to(x.dtype)
+            return self.second(hidden).float()
+
+    for seed in range(5):
+        report = verify_gradients(Rounded(Plain()), Rounded(Sine(1.0)), pairs(), MSE, seed=seed)
+        assert report.wrong == ()
+        assert report.precision == "float64"
+    assert verify_gradients(Rounded(Plain()), Rounded(Sine(0.9)), pairs(), MSE).wrong == (
+        "candidate",
+    )
+
+
 # What is left behind, and what is refused
 
 
