@@ -54,9 +54,9 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Jet:
-    if max_norm is not None or scale_grad_by_freq or sparse:
+    if max_norm is not None or scale_grad_by_freq:  # sparse is a form in which gradients are kept
         raise NotImplementedError(
-            "jet: F.embedding has a rule without max_norm, scale_grad_by_freq and sparse"
+            "jet: F.embedding has a rule without max_norm and scale_grad_by_freq"
         )
     # padding_idx only stops a gradient, and jet's derivatives with it
     rows = weight
