@@ -172,7 +172,6 @@ class _ElementaryFunction(Function):
 
 class _Algebra:
     def __init__(self) -> None:
-        self.adopted: list[Tensor] = []  # constants that f wrote followed values to
         self.recording = torch.is_grad_enabled()
         self.level = torch._C._functorch.maybe_current_level()
         self.forward_mode = torch._C._is_fwd_grad_enabled()  # off inside a Function's forward

@@ -6,24 +6,29 @@ import contextlib
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as _vmap
 from torch._functorch import predispatch
+from torch._functorch.pyfunctorch import (
+    temporarily_clear_interpreter_stack,
+    temporarily_restore_interpreter_stack,
+)
 from torch.autograd.function import Function
 from torch.overrides import enable_reentrant_dispatch, resolve_name
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from autograd_lib.higher_order.lookup import (  # noqa: F401
-    LINEAR,
+from autograd_lib.higher_order.lookup import (
     RULES,
     VIEWS,
     arranged,
     composed,
     from_source,
-    namesakes,
+    name_of,
     no_rule,
     writes,
 )
@@ -36,39 +41,26 @@ if TYPE_CHECKING:
 def rule_of(function: Any) -> Callable[..., Any] | None:
     """The rule of a function of PyTorch: of the table, its source, or that of `add` for `add_`."""
     if function not in RULES:
-        name: str = getattr(function, "_opname", None) or getattr(function, "__name__", "")
-        found = None
-        if isinstance(function, torch._ops.OpOverload):
-            # A function in Python may take its arguments otherwise than the operation.
-            same = [each for each in namesakes(name) if each in RULES and _schema_like(each)]
-            found = RULES[same[0]] if same else None
-        found = found or from_source(function)
-        within = isinstance(function, torch._ops.OpOverload)
-        if found is None and writes(name) and (within or name[:-1] not in _TURNS):
-            rules = map(rule_of, filter(callable, namesakes(name[:-1])))
-            found = next((_writing(rule, name[:-1] in _TURNS) for rule in rules if rule), None)
+        name = name_of(function)
+        found = from_source(function) or RULES.get(name)
+        if found is None and writes(name) and name[:-1] in RULES and name[:-1] not in VIEWS:
+            plain = RULES[name[:-1]]
+            found = lambda x, *args, **kwargs: write(x, plain(x, *args, **kwargs))  # noqa: E731
         if found is not None:
             RULES[function] = found
+        if getattr(function, "is_view", False):
+            VIEWS[function] = True
     return RULES.get(function)
 
 
-def _schema_like(function: Any) -> bool:
-    return getattr(function, "__module__", None) != "torch.functional"
-
-
-# In place these change the shape, which only PyTorch's own compositions may.
-_TURNS = {"transpose", "t", "unsqueeze", "squeeze"}
-
-
-def _writing(rule: Callable[..., Any], anew: bool) -> Callable[..., Any]:
-    def writing(x: Any, *args: Any, **kwargs: Any) -> Tensor:
-        value = rule(x, *args, **kwargs)
-        if not anew:
-            return write(x, value)
-        x._hold(value)
-        return x
-
-    return writing
+class _View(NamedTuple):
+    base: Any  # None: what shares its memory perhaps was written to
+    seen: int  # the version of the base
+    always: bool  # or only perhaps
+    function: Any
+    part: int | None  # of several results
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class Jet(Tensor):
@@ -82,12 +74,8 @@ class Jet(Tensor):
     stack: Tensor
     algebra: Algebra
     live: int
-    # Of a value that shares the memory of another: which, by what function, and its version then.
-    base: Jet | None = None
-    path: Callable[[Tensor], Tensor] | None = None  # None: it shares it perhaps
-    seen = 0
     version = 0  # grows with each write
-    stale = False  # it may have been written to by what shares its memory perhaps
+    origin: _View | None = None  # the value whose memory it shares, if it is a view
     constants: tuple[Any, ...] = ()  # weak references to results of detach
 
     @staticmethod
@@ -120,21 +108,26 @@ class Jet(Tensor):
 
     def refresh(self) -> None:
         """Follow what was written to the value that this one is a view of."""
-        if self.base is not None:
-            self.base.refresh()
-            if self.base.version != self.seen and self.path is not None:
-                self._hold(by_coefficient(self.path, self.base))
-        if self.stale or (self.base is not None and self.base.version != self.seen):
-            raise NotImplementedError(
-                "jet: a value is read after another one, which may share its memory (by reshape, "
-                "flatten or contiguous), was modified in place; use view, or clone before"
-            )
+        if self.origin is None:
+            return
+        base, seen, always, *call = self.origin
+        if base is not None:
+            base.refresh()
+            if base.version == seen:
+                return
+            if always:
+                self._hold(by_coefficient(_path(*call), base))
+                return
+        raise NotImplementedError(
+            "jet: a value is read after another one, which may share its memory (by reshape, "
+            "flatten or contiguous), was modified in place; use view, or clone before"
+        )
 
     def _hold(self, value: Tensor) -> None:
         self.stack, self.live = lift(value)
         self.version += 1
-        if self.base is not None:
-            self.seen = self.base.version
+        if self.origin is not None and self.origin.base is not None:
+            self.origin = self.origin._replace(seen=self.origin.base.version)
 
     @classmethod
     def __torch_function__(
@@ -151,24 +144,27 @@ class Jet(Tensor):
         return _followed(func, rule, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         # Other calls that bypass __torch_function__ are inside torch.func, and in compiled or
         # scripted functions.
-        if not getattr(_LOCAL, "in_parts", False):
+        levels = getattr(_LOCAL, "levels", None)
+        if levels is None:
             raise no_rule(f"{func}, reached inside a transform or a compiled function,")
         rule = RULES.get(func) or rule_of(func)
         if rule is None:
             raise no_rule(str(func))
-        _LOCAL.in_parts = False
+        _LOCAL.levels = None
+        restored = (
+            temporarily_restore_interpreter_stack(levels) if levels else contextlib.nullcontext()
+        )
         try:
-            with enable_reentrant_dispatch(), torch._C._EnableTorchFunction():
+            with enable_reentrant_dispatch(), torch._C._EnableTorchFunction(), restored:
                 result = _followed(func, rule, args, kwargs or {})
-                # What is made here may be written to, and is held by C++.
-                return _constant(result, algebra_of(*args, *(kwargs or {}).values()))
+                return _constant(result, algebra_of(*args))
         finally:
-            _LOCAL.in_parts = True
+            _LOCAL.levels = levels
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Jet({self.stack!r})"
@@ -178,45 +174,38 @@ _LOCAL = threading.local()
 
 
 def _name(function: Any) -> str:
-    return resolve_name(function) or getattr(function, "__name__", str(function))
+    return resolve_name(function) or name_of(function)
 
 
 def _in_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let PyTorch compose a function without a rule of ATen operations, which have rules."""
-    # Below torch.vmap its level would be gone.
-    if torch._C._are_functorch_transforms_active() or not composed(getattr(func, "__name__", "")):
+    if not composed(name_of(func)):
         raise no_rule(_name(func))
     algebra = algebra_of(*args, *kwargs.values())
-    fused = torch._C._get_mkldnn_enabled()
-    _LOCAL.in_parts = True
-    torch._C._set_mkldnn_enabled(False)  # whose LSTM is one operation
+    args, kwargs = _constant(args, algebra), _constant(kwargs, algebra)
     try:
-        with torch._C.DisableTorchFunctionSubclass():
-            return _anew(func(*_constant(args, algebra), **_constant(kwargs, algebra)))
+        # The levels of torch.vmap are those of the stacks, not of the values around them.
+        with temporarily_clear_interpreter_stack() as levels:
+            _LOCAL.levels = levels
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
     except NotImplementedError as error:
         raise no_rule(_name(func)) from error
     finally:
-        _LOCAL.in_parts = False
-        torch._C._set_mkldnn_enabled(fused)
+        _LOCAL.levels = None
 
 
 def _constant(value: Any, algebra: Algebra) -> Any:
-    """Let the floating-point constants among values be followed, too."""
+    """Let the floating-point constants among values be followed, as C++ may write to them."""
     if isinstance(value, dict):
         return {key: _constant(part, algebra) for key, part in value.items()}
     if isinstance(value, tuple | list):
         return [_constant(part, algebra) for part in value]
-    plain = isinstance(value, Tensor) and type(value) is not Jet
-    if plain and (value.is_floating_point() or value.is_complex()):
-        return Jet(value[None], algebra)
-    return value
+    return Jet(value[None], algebra) if differentiable(value) and type(value) is not Jet else value
 
 
-def _anew(result: Any) -> Any:
-    """A result in wrappers of its own shape, which `transpose_` within does not change."""
-    if type(result) is Jet:
-        return Jet(result.stack, result.algebra, result.live)
-    return type(result)(map(_anew, result)) if type(result) in (tuple, list) else result
+def differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _followed(
@@ -236,50 +225,52 @@ def _followed(
             "calls it"
         )
     if algebra.recording and not torch.is_grad_enabled():
-        # What no_grad computes is constant.
-        constants, options = primal(args), primal(kwargs)
-        if type(args[0]) is not Jet or not (writes(func.__name__) or func is Tensor.__setitem__):
-            return func(*constants, **options)
-        value = constants[0].clone()
-        func(value, *constants[1:], **options)
-        change = (value - constants[0]).detach()  # and the derivatives of what it changes stay
-        with torch.enable_grad():
-            return write(args[0], args[0] + change)
+        return _without_grad(func, args, kwargs)
     result = rule(*args, **kwargs)
-    if func in VIEWS and type(args[0]) is Jet and not _copied(func, args):
-        several = isinstance(result, tuple | list)
-        for i, part in enumerate(result if several else [result]):
-            if part is not args[0]:
-                part.base, part.seen = args[0], args[0].version
-                part.path = _path(func, i if several else None, args[1:], kwargs)
-    elif type(result) is Jet and result.base is not None:
-        own = RULES[func] is rule and all(result is not arg for arg in args)
-        # of what the rule composed, as a view of which PyTorch does not return it
-        return Jet(result.stack, algebra, result.live) if own else result
+    always = VIEWS[func]
+    if always is not None:
+        base = args[0]
+        if type(base) is Jet and not (func is Tensor.__getitem__ and _copied(args[1])):
+            for i, part in ((None, result),) if type(result) is Jet else enumerate(result):
+                if part is not base:
+                    part.origin = _View(base, base.version, always, func, i, args[1:], kwargs)
+    elif type(result) is Jet and result.origin is not None and RULES[func] is rule:
+        # A view of what the rule composed is none to PyTorch.
+        held = any(result is arg for arg in args)
+        result = result if held else Jet(result.stack, algebra, result.live)
     return result
 
 
-def _copied(func: Any, args: tuple[Any, ...]) -> bool:
+def _without_grad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What no_grad computes is constant; written to a value, it leaves the derivatives."""
+    constants, options = primal(args), primal(kwargs)
+    if type(args[0]) is Jet and writes(func.__name__):
+        value = constants[0].clone()
+        func(value, *constants[1:], **options)
+        with torch.enable_grad():
+            return write(args[0], args[0] + (value - constants[0]).detach())
+    result = func(*constants, **options)
+    return shared(args[0], result) if VIEWS[func] and isinstance(result, Tensor) else result
+
+
+def shared(x: Any, constant: Tensor) -> Tensor:
+    """Note that a constant shares the memory of a value."""
+    if type(x) is Jet:
+        alive = [each for each in x.constants if each() is not None]
+        x.constants = (*alive, weakref.ref(constant))
+    return constant
+
+
+def _copied(index: Any) -> bool:
     """Whether an index is one that makes PyTorch copy."""
-    if func is not Tensor.__getitem__:
-        return False
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    plain = (int, slice, type(None), type(Ellipsis))
-    return not all(
-        (isinstance(i, plain) and not isinstance(i, bool)) or (isinstance(i, Tensor) and not i.ndim)
-        for i in index
-    )
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(i, list | range | bool) or getattr(i, "ndim", 0) for i in parts)
 
 
-def _path(func: Any, part: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not VIEWS[func]:
-        return None
-
-    def path(base: Tensor) -> Tensor:
-        result = func(base, *args, **kwargs)
-        return result if part is None else result[part]
-
-    return path
+def _path(func: Any, part: int | None, args: Any, kwargs: Any) -> Callable[[Tensor], Tensor]:
+    if part is None:
+        return lambda base: func(base, *args, **kwargs)
+    return lambda base: func(base, *args, **kwargs)[part]
 
 
 def write(x: Tensor, value: Tensor) -> Tensor:
@@ -295,13 +286,16 @@ def write(x: Tensor, value: Tensor) -> Tensor:
             "jet: a value was modified in place after detach, whose result shares its memory; "
             "use detach().clone()"
         )
-    base = x.base
-    if base is not None and x.path is not None:
-        write(base, together(_replaced(x.path), base, value))
-    elif base is not None:
-        x.base = None
-        while base is not None:
-            base.stale, base = True, base.base
+    origin = x.origin
+    if origin is not None and origin.base is not None:
+        base, _, always, *call = origin
+        if always:
+            write(base, together(_replaced(_path(*call)), base, value))
+        else:
+            x.origin, stale = None, origin._replace(base=None)
+            while base is not None:
+                after = base.origin and base.origin.base
+                base.origin, base = stale, after
     x._hold(value)
     return x
 
@@ -317,28 +311,21 @@ def _replaced(path: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Te
 
 def _adopt(x: Tensor, algebra: Algebra) -> None:
     """Let a constant that is written to be followed from then on, by the same object."""
-    base = x._base if x._is_view() else None
-    if base is not None and not base.is_contiguous():
-        raise no_rule("a write into a view of a constant", in_place=True)
-    size, stride, offset = x.size(), x.stride(), x.storage_offset()
     value = Jet(x.clone()[None], algebra)
-    x.fill_(math.nan)  # which nothing should read any more
     try:
+        if x._is_view():
+            raise RuntimeError
+        x.fill_(math.nan)  # what shares its memory, and should not be read any more
         torch.utils.swap_tensors(x, value)
     except RuntimeError as error:
-        raise no_rule("a write into a constant that another view shares", in_place=True) from error
-    if base is not None:
-        if type(base) is not Jet:
-            _adopt(base, algebra)
-        x.base, x.seen = base, base.version
-        x.path = lambda t: t.as_strided(size, stride, offset)
-    else:
-        algebra.adopted.append(x)
+        raise no_rule("a write into a constant that a view shares", in_place=True) from error
+    _LOCAL.adopted.append(x)
 
 
 @contextlib.contextmanager
-def following(algebra: Algebra) -> Iterator[None]:
-    """Give constants that were written to their plain values back at the end."""
+def following() -> Iterator[None]:
+    """Run f: constants that it writes to have plain values again at the end."""
+    outer, _LOCAL.adopted = getattr(_LOCAL, "adopted", None), []
     try:
         yield
     except RuntimeError as error:
@@ -350,8 +337,9 @@ def following(algebra: Algebra) -> Iterator[None]:
             raise no_rule(f"{name} within f") from error
         raise
     finally:
-        for x in algebra.adopted:
+        for x in _LOCAL.adopted:
             torch.utils.swap_tensors(x, primal(x).detach().clone())
+        _LOCAL.adopted = outer
 
 
 def _running_function() -> str:
@@ -370,7 +358,7 @@ def jets(values: Any) -> list[Jet]:
     found: list[Jet] = []
     for value in values.values() if isinstance(values, dict) else values:
         if type(value) is Jet:
-            if value.base is not None or value.stale:
+            if value.origin is not None:
                 value.refresh()
             found.append(value)
         elif isinstance(value, (tuple, list, dict)):
@@ -418,52 +406,42 @@ def aligned(x: Tensor, y: Tensor, ndim: int = 0) -> tuple[tuple[Tensor, int], tu
     return (a, live_a), (b, live_b)
 
 
-def by_coefficient(function: Callable[..., Any], x: Jet, *args: Any, **kwargs: Any) -> Any:
-    """Apply a linear function to each coefficient."""
-    return _mapped(x, len(x.stack), lambda add: function(add(x.stack), *args, **kwargs))
+def by_coefficient(
+    function: Callable[..., Any], x: Jet, *args: Any, along: Sequence[Tensor] = (), **kwargs: Any
+) -> Any:
+    """Apply a function linear in x, and in the stacks `along` with it, to each coefficient.
+
+    This is `torch.vmap` without its checks of arguments, which take longer than most functions.
+    """
+    if not predispatch.DECOMPOSITIONS_LOADED:
+        predispatch.lazy_load_decompositions()
+    size = x.stack.shape[0]
+    level = _vmap._vmap_increment_nesting(size, "error")
+    try:
+        others = [_vmap._add_batch_dim(stack, 0, level) for stack in along]
+        result = function(_vmap._add_batch_dim(x.stack, 0, level), *others, *args, **kwargs)
+        if isinstance(result, Tensor):
+            return by_stack(_vmap._remove_batch_dim(result, level, size, 0), x)
+        return tuple(by_stack(_vmap._remove_batch_dim(part, level, size, 0), x) for part in result)
+    finally:
+        _vmap._vmap_decrement_nesting()
 
 
 def together(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Apply a function that is linear in all its floating-point arguments together."""
     found = jets((*args, *kwargs.values()))
-    size = max(len(x.stack) for x in found)
-    like = max(found, key=lambda x: x.live)
+    leaves, spec = tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if differentiable(leaf)]
+    size, live = max(len(x.stack) for x in found), max(x.live for x in found)
+    first, *others = [pad(lift(leaves[i])[0], size) for i in places]
 
-    def padded(value: Any) -> Any:
-        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-            return _Stack(pad(lift(value)[0], size))
-        return [padded(part) for part in value] if isinstance(value, tuple | list) else value
+    def call(*coefficients: Tensor) -> Any:
+        for i, coefficient in zip(places, coefficients, strict=True):
+            leaves[i] = coefficient
+        args, kwargs = tree_unflatten(leaves, spec)
+        return function(*args, **kwargs)
 
-    def added(value: Any, add: Callable[[Tensor], Tensor]) -> Any:
-        if isinstance(value, list):
-            return [added(part, add) for part in value]
-        return add(value.stack) if isinstance(value, _Stack) else value
-
-    values = padded(args)
-    options = {key: padded(value) for key, value in kwargs.items()}
-
-    def call(add: Callable[[Tensor], Tensor]) -> Any:
-        return function(*added(values, add), **{k: added(v, add) for k, v in options.items()})
-
-    return _mapped(like, size, call)
-
-
-class _Stack(NamedTuple):
-    stack: Tensor
-
-
-def _mapped(like: Jet, size: int, call: Callable[[Callable[[Tensor], Tensor]], Any]) -> Any:
-    """`torch.vmap` without its checks of arguments, which take longer than most functions."""
-    if not predispatch.DECOMPOSITIONS_LOADED:
-        predispatch.lazy_load_decompositions()
-    level = _vmap._vmap_increment_nesting(size, "error")
-    try:
-        result = call(lambda stack: _vmap._add_batch_dim(stack, 0, level))
-        if isinstance(result, Tensor):
-            return by_stack(_vmap._remove_batch_dim(result, level, size, 0), like)
-        return tuple(by_stack(_vmap._remove_batch_dim(r, level, size, 0), like) for r in result)
-    finally:
-        _vmap._vmap_decrement_nesting()
+    return by_coefficient(call, Jet(first, found[0].algebra, live), along=others)
 
 
 def by_stack(stack: Tensor, like: Jet) -> Tensor:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-RULES: dict[Any, Callable[..., Any]] = {}
+RULES: dict[Any, Callable[..., Any]] = {}  # by the function, and by its name in ATen
 LINEAR: set[str] = set()  # names of functions that act on each coefficient alone
-# Functions whose results share the memory of their first argument: always, or (False) perhaps.
-VIEWS: dict[Any, bool] = {}
-_HOMES = (torch, Tensor, F, torch._C._nn, torch._VF)
-_SPECIAL_HOMES = {"linalg_": torch.linalg, "special_": torch.special, "fft_": torch.fft}
+
+
+class _ByName(dict[Any, Any]):
+    """Looks up what it does not have by the name of the function."""
+
+    def __missing__(self, function: Any) -> Any:
+        self[function] = found = self.get(name_of(function))
+        return found
+
+
+# Whether the results of a function share the memory of its first argument: False for perhaps.
+VIEWS = _ByName()
 
 
 def from_source(function: Any) -> Callable[..., Any] | None:
@@ -38,13 +45,9 @@ def unchecked(body: FunctionType) -> FunctionType:
     return copy
 
 
-def namesakes(name: str) -> list[Any]:
-    """The functions of PyTorch that an ATen operation's name may stand for."""
-    for prefix, home in _SPECIAL_HOMES.items():
-        if name.startswith(prefix):
-            return [getattr(home, name.removeprefix(prefix), None)]
-    packet = getattr(torch.ops.aten, name, None)
-    return [packet, *[getattr(home, name, None) for home in _HOMES]]
+def name_of(function: Any) -> str:
+    """The name of a function, which of an ATen operation is that without its overload."""
+    return str(getattr(function, "_opname", None) or getattr(function, "__name__", ""))
 
 
 @functools.cache
@@ -64,26 +67,24 @@ def writes(name: str) -> bool:
 
 
 @functools.cache
-def _positions(name: str, count: int, given: frozenset[str]) -> tuple[str, ...]:
-    """The names, in order, of the given arguments that follow the first `count` ones."""
-    for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}"):
-        if given <= {argument.name for argument in schema.arguments}:
-            order = [a.name for a in schema.arguments if not a.kwarg_only][count:]
-            last = next((i for i, each in enumerate(order) if each not in given), len(order))
-            return tuple(order[:last])
-    return ()
+def _order(function: Any, count: int, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The named arguments that have a place after `count` ones in PyTorch's signature."""
+    first = tuple(key for key in keys if key in ("self", "input") and not count)
+    if not isinstance(function, FunctionType):
+        for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name_of(function)}"):
+            if {*keys} - {"input"} <= {argument.name for argument in schema.arguments}:
+                places = [a.name for a in schema.arguments if not a.kwarg_only]
+                rest = places[max(count, len(first)) :]
+                return (*first, *itertools.takewhile(lambda place: place in keys, rest))
+    return first
 
 
 def arranged(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give arguments that are named by position, where PyTorch's signature has one for them."""
-    named = {("self" if key == "input" else key): value for key, value in kwargs.items()}
-    name = getattr(function, "__name__", "")
-    source = isinstance(function, FunctionType)
-    order = () if source else _positions(name, len(args), frozenset(named))
-    if "self" in named and "self" not in order:
-        order = ("self", *order)
+    """Give named arguments by position, where PyTorch's signature has one for them."""
+    named = dict(kwargs)
+    order = _order(function, len(args), tuple(kwargs))
     return (*args, *[named.pop(key) for key in order]), named
 
 

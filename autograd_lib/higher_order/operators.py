@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autograd_lib.higher_order.algebra import Laplace
-from autograd_lib.higher_order.dispatch import Jet
+from autograd_lib.higher_order.dispatch import Jet, following
 from autograd_lib.higher_order.inputs import (
     Inputs,
     Scalar,
@@ -171,8 +171,9 @@ def laplacian(f: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor | None = 
             f"laplacian: expected weight of shape (r, *{tuple(x.shape)}) and {x.dtype}, a "
             f"direction in each row, got {tuple(weight.shape)} {weight.dtype}"
         )
-    y = check_tensor("laplacian", f(follow("laplacian", x, x, seed)))
-    return y.stack[-1] if isinstance(y, Jet) else torch.zeros_like(y)
+    with following():
+        y = check_tensor("laplacian", f(follow("laplacian", x, x, seed)))
+        return y.stack[-1] if isinstance(y, Jet) else torch.zeros_like(y)
 
 
 def _units(x: Tensor) -> Tensor:

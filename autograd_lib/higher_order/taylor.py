@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ from torch.autograd.function import Function
 from autograd_lib.higher_order.algebra import ELEMENTARY, Elementary, Taylor
 from autograd_lib.higher_order.dispatch import Jet, following, lift, write
 from autograd_lib.higher_order.inputs import Inputs, check_tensor, check_uncompiled, follow
-from autograd_lib.higher_order.lookup import RULES
+from autograd_lib.higher_order.lookup import RULES, name_of
 from autograd_lib.higher_order.series import derivative
 
 __all__ = ["jet", "jet_rule"]
@@ -71,7 +71,10 @@ def jet_rule(*functions: Callable[..., Any], derivative: bool = False) -> Callab
                 _divert(function, whole)
                 continue
             RULES[function] = whole
-            name = getattr(function, "__name__", "")
+            name = name_of(function)
+            first = isinstance(function, BuiltinFunctionType | torch._ops.OpOverloadPacket)
+            if not name.startswith("__"):
+                RULES[name] = whole if first else RULES.get(name, whole)
             if function is getattr(torch, name, None):  # and the same function elsewhere
                 for home in (Tensor, torch.special):
                     if hasattr(home, name):
@@ -159,7 +162,7 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
         raise ValueError(f"jet: expected an order of 0 or more, got {order!r}")
     algebra = Taylor(order + 1)
     inputs = follow("jet", x, v, lambda x, v: Jet(torch.stack([x, v][: order + 1]), algebra))
-    with following(algebra):
+    with following():
         stack, _ = lift(check_tensor("jet", f(inputs)))
     missing = order + 1 - len(stack)
     zeros = stack.new_zeros(missing, *stack.shape[1:]).unbind() if missing else ()

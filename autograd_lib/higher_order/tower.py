@@ -12,7 +12,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from autograd_lib.core.batches import call, own_loss, read_batch
 from autograd_lib.higher_order.algebra import Taylor
-from autograd_lib.higher_order.dispatch import Jet, lift
+from autograd_lib.higher_order.dispatch import Jet, following, lift
 from autograd_lib.higher_order.inputs import (
     check_recording,
     check_scalar,
@@ -136,7 +136,8 @@ def derivative_tower(
     def inside(values: Mapping[str, Tensor], action: Callable[[Tensor], Any]) -> Any:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         # The backward of the action runs inside, too: it computes a checkpointed block again.
-        with _reparametrize_module(model, {**buffers, **values}, tie_weights=True):
+        replaced = _reparametrize_module(model, {**buffers, **values}, tie_weights=True)
+        with following(), replaced:
             return action(check_scalar("derivative_tower", loss()))
 
     with torch.enable_grad():

@@ -88,11 +88,6 @@ jet_rule(torch.lerp)(lambda x, end, weight: x + weight * (end - x))
 jet_rule(torch.square)(lambda x: x * x)
 
 
-@jet_rule(torch.float_power)
-def _float_power(x: Any, exponent: Any) -> Tensor:
-    return _pow(x.double() if isinstance(x, Tensor) else x, exponent)
-
-
 @jet_rule(torch.pow, Tensor.__pow__)
 def _pow(x: Any, exponent: Any) -> Tensor:
     dtype = torch.result_type(primal(x), primal(exponent))

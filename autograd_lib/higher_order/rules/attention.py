@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +31,17 @@ def _attention(
         value = torch.stack([value] * repeats, -3).flatten(-4, -3)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mask = torch.zeros((), dtype=query.dtype, device=query.device)
+    nothing: Any = None  # rows that attend to nothing, which PyTorch makes 0
     if is_causal:
         size = (query.shape[-2], key.shape[-2])
         allowed = torch.ones(size, dtype=torch.bool, device=query.device).tril()
         mask = mask.masked_fill(~allowed, -math.inf)
-    if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        mask = mask.masked_fill(~attn_mask, -math.inf) if boolean else mask + attn_mask
-    nothing = None  # rows that attend to nothing, which PyTorch makes 0
-    if attn_mask is not None:
-        nothing = (primal(mask) == -math.inf).all(-1, keepdim=True)
-        mask = mask.masked_fill(nothing, 0.0)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        nothing = ~attn_mask.any(-1, keepdim=True)
+        mask = mask.masked_fill(~(attn_mask | nothing), -math.inf)
+    elif attn_mask is not None:
+        nothing = (primal(attn_mask) == -math.inf).all(-1, keepdim=True)
+        mask = mask + attn_mask.masked_fill(nothing, 0.0)
     weights = torch.softmax(plus(query * scale @ key.mT, mask), -1)
-    result = (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
-    return result if nothing is None else result.masked_fill(nothing, 0.0)
+    result: Any = (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
+    return result if nothing is None else result.map(lambda c: c.masked_fill(nothing, 0.0))

@@ -8,20 +8,48 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._decomp import decomposition_table
 
 from autograd_lib.higher_order.dispatch import Jet, primal
-from autograd_lib.higher_order.rules.registration import decomposed, in_python, named
+from autograd_lib.higher_order.rules.registration import decomposed, family, in_python, named
 from autograd_lib.higher_order.taylor import jet_rule
 
-in_python(*named("__rdiv__ __rtruediv__ __rpow__ __rmatmul__ norm stft istft", Tensor))
+in_python(*named("__rdiv__ __rtruediv__ __rpow__ __rmatmul__ norm", Tensor))
+jet_rule(torch.addbmm)(
+    lambda x, a, b, *, beta=1, alpha=1: beta * x + alpha * torch.bmm(a, b).sum(0)
+)
+jet_rule(torch.vander)(
+    lambda x, N=None, increasing=False: torch.stack(
+        [x**n for n in range(len(x) if N is None else N)][:: 1 if increasing else -1], -1
+    )
+)
 jet_rule(torch.dist)(lambda x, other, p=2: torch.linalg.vector_norm(x - other, p))
 _DECOMPOSED = """
+    mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits
     soft_margin_loss multi_margin_loss affine_grid_generator
     grid_sampler_2d hardshrink softshrink threshold renorm nan_to_num frac addr channel_shuffle
     std_mean block_diag linalg_cross vdot deg2rad rad2deg copysign aminmax special_xlog1py
     mvlgamma
 """
 decomposed(*_DECOMPOSED.split())
+
+
+@family
+def _recurrent(name: str) -> None:
+    packet = getattr(torch.ops.aten, name)
+    whole, packed = (decomposition_table[each] for each in (packet.input, packet.data))
+
+    @jet_rule(getattr(torch, name))
+    def rule(*args: Any) -> Any:  # packed sequences come with the sizes of their batches
+        fused = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)  # its layer of cells has no rule
+        try:
+            return (packed if isinstance(args[3], list) else whole)(*args)
+        finally:
+            torch._C._set_mkldnn_enabled(fused)
+
+
+_recurrent("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 @jet_rule(torch.complex)
@@ -54,21 +82,11 @@ def _hypot(x: Tensor, y: Tensor) -> Tensor:
 def _sinc(x: Tensor) -> Tensor:
     x = x * math.pi
     near = primal(x).abs() < 1
-    square, series = torch.where(near, x, 0.0).square(), 1.0
+    square: Tensor = torch.where(near, x, 0.0).square()
+    series: Any = 1.0
     for n in range(13, 0, -1):
         series = 1 - square * series / (2 * n * (2 * n + 1))
     return torch.where(near, series, torch.sin(x) / torch.where(near, 1.0, x))
-
-
-@jet_rule(torch.logaddexp2)
-def _logaddexp2(x: Tensor, other: Tensor) -> Tensor:
-    return torch.logaddexp(x * math.log(2), other * math.log(2)) / math.log(2)
-
-
-@jet_rule(torch.vander)
-def _vander(x: Tensor, N: int | None = None, increasing: bool = False) -> Tensor:
-    powers = torch.stack([x**n for n in range(len(x) if N is None else N)], -1)
-    return powers if increasing else powers.flip(-1)
 
 
 @jet_rule(*named("cdist", torch._VF))
@@ -89,11 +107,6 @@ def _length(x: Tensor, p: float) -> Tensor:
     return torch.where(zero.squeeze(-1), 0.0, norm)
 
 
-@jet_rule(torch.addbmm)
-def _addbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return beta * x + alpha * torch.bmm(a, b).sum(0)
-
-
 @jet_rule(torch.sparse.mm)
 def _sparse_mm(a: Tensor, x: Tensor, reduce: str = "sum") -> Tensor:
     if reduce != "sum" or not isinstance(x, Jet):
@@ -103,18 +116,11 @@ def _sparse_mm(a: Tensor, x: Tensor, reduce: str = "sum") -> Tensor:
 
 @jet_rule(torch._grouped_mm)
 def _grouped_mm(
-    a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
+    a: Tensor, b: Tensor, offs: Tensor, bias: Any = None, out_dtype: Any = None
 ) -> Tensor:
-    ends = [] if offs is None else offs.tolist()
-    spans = [slice(low, high) for low, high in zip([0, *ends], ends, strict=False)]
-    if a.ndim == 2 and b.ndim == 2:
-        product = torch.stack([a[:, span] @ b[span] for span in spans])
-    elif a.ndim == 2:  # the rows of each expert
-        product = torch.cat([a[span] @ b[i] for i, span in enumerate(spans)])
-        product = F.pad(product, (0, 0, 0, len(a) - len(product)))
-    elif b.ndim == 2:
-        product = torch.cat([a[i] @ b[:, span] for i, span in enumerate(spans)], -1)
-    else:
-        product = a @ b
-    product = product if bias is None else product + bias
-    return product if out_dtype is None else product.to(out_dtype)
+    if a.ndim != 2 or b.ndim != 3 or bias is not None:
+        raise NotImplementedError("jet: torch._grouped_mm has a rule for rows and experts only")
+    ends = offs.tolist()
+    rows = a[: ends[-1]].tensor_split(ends[:-1])
+    product = torch.cat([row @ expert for row, expert in zip(rows, b.unbind(), strict=True)])
+    return F.pad(product, (0, 0, 0, len(a) - len(product))).to(out_dtype or a.dtype)

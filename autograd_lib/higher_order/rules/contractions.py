@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from string import ascii_letters
 from typing import Any
 
@@ -111,13 +110,6 @@ def _live(x: Tensor) -> int:
     return x.live if isinstance(x, Jet) else 1
 
 
-@jet_rule(torch.inner)
-def _inner(x: Tensor, other: Tensor) -> Tensor:
-    if not (x.ndim and other.ndim):
-        return x * other
-    return torch.tensordot(x, other, ([-1], [-1]))
-
-
 @jet_rule(F.linear)
 def _linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     product = _matmul(input, weight.mT if weight.ndim > 1 else weight)
@@ -127,9 +119,6 @@ def _linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 @jet_rule(torch.addmm, torch.baddbmm, torch.addmv)
 def _addmm(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     return beta * input + alpha * torch.matmul(a, b)
-
-
-jet_rule(torch.outer, torch.ger)(lambda x, other: x.unsqueeze(-1) * other)
 
 
 class _Einsum(Operation):
@@ -194,15 +183,6 @@ def _reduce_to(term: str, x: Tensor, kept: str) -> Tensor:
     if not isinstance(x, Jet):
         return torch.einsum(f"{term}->{kept}", x)
     return x.map(lambda c: torch.einsum(f"Z{term}->Z{kept}", c))
-
-
-@jet_rule(*named("tensordot", torch._VF))
-def _tensordot(x: Tensor, y: Tensor, *dims: Any) -> Tensor:
-    a, b = ([d % t.ndim for d in ds] for t, ds in zip((x, y), dims, strict=True))
-    kept_x, kept_y = ([d for d in range(t.ndim) if d not in ds] for t, ds in ((x, a), (y, b)))
-    rows = x.permute(*kept_x, *a).reshape(-1, math.prod(x.shape[d] for d in a))
-    columns = y.permute(*b, *kept_y).reshape(math.prod(y.shape[d] for d in b), -1)
-    return (rows @ columns).reshape([x.shape[d] for d in kept_x] + [y.shape[d] for d in kept_y])
 
 
 @jet_rule(F.bilinear)

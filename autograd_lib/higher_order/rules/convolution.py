@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -34,18 +33,6 @@ def _max_pooling(name: str) -> None:
 
 _max_pooling(*[f"{kind}max_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)])
 _max_pooling("fractional_max_pool2d", "fractional_max_pool3d")
-
-
-@family
-def _max_unpooling(n: int) -> None:
-    @jet_rule(getattr(torch._C._nn, f"max_unpool{n}d"))
-    def rule(input: Tensor, places: Tensor, size: Any, *_: Any) -> Tensor:
-        zeros = input.new_zeros(*input.shape[:-n], math.prod(size))
-        filled = zeros.scatter(-1, places.flatten(-n), input.flatten(-n))
-        return filled.reshape(*input.shape[:-n], *size)
-
-
-_max_unpooling(2, 3)
 
 
 class _Convolution(Operation):

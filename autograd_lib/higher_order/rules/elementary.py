@@ -42,10 +42,6 @@ def _gauss(x: Tensor) -> Tensor:
     return torch.exp(-x.square()) * (2 / math.sqrt(math.pi))
 
 
-def _density(x: Tensor, log: Tensor) -> Tensor:
-    return torch.exp(-x.square() / 2 - log) / math.sqrt(2 * math.pi)
-
-
 _elementwise(Recurrence((torch.exp, {"y": 1})), torch.exp)
 _elementwise(Recurrence((torch.expm1, {"": 1, "y": 1})), torch.expm1)
 _elementwise(Recurrence((torch.tanh, {"": 1, "yy": -1})), torch.tanh, F.tanh)
@@ -83,22 +79,6 @@ _smooth(
 )
 _smooth(torch.lgamma, torch.special.gammaln, slope=torch.digamma)
 _smooth(torch.digamma, torch.special.digamma, slope=lambda x: torch.polygamma(1, x))
-_smooth(torch.special.log_ndtr, slope=lambda x: _density(x, torch.special.log_ndtr(x)))
-_smooth(torch.special.bessel_j0, slope=lambda x: -torch.special.bessel_j1(x))
-_smooth(
-    torch.special.bessel_j1,
-    slope=lambda x: torch.special.bessel_j0(x) - torch.special.bessel_j1(x) / x,
-)
-_smooth(torch.i0, torch.special.i0, torch.ops.aten.i0, slope=torch.special.i1)
-_smooth(torch.special.i1, slope=lambda x: torch.special.i0(x) - torch.special.i1(x) / x)
-_smooth(
-    torch.special.i0e,
-    slope=lambda x: torch.special.i1e(x) - torch.sign(x) * torch.special.i0e(x),
-)
-_smooth(
-    torch.special.i1e,
-    slope=lambda x: torch.special.i0e(x) - torch.special.i1e(x) * (torch.sign(x) + 1 / x),
-)
 _smooth(F.logsigmoid, slope=lambda x: torch.sigmoid(-x))
 
 
@@ -127,3 +107,8 @@ def _xlogy(x: Any, other: Any) -> Tensor:
 @jet_rule(torch.logaddexp)
 def _logaddexp(x: Tensor, other: Tensor) -> Tensor:
     return torch.logsumexp(torch.stack(list(torch.broadcast_tensors(x, other))), 0)
+
+
+jet_rule(torch.logaddexp2)(
+    lambda x, other: torch.logaddexp(x * math.log(2), other * math.log(2)) / math.log(2)
+)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, by_stack, primal
-from autograd_lib.higher_order.lookup import LINEAR, VIEWS
+from autograd_lib.higher_order.dispatch import Jet
+from autograd_lib.higher_order.lookup import VIEWS
 from autograd_lib.higher_order.rules.registration import (
     family,
     getter,
@@ -22,9 +22,9 @@ from autograd_lib.higher_order.taylor import jet_rule
 
 _ELEMENTWISE = """
     clone conj real imag neg negative positive resolve_conj resolve_neg conj_physical __neg__
-    __pos__ view_as_real view_as_complex contiguous adjoint tril triu
+    __pos__ view_as_real view_as_complex contiguous adjoint tril triu to float double half bfloat16
+    cpu cuda type_as
 """
-_CONVERSIONS = "to float double half bfloat16 cfloat cdouble cpu cuda type_as"
 _VIEWS = """
     transpose swapdims swapaxes t permute movedim unflatten unsqueeze squeeze expand broadcast_to
     unfold diagonal select narrow unbind chunk hsplit vsplit dsplit tensor_split __getitem__
@@ -38,11 +38,10 @@ _LAYERS = """
     interpolate unfold fold
 """
 _FOURIER = """
-    fft ifft rfft irfft hfft ihfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift
-    ifftshift
+    fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn fftshift
 """
 _WRITES = """
-    index_add index_copy index_put scatter_add slice_scatter select_scatter diagonal_scatter
+    index_add index_copy index_put scatter_add slice_scatter diagonal_scatter
     masked_scatter
 """
 _ATEN = """
@@ -50,41 +49,20 @@ _ATEN = """
     unsafe_split_with_sizes split alias lift_fresh constant_pad_nd _fft_r2c _fft_c2r _fft_c2c
 """
 
+_OTHER_VIEWS = "view view_as expand_as split adjoint view_as_real view_as_complex real imag"
+_PERHAPS_VIEWS = (
+    "reshape reshape_as flatten ravel contiguous conj resolve_conj resolve_neg positive"
+)
+
 linear_elementwise(*named(_ELEMENTWISE, torch, Tensor), F.pixel_shuffle, F.pixel_unshuffle)
 linear_elementwise(*[getter(name) for name in ("mT", "mH", "real", "imag")])
 linear(*named(_VIEWS + _BY_COEFFICIENT, torch, Tensor), *named(_LAYERS, F))
 linear(*named(_FOURIER, torch.fft), *named(_ATEN, torch.ops.aten))
 linear(Tensor.split, getter("T"), getter("H"))
 linear_together(*named(_WRITES, torch))
-
-for _home in (torch, Tensor):
-    for _names, _always in (
-        (_VIEWS + "view view_as expand_as split adjoint view_as_real view_as_complex", True),
-        (
-            "reshape reshape_as flatten ravel contiguous conj resolve_conj resolve_neg positive",
-            False,
-        ),
-    ):
-        for _name in _names.split():
-            if hasattr(_home, _name):
-                VIEWS[getattr(_home, _name)] = _always
+VIEWS.update(dict.fromkeys((_VIEWS + _OTHER_VIEWS).split(), True))
+VIEWS.update(dict.fromkeys(_PERHAPS_VIEWS.split(), False))
 VIEWS.update({getter(name): True for name in ("T", "H", "mT", "mH", "real", "imag")})
-
-
-@family
-def _conversion(function: Any) -> None:
-    """Of a followed value, which PyTorch returns itself where there is nothing to convert."""
-    LINEAR.add(function.__name__)
-
-    @jet_rule(function)
-    def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(x, Jet):  # as in constant.to(x)
-            return function(x, *primal(args), **primal(kwargs))
-        stack = function(x.stack, *primal(args), **primal(kwargs))
-        return x if stack is x.stack else by_stack(stack, x)
-
-
-_conversion(*named(_CONVERSIONS, torch, Tensor))
 
 
 @family

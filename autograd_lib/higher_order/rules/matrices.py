@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from autograd_lib.higher_order.dispatch import Jet, by_coefficient, primal
+from autograd_lib.higher_order.dispatch import Jet, primal, together
 from autograd_lib.higher_order.taylor import jet_rule
 
 
@@ -34,7 +34,7 @@ def _inv(A: Tensor) -> Tensor:
 @jet_rule(torch.linalg.solve)
 def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:
     if not isinstance(A, Jet):
-        return cast(Tensor, by_coefficient(lambda b: torch.linalg.solve(A, b, left=left), B))
+        return cast(Tensor, together(lambda b: torch.linalg.solve(A, b, left=left), B))
     if B.ndim == 1 or (B.ndim == A.ndim - 1 and B.shape == A.shape[:-1]):
         return (torch.linalg.inv(A) @ B.unsqueeze(-1)).squeeze(-1)
     return torch.linalg.inv(A) @ B if left else B @ torch.linalg.inv(A)
@@ -48,20 +48,6 @@ def _solve_triangular(
     if unitriangular:
         A = A - torch.diag_embed(A.diagonal(dim1=-2, dim2=-1)) + _identity(A)
     return torch.linalg.solve(A, B, left=left)
-
-
-@jet_rule(torch.triangular_solve)
-def _triangular_solve(
-    B: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
-) -> Any:
-    triangle = A.triu() if upper else A.tril()
-    solution = torch.linalg.solve_triangular(
-        triangle.mT if transpose else triangle,
-        B,
-        upper=upper != transpose,
-        unitriangular=unitriangular,
-    )
-    return torch.return_types.triangular_solve((solution, A))
 
 
 @jet_rule(torch.cholesky_solve)
@@ -106,17 +92,12 @@ def _logdet(A: Tensor) -> Tensor:
     return log.masked_fill(sign < 0, math.nan)
 
 
-def _hermitian(A: Tensor, upper: bool) -> Tensor:
-    """PyTorch reads one triangle only."""
-    return A.triu() + A.triu(1).mH if upper else A.tril() + A.tril(-1).mH
-
-
-@jet_rule(torch.linalg.cholesky, torch.cholesky)
+@jet_rule(torch.linalg.cholesky)
 def _cholesky(A: Tensor, upper: bool = False) -> Tensor:
-    start = torch.linalg.cholesky(primal(A), upper=upper)
-    start = start.mH if upper else start
+    A = A.triu() + A.triu(1).mH if upper else A.tril() + A.tril(-1).mH  # PyTorch reads one half
+    start = torch.linalg.cholesky(primal(A))
     inverse = torch.linalg.inv(start)
-    E = inverse @ (_hermitian(A, upper) - _hermitian(primal(A), upper)) @ inverse.mH
+    E = inverse @ (A - primal(A)) @ inverse.mH
 
     def half(x: Tensor) -> Tensor:
         return x.tril(-1) + torch.diag_embed(x.diagonal(dim1=-2, dim2=-1)) / 2
@@ -126,96 +107,3 @@ def _cholesky(A: Tensor, upper: bool = False) -> Tensor:
         root = half(E - root @ root.mH)
     factor = start + start @ root
     return factor.mH if upper else factor
-
-
-@jet_rule(torch.linalg.qr, torch.qr)
-def _qr(A: Tensor, mode: str = "reduced") -> Any:
-    if mode != "reduced" or A.shape[-2] < A.shape[-1]:
-        raise NotImplementedError("jet: torch.linalg.qr has a rule for reduced tall matrices only")
-    found = torch.linalg.qr(primal(A))
-    near = A @ torch.linalg.inv(found.R)
-    factor = torch.linalg.cholesky(near.mH @ near).mH
-    return type(found)((near @ torch.linalg.inv(factor), factor @ found.R))
-
-
-def _perturbed(E: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvalues of `diag(values) + E`, with E zero at t = 0, and the eigenvectors less 1."""
-    gaps = values.unsqueeze(-2) - values.unsqueeze(-1)
-    factors = 1 / (gaps + _identity(gaps))
-    factors = factors.tril(-1) + factors.triu(1)
-    shift, turn = torch.zeros_like(values), torch.zeros_like(gaps)
-    for _ in range(_orders(E)):
-        moved = E + E @ turn
-        shift = moved.diagonal(dim1=-2, dim2=-1)
-        turn = factors * (moved - turn * shift.unsqueeze(-2))
-    return values + shift, turn
-
-
-def _turned(vectors: Tensor, turn: Tensor) -> Tensor:
-    """Turn orthonormal vectors, and give them their length again."""
-    lengths = (1 + (turn * turn.conj()).sum(-2, keepdim=True)).sqrt()
-    return (vectors + vectors @ turn) / lengths
-
-
-@jet_rule(torch.linalg.eigh)
-def _eigh(A: Tensor, UPLO: str = "L") -> Any:
-    found = torch.linalg.eigh(primal(A), UPLO)
-    upper, V = UPLO.upper() == "U", found.eigenvectors
-    E = V.mH @ (_hermitian(A, upper) - _hermitian(primal(A), upper)) @ V
-    values, turn = _perturbed(E, found.eigenvalues.to(A.dtype))
-    return type(found)((values.real, _turned(V, turn)))
-
-
-jet_rule(torch.linalg.eigvalsh)(lambda A, UPLO="L": torch.linalg.eigh(A, UPLO)[0])
-
-
-@jet_rule(torch.linalg.eigvals)
-def _eigvals(A: Tensor) -> Tensor:
-    values, V = torch.linalg.eig(primal(A))
-    change = (A - primal(A)).to(V.dtype)
-    return _perturbed(torch.linalg.inv(V) @ change @ V, values)[0]
-
-
-@jet_rule(torch.linalg.svd)
-def _svd(A: Tensor, full_matrices: bool = True, *, driver: Any = None) -> Any:
-    if A.shape[-2] < A.shape[-1]:
-        U, S, Vh = torch.linalg.svd(A.mH, full_matrices)
-        return torch.return_types.linalg_svd((Vh.mH, S, U.mH))
-    if full_matrices and A.shape[-2] > A.shape[-1]:
-        raise NotImplementedError("jet: torch.linalg.svd has a rule for full_matrices=False only")
-    found = torch.linalg.svd(primal(A), full_matrices=False)
-    V, change = found.Vh.mH, A - primal(A)
-    cross = primal(A).mH @ change
-    E = V.mH @ (cross + cross.mH + change.mH @ change) @ V
-    squares, turn = _perturbed(E, found.S.square().to(A.dtype))
-    V, S = _turned(V, turn), squares.real.sqrt()
-    return type(found)((A @ V / S.unsqueeze(-2), S, V.mH))
-
-
-jet_rule(torch.linalg.svdvals)(lambda A, **_: torch.linalg.svd(A, full_matrices=False)[1])
-
-
-@jet_rule(torch.linalg.pinv)
-def _pinv(A: Tensor, *_: Any, **__: Any) -> Tensor:
-    if A.shape[-2] < A.shape[-1]:
-        return torch.linalg.pinv(A.mH).mH
-    return torch.linalg.inv(A.mH @ A) @ A.mH
-
-
-@jet_rule(torch.linalg.lstsq)
-def _lstsq(A: Tensor, B: Tensor, rcond: Any = None, *, driver: Any = None) -> Any:
-    found = torch.linalg.lstsq(primal(A), primal(B), rcond, driver=driver)
-    return type(found)((torch.linalg.pinv(A) @ B, *found[1:]))
-
-
-@jet_rule(torch.matrix_exp, torch.linalg.matrix_exp)
-def _matrix_exp(A: Tensor) -> Tensor:
-    largest = torch.linalg.matrix_norm(primal(A).detach(), 1).max().item()
-    halvings = max(0, math.ceil(math.log2(largest * 2))) if largest else 0
-    X, one = A / 2**halvings, _identity(A)
-    power = one
-    for n in range(18 + _orders(A), 0, -1):
-        power = one + X @ power / n
-    for _ in range(halvings):
-        power = power @ power
-    return power

@@ -6,7 +6,6 @@ import math
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet, primal
@@ -63,42 +62,3 @@ def _vector_norm(
     if ord == 2 and not x.is_complex():
         return x.square().sum(dim, keepdim).sqrt()
     return (x.abs() ** ord).sum(dim, keepdim) ** (1 / ord)
-
-
-@jet_rule(torch.linalg.norm)
-def _linalg_norm(
-    x: Jet, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Tensor:
-    matrix = x.ndim == 2 if dim is None else not isinstance(dim, int) and len(dim) == 2
-    if ord == "fro" or ord is None:
-        ord, matrix = 2, False
-    if matrix or isinstance(ord, str):
-        dims = (-2, -1) if dim is None else dim
-        return torch.linalg.matrix_norm(x, ord, dims, keepdim, dtype=dtype)
-    return torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
-
-
-@jet_rule(torch.linalg.matrix_norm)
-def _matrix_norm(
-    A: Tensor, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None
-) -> Tensor:
-    rows = widened(A, dtype).movedim(dim, (-2, -1))
-    if ord == "fro":
-        norm = torch.linalg.vector_norm(rows, 2, (-2, -1))
-    else:
-        singular = ord in ("nuc", 2, -2)
-        sums = (
-            torch.linalg.svdvals(rows) if singular else rows.abs().sum(-2 if ord in (1, -1) else -1)
-        )
-        norm = sums.sum(-1) if ord == "nuc" else sums.amax(-1) if ord > 0 else sums.amin(-1)
-    for d in sorted(d % A.ndim for d in dim) if keepdim else ():
-        norm = norm.unsqueeze(d)
-    return norm
-
-
-@jet_rule(F.cosine_similarity)
-def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
-    def unit(x: Tensor) -> Tensor:
-        return x / torch.linalg.vector_norm(x, 2, dim, True).clamp_min(eps)
-
-    return (unit(x1) * unit(x2)).sum(dim)

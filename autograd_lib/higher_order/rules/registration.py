@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import BuiltinFunctionType
 from typing import Any, cast
 
 import torch
@@ -22,7 +21,7 @@ from autograd_lib.higher_order.dispatch import (
     primal,
     together,
 )
-from autograd_lib.higher_order.lookup import LINEAR, namesakes, unchecked
+from autograd_lib.higher_order.lookup import LINEAR, unchecked
 from autograd_lib.higher_order.series import Operation
 from autograd_lib.higher_order.taylor import jet_rule
 
@@ -66,9 +65,7 @@ def decomposed(name: str) -> None:
     packet = getattr(torch.ops.aten, name)
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
     rule = next(decomposition_table[each] for each in overloads if each in decomposition_table)
-    jet_rule(*[f for f in namesakes(name) if isinstance(f, BuiltinFunctionType) or f is packet])(
-        rule
-    )
+    jet_rule(packet)(inspect.unwrap(rule))  # without conversions of the dtype
 
 
 def require_first_only(function: Any, x: Any, *others: Any) -> None:
@@ -111,7 +108,10 @@ def linear_elementwise(function: Any) -> None:
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(x, Jet):  # as in constant.to(x)
             return function(x, *primal(args), **primal(kwargs))
-        return by_stack(function(x.stack, *primal(args), **primal(kwargs)), x)
+        stack = function(x.stack, *primal(args), **primal(kwargs))
+        if stack is x.stack and function is not Tensor.contiguous:
+            return x  # nothing to convert
+        return by_stack(stack, x)
 
 
 def contract(operation: Operation, x: Tensor, y: Tensor) -> Tensor:

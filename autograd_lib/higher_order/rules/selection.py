@@ -110,25 +110,6 @@ def _extremum(name: str) -> None:
 _extremum("max", "min")
 
 
-@jet_rule(torch.quantile, torch.nanquantile)
-def _quantile(
-    x: Jet, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
-) -> Tensor:
-    if isinstance(q, Tensor) and q.ndim:
-        raise NotImplementedError("jet: torch.quantile has a rule for one q only")
-    if interpolation != "linear" or primal(x).isnan().any():
-        raise NotImplementedError("jet: torch.quantile has a rule for 'linear' and no NaN only")
-    whole = dim is None
-    rows = (x.flatten() if whole else x).sort(0 if whole else dim).values
-    at = 0 if whole else dim
-    place = float(q) * (rows.shape[at] - 1)
-    low = rows.select(at, math.floor(place))
-    value = low + (rows.select(at, math.ceil(place)) - low) * (place % 1)
-    if not keepdim:
-        return value
-    return value.reshape([1] * x.ndim) if whole else value.unsqueeze(dim)
-
-
 @jet_rule(torch.cumprod)
 def _cumprod(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     x = widened(x, dtype).movedim(dim, 0)

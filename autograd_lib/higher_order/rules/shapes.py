@@ -22,12 +22,7 @@ def _view(x: Jet, *size: Any, **kwargs: Any) -> Tensor:
     return x.reshape(*size, *kwargs.values())  # a stack may be contiguous where x is not
 
 
-jet_rule(Tensor.view_as, Tensor.reshape_as)(lambda x, other: x.reshape(other.shape))
-jet_rule(Tensor.expand_as)(lambda x, other: x.expand(other.shape))
-jet_rule(torch.moveaxis)(lambda x, source, destination: x.movedim(source, destination))
-jet_rule(torch.diagflat)(lambda x, offset=0: x.flatten().diag(offset))
 jet_rule(torch.take)(lambda x, index: x.flatten()[index])
-jet_rule(torch.atleast_1d)(lambda x: x if x.ndim else x.reshape(1))
 
 
 @jet_rule(torch.broadcast_tensors)
@@ -67,30 +62,23 @@ def _embedding(
 
 
 @jet_rule(torch.embedding_bag)
-def _embedding_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    scale_grad_by_freq: bool = False,
-    mode: int = 0,
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Any:
+def _embedding_bag(weight: Tensor, indices: Tensor, offsets: Tensor, *options: Any) -> Any:
+    _, mode, _, factors, include_last_offset, padding_idx = options
     starts = offsets[:-1] if include_last_offset else offsets
     places = torch.arange(len(indices), device=indices.device)
     bags = torch.searchsorted(starts, places, right=True) - 1
-    kept = torch.ones_like(bags) if padding_idx is None else (indices != padding_idx).long()
     rows = F.embedding(indices, weight, padding_idx)
-    if per_sample_weights is not None:
-        rows = rows * per_sample_weights.unsqueeze(-1)
-    zeros = torch.zeros(len(starts), weight.shape[1], dtype=rows.dtype, device=rows.device)
-    bags, rows = bags[kept > 0], rows[kept > 0]
-    into = bags.unsqueeze(-1).expand(rows.shape)
+    rows = rows if factors is None else rows * factors.unsqueeze(-1)
+    kept = torch.ones_like(indices) if padding_idx is None else indices != padding_idx
+    into = bags[kept > 0].unsqueeze(-1).expand(-1, rows.shape[1])
+    zeros = torch.zeros(len(starts), rows.shape[1], dtype=rows.dtype, device=rows.device)
     reduce = ("sum", "mean", "amax")[mode]
-    bag = zeros.scatter_reduce(0, into, rows, reduce, include_self=False)
-    return bag, bags, torch.bincount(bags, minlength=len(starts)), offsets
+    return (
+        zeros.scatter_reduce(0, into, rows[kept > 0], reduce, include_self=False),
+        bags,
+        None,
+        None,
+    )
 
 
 def _join(function: Any, values: Sequence[Tensor], dim: int) -> Jet:
@@ -111,11 +99,3 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Jet:
 @jet_rule(torch.stack)
 def _stack(tensors: Sequence[Tensor], dim: int = 0) -> Jet:
     return _join(torch.stack, tensors, dim % (tensors[0].ndim + 1) + 1)
-
-
-jet_rule(torch.hstack)(lambda tensors: torch.cat(tensors, 0 if tensors[0].ndim < 2 else 1))
-
-
-@jet_rule(torch.vstack, torch.row_stack)
-def _vstack(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([x if x.ndim > 1 else x.reshape(1, -1) for x in tensors])

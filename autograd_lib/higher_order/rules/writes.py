@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ def _as_tensor(value: Any, like: Tensor) -> Tensor:
 
 jet_rule(Tensor.copy_)(lambda x, source, non_blocking=False: write(x, source))
 jet_rule(Tensor.fill_, torch.fill_)(lambda x, value: write(x, _as_tensor(value, x)))
+jet_rule(Tensor.bernoulli_)(
+    lambda x, p=0.5, **options: write(x, torch.bernoulli(primal(x), p, **options))
+)
 jet_rule(Tensor.zero_, torch.zero_)(lambda x: write(x, torch.zeros_like(primal(x))))
 
 
@@ -32,13 +36,19 @@ def _setitem(x: Tensor, index: Any, value: Any) -> None:
     write(x, together(put, x, _as_tensor(value, x)))
 
 
+def _select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    x = x.clone()
+    x.select(dim, index).copy_(src)
+    return x
+
+
+# PyTorch's own has a wrong gradient under torch.vmap.
+jet_rule(torch.select_scatter)(functools.partial(together, _select_scatter))
+
+
 @jet_rule(torch.index_fill)
 def _index_fill(x: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
-    chosen = torch.zeros(x.shape[dim], dtype=torch.bool, device=x.device)
-    chosen[index] = True
-    shape = [1] * x.ndim
-    shape[dim] = -1
-    return torch.where(chosen.reshape(shape), value, x)
+    return cast(Tensor, together(torch.index_fill, x, dim, index, _as_tensor(value, x)))
 
 
 @jet_rule(torch.scatter)
@@ -56,29 +66,14 @@ def _scatter_reduce(
 ) -> Tensor:
     if reduce == "prod":
         raise NotImplementedError("jet: torch.scatter_reduce has no rule for reduce='prod'")
-    ones = torch.ones(index.shape, dtype=x.dtype, device=x.device)
-    src = torch.where(ones > 0, src[tuple(slice(size) for size in index.shape)], 0.0)
+    src = src[tuple(map(slice, index.shape))]
+    own, given = torch.ones_like(primal(x)), torch.ones_like(primal(src))
     if not include_self:
-        touched = torch.zeros(x.shape, dtype=x.dtype, device=x.device).scatter(dim, index, ones) > 0
-        own = (~touched).to(x.dtype)
-    else:
-        own = torch.ones(x.shape, dtype=x.dtype, device=x.device)
+        own = own.scatter(dim, index, 0.0)
     if reduce in ("amax", "amin"):  # shared among equal ones
-        best = torch.scatter_reduce(
-            primal(x), dim, index, primal(src), reduce, include_self=include_self
-        )
-        ones = (primal(src) == best.gather(dim, index)).to(x.dtype)
+        best = primal(x).scatter_reduce(dim, index, primal(src), reduce, include_self=include_self)
+        given = (primal(src) == best.gather(dim, index)).to(x.dtype)
         own = own * (primal(x) == best)
-    total = torch.where(own > 0, x, 0.0).scatter_add(dim, index, torch.where(ones > 0, src, 0.0))
-    return total if reduce == "sum" else total / own.scatter_add(dim, index, ones)
-
-
-@jet_rule(torch.index_reduce)
-def _index_reduce(
-    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
-) -> Tensor:
-    shape = [1] * x.ndim
-    shape[dim] = -1
-    places = index.reshape(shape).expand(source.shape)
-    reduce = {"mean": "mean", "amax": "amax", "amin": "amin"}.get(reduce, "prod")
-    return torch.scatter_reduce(x, dim, places, source, reduce, include_self=include_self)
+    kept = torch.where(own > 0, x, 0.0)
+    total = kept.scatter_add(dim, index, torch.where(given > 0, src, 0.0))
+    return total if reduce == "sum" else total / own.scatter_add(dim, index, given)
