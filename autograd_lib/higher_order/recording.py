@@ -46,6 +46,10 @@ def differentiable(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
+def _like(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype
+
+
 def _sample(x: Tensor) -> Tensor:
     """Return a tensor without the transforms of torch.func: of a batch its first element."""
     dims = []
@@ -226,8 +230,17 @@ class Recorder(TorchDispatchMode):
         first = self.template(args, use)
         added = [i for i in _ADDENDS.get(name, ()) if i < len(args) and type(first[i]) is not _At]
         rest = [0 if i in added else x for i, x in enumerate(first)]
+        # What a constant is added to keeps its higher orders, as does what is multiplied by 1.
+        followed = [x for x in tensors_in(args) if self.follows(x)]
+        number = args[-1] if not isinstance(args[-1], Tensor) else None
+        plus = name == "add" or (name == "sub" and followed[0] is args[0])
+        keeps = name == "alias" or (name == "mul" and number == 1) or (plus and not kwargs)
+        same = keeps and len(followed) == 1 and _like(followed[0], result)
+        kept = self.slot(followed[0])
 
         def compute(values: Values, n: int) -> Any:
+            if n and same:
+                return values[kept][n]
             return func(*_filled(rest if n else first, values, n), **kwargs)
 
         return self.add(result, compute, args)

@@ -98,28 +98,6 @@ def _linear(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return record.linear(func, args, kwargs, "value")
 
 
-def _detach(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    """No gradient is stopped, since autograd detaches what it saves."""
-    slot = record.slot(args[0])
-    return record.add(func(*args), lambda values, n: values[slot][n], args)
-
-
-def _add(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    kept, other = sorted(args, key=record.follows, reverse=True)
-    result = func(*args, **kwargs)
-    same = (result.shape, result.dtype) == (kept.shape, kept.dtype)
-    if kwargs or record.follows(other) or not same:
-        return record.linear(func, args, kwargs)
-    at, constant = record.slot(kept), record.template([other], lambda x: "value")[0]
-
-    def compute(values: Values, n: int) -> Tensor:
-        """A constant is added to the value alone."""
-        addend = values[constant.slot][0] if isinstance(other, Tensor) else other
-        return values[at][n] if n else torch.add(values[at][0], addend)
-
-    return record.add(result, compute, args)
-
-
 def _bilinear(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     a, b, *rest = args
     if not (record.follows(a) and record.follows(b)):
@@ -144,7 +122,7 @@ def _bilinear(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return record.add(func(*args), elementwise if func is _MUL else compute, args)
 
 
-_MUL = torch.ops.aten.mul.Tensor
+_ALIAS, _MUL = torch.ops.aten.alias.default, torch.ops.aten.mul.Tensor
 
 
 def _div(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
@@ -208,9 +186,9 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(["mul", "mm", "bmm", "mv", "dot"], _bilinear),
     **dict.fromkeys(["amax", "amin"], _extremum),
     **dict.fromkeys(["sort", "topk"], _sort),
-    "add": _add,
     "convolution": _convolution,
-    "detach": _detach,
+    # No gradient is stopped, since autograd detaches what it saves.
+    "detach": lambda record, _, args, kwargs: record.linear(_ALIAS, args, kwargs),
     "div": _div,
     "pow": _pow,
     "relu": _composed(lambda x: x * (x > 0)),
