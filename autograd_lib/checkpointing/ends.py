@@ -59,6 +59,9 @@ class Ends:
         shared, taken = self._share(trace, kept)
         if taken and source in head:
             kept[source] = head[source]
+        # What the graph between the blocks keeps, or the tail of their results, counts for long.
+        between = trace.standing("begin", "forward", "dropped")
+        between.pop(trace.number["forward"], None)
         held, size = source in kept or source not in head, head.get(source, 0)
         framed = {**head, **shared}
         counted = kept.keys() if held else {*kept, source}
@@ -69,7 +72,7 @@ class Ends:
             input=size,
             input_held=held,
             input_gradient=0,
-            head_kept=sum(kept.values()),
+            head_kept=sum(kept.values()) + sum(between.values()),
             # Tensors that blocks share count from the start on, as if the head had made them all.
             head_frames=sum(n for number, n in framed.items() if number not in counted),
             head_forward_peak=trace.peak("start", "begin"),

@@ -238,7 +238,8 @@ def plan_checkpoints(
     with progress("plan_checkpoints") as show:
         chain, refused = measure(blocks, step, accumulate, show)
         show("solving")
-        found = frontier(chain, runs_its_children(blocks))
+        # A run under one checkpoint takes one tensor, not others that go from block to block.
+        found = frontier(chain, runs_its_children(blocks) and not chain.shared)
     modules = tuple(blocks)
     for index, why in refused.items():
         warnings.warn(

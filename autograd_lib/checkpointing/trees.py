@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from autograd_lib.memory.saved import storage_parts
+
 # What stays whole. A tensor within one of them (in a closure, say) is not found.
 _WHOLE = (Tensor, nn.Module, type, FunctionType, BuiltinFunctionType, ModuleType, torch.Generator)
 
@@ -46,12 +48,13 @@ class Tree(NamedTuple):
         return Tree(self.skeleton, leaves)
 
 
-Place = tuple[int, torch.Size, tuple[int, ...]]
+Place = tuple[Any, ...]
 
 
 def place(x: Tensor) -> Place:
     """Identify a tensor, by more than the object: hooks on modules may have wrapped it."""
-    return x.data_ptr(), x.shape, x.stride()
+    strides = x.stride() if x.layout is torch.strided else ()
+    return *(part.data_ptr() for part in storage_parts(x)), x.shape, strides
 
 
 class _Pickler(pickle.Pickler):

@@ -18,6 +18,8 @@ from torch._C._profiler import _EventType
 from torch.autograd.profiler import profile
 from torch.profiler._utils import traverse_dfs
 
+from autograd_lib.memory.saved import storage_parts
+
 _Event = tuple[torch.device, int, int]  # device, address, bytes: negative when freed
 
 # PyTorch's profiler and the process's stderr exist once, so threads take turns. The lock is
@@ -37,7 +39,8 @@ class Marks:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.times[name] = time.perf_counter()
-        address = 0 if tensor is None else tensor.untyped_storage().data_ptr()
+        parts = [] if tensor is None else list(storage_parts(tensor))
+        address = parts[0].untyped_storage().data_ptr() if parts else 0
         self.marked.append((name, torch.empty(1, dtype=torch.uint8), address))
 
 
