@@ -490,10 +490,11 @@ class Looped(nn.Module):
 
 @pytest.mark.parametrize("kind", [nn.Sequential, nn.ModuleList])
 @pytest.mark.parametrize("training", [True, False])
-def test_export_of_a_planned_model(kind: Any, training: bool) -> None:
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_of_a_planned_model(kind: Any, training: bool, strict: bool) -> None:
     model, x = planned(kind)
     model.train(training)
-    exported = torch.export.export(model, (x,))
+    exported = torch.export.export(model, (x,), strict=strict)
     assert torch.equal(exported.module()(x), model(x))
     assert not [n for n in exported.graph.nodes if "checkpoint" in str(n.target)]
 
