@@ -8,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,19 +48,7 @@ def rule_of(function: Any) -> Callable[..., Any] | None:
             found = lambda x, *args, **kwargs: write(x, plain(x, *args, **kwargs))  # noqa: E731
         if found is not None:
             RULES[function] = found
-        if getattr(function, "is_view", False):
-            VIEWS[function] = True
     return RULES.get(function)
-
-
-class _View(NamedTuple):
-    base: Any  # None: what shares its memory perhaps was written to
-    seen: int  # the version of the base
-    always: bool  # or only perhaps
-    function: Any
-    part: int | None  # of several results
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class Jet(Tensor):
@@ -75,7 +63,9 @@ class Jet(Tensor):
     algebra: Algebra
     live: int
     version = 0  # grows with each write
-    origin: _View | None = None  # the value whose memory it shares, if it is a view
+    # Of a view: the value whose memory it shares (None: which was written to, perhaps), its version
+    # then, whether it shares it surely, and by what function, which of its results, and arguments.
+    origin: tuple[Any, ...] | None = None
     constants: tuple[Any, ...] = ()  # weak references to results of detach
 
     @staticmethod
@@ -126,8 +116,9 @@ class Jet(Tensor):
     def _hold(self, value: Tensor) -> None:
         self.stack, self.live = lift(value)
         self.version += 1
-        if self.origin is not None and self.origin.base is not None:
-            self.origin = self.origin._replace(seen=self.origin.base.version)
+        if self.origin is not None:
+            base, _, *rest = self.origin
+            self.origin = (base, base.version, *rest)
 
     @classmethod
     def __torch_function__(
@@ -231,9 +222,12 @@ def _followed(
     if always is not None:
         base = args[0]
         if type(base) is Jet and not (func is Tensor.__getitem__ and _copied(args[1])):
-            for i, part in ((None, result),) if type(result) is Jet else enumerate(result):
-                if part is not base:
-                    part.origin = _View(base, base.version, always, func, i, args[1:], kwargs)
+            if type(result) is Jet:
+                if result is not base:
+                    result.origin = (base, base.version, always, func, None, args, kwargs)
+            else:
+                for i, part in enumerate(result):
+                    part.origin = (base, base.version, always, func, i, args, kwargs)
     elif type(result) is Jet and result.origin is not None and RULES[func] is rule:
         # A view of what the rule composed is none to PyTorch.
         held = any(result is arg for arg in args)
@@ -269,8 +263,8 @@ def _copied(index: Any) -> bool:
 
 def _path(func: Any, part: int | None, args: Any, kwargs: Any) -> Callable[[Tensor], Tensor]:
     if part is None:
-        return lambda base: func(base, *args, **kwargs)
-    return lambda base: func(base, *args, **kwargs)[part]
+        return lambda base: func(base, *args[1:], **kwargs)
+    return lambda base: func(base, *args[1:], **kwargs)[part]
 
 
 def write(x: Tensor, value: Tensor) -> Tensor:
@@ -286,16 +280,15 @@ def write(x: Tensor, value: Tensor) -> Tensor:
             "jet: a value was modified in place after detach, whose result shares its memory; "
             "use detach().clone()"
         )
-    origin = x.origin
-    if origin is not None and origin.base is not None:
-        base, _, always, *call = origin
+    if x.origin is not None:
+        base, _, always, *call = x.origin
         if always:
             write(base, together(_replaced(_path(*call)), base, value))
         else:
-            x.origin, stale = None, origin._replace(base=None)
+            x.origin = None
             while base is not None:
-                after = base.origin and base.origin.base
-                base.origin, base = stale, after
+                after = base.origin and base.origin[0]
+                base.origin, base = (None, 0, False), after
     x._hold(value)
     return x
 

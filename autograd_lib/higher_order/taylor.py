@@ -2,9 +2,9 @@
 
 A value that depends on $t$ is followed as a `Jet`, the stack of its Taylor coefficients in $t$
 (`dispatch`). A PyTorch function that is called with one is looked up in a table of rules (`rules`);
-a function without a rule raises. Two algebras of coefficients share the rules (`algebra`): the
-powers of one direction up to an order, and, for the Laplacian, the first derivatives along many
-directions with the sum of the second ones.
+one without a rule is composed by PyTorch of others that have rules, or raises. Two algebras of
+coefficients share the rules (`algebra`): the powers of one direction up to an order, and, for the
+Laplacian, the first derivatives along many directions with the sum of the second ones.
 
 The rules work on whole stacks: a linear function costs one call for all coefficients. Every other
 function is composed of products, contractions and elementary functions (`series`).
@@ -134,8 +134,9 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
     Args:
         f: a function of one tensor, or of one dict of tensors, that returns a tensor of any shape.
             Ordinary PyTorch code; modules through `torch.func.functional_call`. It may close over
-            tensors. What it computes under `torch.no_grad` or detaches is constant, as is the
-            padding row of an embedding. A compiled module is passed uncompiled (`_orig_mod`).
+            tensors, and write in place into values, their views and constants. What it computes
+            under `torch.no_grad` or detaches is constant, as is the padding row of an embedding. A
+            compiled module is passed uncompiled (`_orig_mod`).
         x: where to differentiate: a floating-point or complex tensor or a dict of them.
         v: the direction, like `x`.
         order: the highest derivative K, at least 0.
@@ -146,9 +147,9 @@ def jet(f: Callable[..., Tensor], x: Inputs, v: Inputs, order: int) -> tuple[Ten
         `torch.func.vmap` may be taken over `x` and `v`.
 
     Raises:
-        NotImplementedError: if `f` uses an operation that has no rule (`jet_rule` adds one),
-            modifies a value in place, or calls `jet` in turn; if `jet` is called under
-            `torch.compile`.
+        NotImplementedError: if `f` uses an operation that has no rule (`jet_rule` adds one), reads
+            what an operation in place may have changed without its knowledge, or calls `jet` in
+            turn; if `jet` is called under `torch.compile`.
         TypeError: if `x` or `v` is not floating point or complex, or `f` returns no tensor.
         ValueError: if `v` is not like `x`, or `order` is negative.
 

@@ -116,6 +116,27 @@ def test_other_orders_the_other_ring_and_gradients(name: str) -> None:
     assert_near([(slope * w).sum()], [along], 1e-6, "of the gradient")
 
 
+COMPOSED = """
+    layers_LSTM layers_GRUCell tensor_kron tensor_multi_dot tensor_cov losses_cosine_embedding
+    losses_triplet tensor_in_place_row tensor_scatter tensor_solve
+"""
+
+
+@pytest.mark.parametrize("name", COMPOSED.split())
+def test_vmap_is_a_loop(name: str) -> None:
+    """What PyTorch composes is followed below the levels of torch.vmap, too."""
+    _, function, x = SITUATIONS[name.replace("_", " ", 1)]
+    points = torch.stack([x, x + 0.01, x * 1.01])
+    v = torch.ones_like(x)
+
+    def derivatives(x: Tensor) -> Tensor:
+        return torch.stack(jet(function, x, v, 3))
+
+    assert_near(
+        [torch.vmap(derivatives)(points)], [torch.stack([*map(derivatives, points)])], 1e-12
+    )
+
+
 def test_counts() -> None:
     followed = collections.Counter(
         of.source for name, of in SITUATIONS.items() if name not in REFUSED

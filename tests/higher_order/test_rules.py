@@ -1338,6 +1338,11 @@ for _name, (_alias, _tested) in {
 }.items():
     SPELLINGS[_name] = _alias, _tested, (_SQUARE,)
 case("slogdet-alias", lambda m: torch.slogdet(m)[1], _SQUARE, oracle=lambda m: det2(m).log())
+case(
+    "baddbmm-names",
+    lambda x, a, b: torch.baddbmm(input=x, batch1=a, batch2=b, beta=2),
+    *(real(2, 3, 3), real(2, 3, 4), real(2, 4, 3)),
+)
 case("atan2", torch.atan2, real(2, 3), positive(2, 3))
 SPELLINGS["arctan2"] = torch.arctan2, torch.atan2, (real(2, 3), positive(2, 3))
 case(
@@ -1633,10 +1638,11 @@ PLAIN: list[Function] = [
     lambda x: torch.max(x, 1).indices,
     lambda x: x.min(0, keepdim=True).indices,
 ]
-# Asked of a followed value these answer of the wrapper, or have a test of their own below, or
+# Asked of a followed value these answer of the wrapper, or have a test of their own, or
 # reach their rule under another name (x >= y is Tensor.ge).
 HOME = "autograd_lib.higher_order.rules."
 EXEMPT = """
+    bernoulli_
     cuda get_device is_leaf requires_grad can_cast __index__ __contains__ __repr__ __format__
     register_hook multi_head_attention_forward dropout1d dropout2d dropout3d ndimension nelement
     __ge__ __gt__ __le__ __lt__ __ne__ __matmul__ __mod__ __rmatmul__ __truediv__

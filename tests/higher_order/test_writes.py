@@ -37,6 +37,7 @@ VIEWS: list[Callable[[Tensor], Any]] = [
     lambda t: t.movedim(0, -1),
     lambda t: t.squeeze(),
     lambda t: t[1:2],
+    lambda t: torch.ops.aten.slice.Tensor(t, 0, 1, 3),
 ]
 COPIES: list[Callable[[Tensor], Any]] = [
     lambda t: t[[0]],
@@ -238,6 +239,16 @@ def test_refused(f: Callable[[Tensor], Tensor], text: str) -> None:
         jet(f, X, V, 2)
 
 
+def test_what_shares_the_memory_of_a_written_constant_is_not_read_as_before() -> None:
+    def f(x: Tensor) -> Tensor:
+        buffer = torch.zeros(3, 4, dtype=torch.float64)
+        alias = buffer.detach()
+        buffer.copy_(x)
+        return alias + 0 * x
+
+    assert jet(f, X, V, 1)[0].isnan().all()
+
+
 def test_a_detached_value_that_is_gone_hinders_nothing() -> None:
     def f(x: Tensor) -> Tensor:
         y = x * 1
@@ -258,6 +269,9 @@ def test_no_grad_changes_the_value_alone() -> None:
     first = X.cos() * V * X + low * V
     second = -s * V * V * X + 2 * X.cos() * V * V
     assert_near(jet(f, X, V, 2), [low * X, first, second], 1e-12)
+    leaf = X.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(jet(f, leaf, V, 1)[0].sum(), leaf)
+    assert_near([slope], [low + X * X.cos()], 1e-12)
 
 
 def test_random_numbers_in_place_are_those_of_pytorch() -> None:

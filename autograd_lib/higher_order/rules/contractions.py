@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from string import ascii_letters
 from typing import Any
 
@@ -183,6 +184,15 @@ def _reduce_to(term: str, x: Tensor, kept: str) -> Tensor:
     if not isinstance(x, Jet):
         return torch.einsum(f"{term}->{kept}", x)
     return x.map(lambda c: torch.einsum(f"Z{term}->Z{kept}", c))
+
+
+@jet_rule(*named("tensordot", torch._VF))
+def _tensordot(x: Tensor, y: Tensor, *dims: Any) -> Tensor:
+    a, b = ([d % t.ndim for d in ds] for t, ds in zip((x, y), dims, strict=True))
+    kept_x, kept_y = ([d for d in range(t.ndim) if d not in ds] for t, ds in ((x, a), (y, b)))
+    rows = x.permute(*kept_x, *a).reshape(-1, math.prod(x.shape[d] for d in a))
+    columns = y.permute(*b, *kept_y).reshape(math.prod(y.shape[d] for d in b), -1)
+    return (rows @ columns).reshape([x.shape[d] for d in kept_x] + [y.shape[d] for d in kept_y])
 
 
 @jet_rule(F.bilinear)

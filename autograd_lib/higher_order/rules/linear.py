@@ -49,7 +49,10 @@ _ATEN = """
     unsafe_split_with_sizes split alias lift_fresh constant_pad_nd _fft_r2c _fft_c2r _fft_c2c
 """
 
-_OTHER_VIEWS = "view view_as expand_as split adjoint view_as_real view_as_complex real imag"
+_OTHER_VIEWS = """
+    view view_as expand_as split adjoint view_as_real view_as_complex real imag
+    slice alias as_strided split_with_sizes lift_fresh
+"""
 _PERHAPS_VIEWS = (
     "reshape reshape_as flatten ravel contiguous conj resolve_conj resolve_neg positive"
 )

@@ -6,6 +6,7 @@ import math
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from autograd_lib.higher_order.dispatch import Jet, primal
@@ -62,3 +63,11 @@ def _vector_norm(
     if ord == 2 and not x.is_complex():
         return x.square().sum(dim, keepdim).sqrt()
     return (x.abs() ** ord).sum(dim, keepdim) ** (1 / ord)
+
+
+@jet_rule(F.cosine_similarity)
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    def unit(x: Tensor) -> Tensor:
+        return x / torch.linalg.vector_norm(x, 2, dim, True).clamp_min(eps)
+
+    return (unit(x1) * unit(x2)).sum(dim)

@@ -55,9 +55,9 @@ def _index_fill(x: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
 def _scatter(x: Tensor, dim: int, index: Tensor, src: Any, *, reduce: str | None = None) -> Tensor:
     if not isinstance(src, Tensor):
         src = torch.full(index.shape, src, dtype=x.dtype, device=x.device)
-    if reduce == "multiply":
-        raise NotImplementedError("jet: torch.scatter has no rule for reduce='multiply'")
-    return together(torch.scatter_add if reduce else torch.scatter, x, dim, index, src)
+    if reduce is not None:
+        raise NotImplementedError("jet: torch.scatter has no rule for reduce; use scatter_reduce")
+    return cast(Tensor, together(torch.scatter, x, dim, index, src))
 
 
 @jet_rule(torch.scatter_reduce)
