@@ -242,7 +242,7 @@ def _without_grad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         value = constants[0].clone()
         func(value, *constants[1:], **options)
         with torch.enable_grad():
-            return write(args[0], args[0] + (value - constants[0]).detach())
+            return write(args[0], args[0] + (value - constants[0]))
     result = func(*constants, **options)
     return shared(args[0], result) if VIEWS[func] and isinstance(result, Tensor) else result
 

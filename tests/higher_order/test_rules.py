@@ -1338,6 +1338,7 @@ for _name, (_alias, _tested) in {
 }.items():
     SPELLINGS[_name] = _alias, _tested, (_SQUARE,)
 case("slogdet-alias", lambda m: torch.slogdet(m)[1], _SQUARE, oracle=lambda m: det2(m).log())
+case("einsum-ellipsis", lambda x, y: torch.einsum("...i,...ij", x, y), real(3, 2), real(3, 2, 4))
 case(
     "baddbmm-names",
     lambda x, a, b: torch.baddbmm(input=x, batch1=a, batch2=b, beta=2),

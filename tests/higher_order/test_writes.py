@@ -47,6 +47,7 @@ COPIES: list[Callable[[Tensor], Any]] = [
     lambda t: t**1,
     lambda t: t + 0,
     lambda t: t.prod(0, keepdim=True),
+    lambda t: t[:1].prod(0),
 ]
 WRITES: list[Callable[[Tensor, Tensor], Any]] = [
     lambda t, other: t.mul_(0.7),
@@ -224,9 +225,16 @@ def reshaped(x: Tensor) -> Tensor:
     return y + flat.sum()
 
 
+def copied(x: Tensor) -> Tensor:
+    y = x.T + torch.ones(4, 3, dtype=torch.float64)  # not contiguous, other than its stack
+    y.contiguous().mul_(2)
+    return y
+
+
 @pytest.mark.parametrize(
     ("f", "text"),
     [
+        (copied, "may share its memory"),
         (detached, "modified in place after detach"),
         (viewed_buffer, "a view shares"),
         (reshaped, "may share its memory"),
