@@ -132,7 +132,29 @@ class Jet(Tensor):
                 raise no_rule(_name(func), in_place=True)
         if rule is None:
             return _in_parts(func, args, kwargs)
-        return _followed(func, rule, args, kwargs)
+        algebra = algebra_of(*args, *kwargs.values())
+        if algebra.level != torch._C._functorch.maybe_current_level():
+            raise NotImplementedError(
+                f"jet: {_name(func)} met a value that jet follows inside a transform of "
+                "torch.func, which would take it for a constant; put the transform around jet"
+            )
+        if algebra.forward_mode and not torch._C._is_fwd_grad_enabled():
+            raise NotImplementedError(
+                f"jet: the forward of the torch.autograd.Function {_running_function()} met a "
+                "value that jet follows; give it a rule with @jet_rule, or remove the hook that "
+                "calls it"
+            )
+        if algebra.recording and not torch.is_grad_enabled():
+            return _without_grad(func, args, kwargs)
+        result = rule(*args, **kwargs)
+        always = VIEWS[func]
+        if always is not None:
+            _mark(result, args[0], always, func, args, kwargs)
+        elif type(result) is Jet and result.origin is not None and RULES[func] is rule:
+            # A view of what the rule composed is none to PyTorch.
+            held = any(result is arg for arg in args)
+            result = result if held else Jet(result.stack, algebra, result.live)
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -143,8 +165,7 @@ class Jet(Tensor):
         levels = getattr(_LOCAL, "levels", None)
         if levels is None:
             raise no_rule(f"{func}, reached inside a transform or a compiled function,")
-        rule = RULES.get(func) or rule_of(func)
-        if rule is None:
+        if rule_of(func) is None:
             raise no_rule(str(func))
         _LOCAL.levels = None
         restored = (
@@ -152,7 +173,7 @@ class Jet(Tensor):
         )
         try:
             with enable_reentrant_dispatch(), torch._C._EnableTorchFunction(), restored:
-                result = _followed(func, rule, args, kwargs or {})
+                result = cls.__torch_function__(func, types, args, kwargs)
                 return _constant(result, algebra_of(*args))
         finally:
             _LOCAL.levels = levels
@@ -162,6 +183,7 @@ class Jet(Tensor):
 
 
 _LOCAL = threading.local()
+_GETITEM = Tensor.__getitem__
 
 
 def _name(function: Any) -> str:
@@ -199,42 +221,6 @@ def differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _followed(
-    func: Any, rule: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """The result of a rule, or of the function itself where what it computes is constant."""
-    algebra = algebra_of(*args, *kwargs.values())
-    if algebra.level != torch._C._functorch.maybe_current_level():
-        raise NotImplementedError(
-            f"jet: {_name(func)} met a value that jet follows inside a transform of "
-            "torch.func, which would take it for a constant; put the transform around jet"
-        )
-    if algebra.forward_mode and not torch._C._is_fwd_grad_enabled():
-        raise NotImplementedError(
-            f"jet: the forward of the torch.autograd.Function {_running_function()} met a "
-            "value that jet follows; give it a rule with @jet_rule, or remove the hook that "
-            "calls it"
-        )
-    if algebra.recording and not torch.is_grad_enabled():
-        return _without_grad(func, args, kwargs)
-    result = rule(*args, **kwargs)
-    always = VIEWS[func]
-    if always is not None:
-        base = args[0]
-        if type(base) is Jet and not (func is Tensor.__getitem__ and _copied(args[1])):
-            if type(result) is Jet:
-                if result is not base:
-                    result.origin = (base, base.version, always, func, None, args, kwargs)
-            else:
-                for i, part in enumerate(result):
-                    part.origin = (base, base.version, always, func, i, args, kwargs)
-    elif type(result) is Jet and result.origin is not None and RULES[func] is rule:
-        # A view of what the rule composed is none to PyTorch.
-        held = any(result is arg for arg in args)
-        result = result if held else Jet(result.stack, algebra, result.live)
-    return result
-
-
 def _without_grad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What no_grad computes is constant; written to a value, it leaves the derivatives."""
     constants, options = primal(args), primal(kwargs)
@@ -253,6 +239,19 @@ def shared(x: Any, constant: Tensor) -> Tensor:
         alive = [each for each in x.constants if each() is not None]
         x.constants = (*alive, weakref.ref(constant))
     return constant
+
+
+def _mark(
+    result: Any, base: Any, always: bool, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Note where the results of a view come from."""
+    if type(base) is not Jet or (func is _GETITEM and _copied(args[1])):
+        return
+    if type(result) is not Jet:
+        for i, part in enumerate(result):
+            part.origin = (base, base.version, always, func, i, args, kwargs)
+    elif result is not base:
+        result.origin = (base, base.version, always, func, None, args, kwargs)
 
 
 def _copied(index: Any) -> bool:
