@@ -172,26 +172,24 @@ def parallelize(
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
     """Clip to a norm over all gradients, sharded and sparse ones included; return what it was."""
     # PyTorch 2.13 takes no mixture of sharded and plain tensors; the parameters of a loss are
-    # not sharded with the model. Of sparse gradients it has no norm and takes no factor.
+    # not sharded with the model. Of sparse gradients it has no norm and takes no factor: a tensor
+    # stands for each whose gradient is what it stores, one value for each index.
     kinds: dict[bool, list[Tensor]] = {}
-    sparse: list[Tensor] = []  # their values, one for each index
     for parameter in parameters:
-        grad = parameter.grad
-        if grad is not None and grad.is_sparse:
+        owner, grad = parameter, parameter.grad
+        if grad is None:
+            continue
+        if grad.is_sparse:
             parameter.grad = grad.coalesce()
-            sparse.append(parameter.grad.values())
-        elif grad is not None:
-            kinds.setdefault(is_distributed(parameter), []).append(parameter)
+            owner = torch.empty_like(parameter.grad.values())
+            owner.grad = parameter.grad.values()
+        kinds.setdefault(is_distributed(owner), []).append(owner)
     grads = [[p.grad for p in kind if p.grad is not None] for kind in kinds.values()]
-    if sparse or not grads:
-        grads.append(sparse)
-    norms = map(nn.utils.get_total_norm, grads)
+    norms = map(nn.utils.get_total_norm, grads or [[]])
     whole = [norm.full_tensor() if is_distributed(norm) else norm for norm in norms]
     total = whole[0] if len(whole) == 1 else torch.stack(whole).norm()
     for kind in kinds.values():
         nn.utils.clip_grads_with_norm_(kind, limit, total)
-    for values in sparse:
-        values.mul_((limit / (total + 1e-6)).clamp(max=1.0))
     return total
 
 

@@ -28,16 +28,7 @@ from autograd_lib.core.snapshot import drop_gradients, random_state, seed_all, s
 from autograd_lib.higher_order import DerivativeTower, derivative_tower
 from autograd_lib.nonfinite.guard import NonFiniteGuard
 from autograd_lib.report.progress import progress
-from autograd_lib.training import distributed, saving, setup
-from autograd_lib.training.loop import (
-    Stop,
-    averaged,
-    begin_epoch,
-    evaluating,
-    has_modes,
-    resume_epoch,
-    stop_requested,
-)
+from autograd_lib.training import distributed, loop, saving, setup
 from autograd_lib.training.step import ForwardBackward, micro_batches, move
 
 __all__ = ["AutogradTrainingSystem"]
@@ -148,18 +139,14 @@ class AutogradTrainingSystem:
         self.model = distributed.parallelize(model, optimizer, self.peers, self.config.distributed)
         self.peers.broadcast([*self._loss_module.parameters(), *self._loss_module.buffers()])
         # Parameters that are not optimized too: their gradients would add up until they overflow.
-        everything = [
-            *distributed.optimized(optimizer),
-            *self.model.parameters(),
-            *self._loss_parameters,
-        ]
-        self._parameters = list(dict.fromkeys(everything))
+        everything = *distributed.optimized(optimizer), *self.model.parameters()
+        self._parameters = list(dict.fromkeys((*everything, *self._loss_parameters)))
         self.optimizer, self.loss_fn, self.scheduler = optimizer, loss_fn, scheduler
         self.count = batches.terms_of(loss_fn, self.module) if count is None else count
         self._trusted = count is not None
         # What metrics average over: class weights apply to the loss only.
         weighted = count is None and getattr(loss_fn, "weight", None) is not None
-        self._terms = batches.terms_of(loss_fn, weighted=False) if weighted else self.count
+        self._terms = batches.terms_of(loss_fn, weighted=False) if weighted else None
         fp16 = self.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.guard: NonFiniteGuard | None = None
@@ -218,7 +205,7 @@ class AutogradTrainingSystem:
 
     def _train(self, batch: Any, counts: bool = True) -> Tensor:
         size, count = self.settings.micro_batch, self.count
-        if has_modes(self.optimizer):
+        if loop.has_modes(self.optimizer):
             cast(Any, self.optimizer).train()  # does nothing if it trains already
         pieces = micro_batches("train_step", batch, size, count, peers=self.peers, counts=counts)
         drop_gradients(self._parameters)
@@ -314,7 +301,7 @@ class AutogradTrainingSystem:
             setup.check_fit(self.config, None if self._owns_files else self.directory)
             if self.directory is not None and self.peers.rank == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
-        with stop_requested() as stop, progress("fit") as show:
+        with loop.stop_requested() as stop, progress("fit") as show:
             if self.step == 0:
                 self._write("last.pt")  # to resume from if the process is killed in this epoch
             while self.epoch < epochs:
@@ -325,7 +312,7 @@ class AutogradTrainingSystem:
         return self.history
 
     def _run_epoch(
-        self, loader: Any, validation: Any, stop: Stop, show: Callable[..., None]
+        self, loader: Any, validation: Any, stop: loop.Stop, show: Callable[..., None]
     ) -> _Row:
         began = time.perf_counter()
         for batch, counts in self._batches(loader):
@@ -373,21 +360,21 @@ class AutogradTrainingSystem:
     def _batches(self, loader: Any) -> Iterable[tuple[Any, bool]]:
         """What is left of the epoch, and whether it counts."""
         if self._epoch_start is None:
-            self._epoch_start = begin_epoch(loader, self.epoch)
+            self._epoch_start = loop.begin_epoch(loader, self.epoch)
             if self.monitor is not None:
                 self._epoch_start["monitored"] = self.monitor.get_gradient_summary()["step"]
             return self.peers.even_batches(loader)
-        batches, last, skipped = resume_epoch(loader, self.epoch, self._position, self._epoch_start)
+        position = self._position
+        left, last, skipped = loop.resume_epoch(loader, self.epoch, position, self._epoch_start)
         skipped = int(max(n for (n,) in self.peers.gather(skipped)))
-        if skipped < self._position:
+        if skipped < position:
             raise ValueError(
-                f"fit: expected a loader of more than {self._position} batches, as the "
-                f"interrupted epoch had, got {skipped}; give the loader used before the "
-                "interruption"
+                f"fit: expected a loader of more than {position} batches, as the interrupted epoch "
+                f"had, got {skipped}; give the loader used before the interruption"
             )
-        return self.peers.even_batches(batches, last)
+        return self.peers.even_batches(left, last)
 
-    def _check_stop(self, stop: Stop) -> None:
+    def _check_stop(self, stop: loop.Stop) -> None:
         number = int(max(n for (n,) in self.peers.gather(stop())))
         if not number:
             return
@@ -416,18 +403,17 @@ class AutogradTrainingSystem:
         run = self._run("evaluate", self.module)
         sums = [torch.zeros(len(self.metrics) + 3, device=self.device)]
         self.peers.broadcast(self.module.buffers())
-        with evaluating(self.module, self.optimizer):
+        with loop.evaluating(self.module, self.optimizer):
             for batch, counts in self.peers.even_batches(loader, name="validation loader"):
                 (piece,) = batches.split("evaluate", batch, None, self.count)
                 if self.loss_fn is None and math.isnan(piece.terms):
                     piece = piece._replace(share=batches.samples_of("evaluate", piece.batch))
                 share = piece.share * counts
-                terms = share
-                if self._terms is not None and self._terms is not self.count:
-                    terms = float(self._terms(batches.targets_of(piece.batch))) * counts
+                targets = batches.targets_of(piece.batch)
+                terms = share if self._terms is None else float(self._terms(targets)) * counts
                 output, loss = run.forward(piece._replace(share=share))
                 if terms:
-                    targets = move(batches.targets_of(piece.batch), self.device)
+                    targets = move(targets, self.device)
                     judged = [metric(output, targets) * terms for metric in self.metrics.values()]
                     values = [loss * share, *judged, share, terms]
                     on_device = [torch.as_tensor(v, device=self.device).float() for v in values]
@@ -472,9 +458,9 @@ class AutogradTrainingSystem:
                 "failed": self._refusals.in_a_row,
             },
         }
-        if has_modes(self.optimizer):
+        if loop.has_modes(self.optimizer):
             state["trained"] = state["model"]
-            with averaged(self.optimizer):
+            with loop.averaged(self.optimizer):
                 averages = tree_map_only(Tensor, Tensor.clone, self.module.state_dict())
             state["model"] = saving.full_tensors(averages, first)
         return state

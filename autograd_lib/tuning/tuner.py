@@ -113,13 +113,12 @@ def autotune(
         >>> report.best.apply(model) is model
         True
     """
-    _check(model, memory_budget, tolerance)
+    _check(model, blocks, memory_budget, tolerance)
     start = time.perf_counter()
-    names = None if blocks is None else _names_of(model, blocks)
     budget = _bytes_of(memory_budget, next(model.parameters()).device)
     stepping = _optimizer_of(model, loss_fn, optimizer)
     with progress("autotune") as show, preserved_random_state(), torch.enable_grad():
-        bench = Workbench(model, batch, loss_fn, count=count, blocks=names, optimizer=stepping)
+        bench = Workbench(model, batch, loss_fn, count=count, blocks=blocks, optimizer=stepping)
         candidates = Candidates(bench, budget, tolerance, show)
         race = Race(candidates)
         best = search(candidates, race, compile)
@@ -177,25 +176,19 @@ def _optimizer_of(model: nn.Module, loss_fn: object, optimizer: Any) -> Optimize
     return found
 
 
-def _names_of(model: nn.Module, blocks: _Blocks) -> str | list[str]:
-    names = {module: name for name, module in model.named_modules()}
-    whole = isinstance(blocks, nn.Module)
-    found = [names.get(module) for module in ([blocks] if whole else blocks)]
-    known = [name for name in found if name is not None]
-    if len(known) < len(found):
-        raise ValueError(
-            f"autotune: expected blocks within the model, got {blocks!r:.80} with a module that is "
-            "none of the model's; pass model.layers or the like"
-        )
-    return known[0] if whole else known
-
-
-def _check(model: object, memory_budget: float | str | None, tolerance: float) -> None:
+def _check(model: object, blocks: Any, memory_budget: object, tolerance: float) -> None:
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         raise TypeError(
             f"autotune: expected a torch.nn.Module, got {type(model).__name__}; pass the model "
             "itself, before torch.compile"
         )
+    if blocks is not None:
+        named = [blocks] if isinstance(blocks, nn.Module) else blocks
+        if not set(named) <= set(model.modules()):
+            raise ValueError(
+                f"autotune: expected blocks within the model, got {blocks!r:.80} with a module "
+                "that is none of the model's; pass model.layers or the like"
+            )
     amount: object = 1 if memory_budget is None else memory_budget
     if isinstance(memory_budget, str) and re.fullmatch(r"\d+(\.\d+)?%", memory_budget):
         amount = float(memory_budget.removesuffix("%"))

@@ -6,13 +6,15 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autograd_lib.core.batches import read_batch
+from autograd_lib.core.batches import Piece
 from autograd_lib.core.snapshot import (
     ModuleState,
     drop_gradients,
@@ -25,43 +27,35 @@ from autograd_lib.training.step import ForwardBackward, micro_batches
 
 __all__ = ["GradientReport", "verify_gradients"]
 
-Gradient = list[Tensor]  # in double precision, one for each parameter; zeros where there is none
-
 _DIRECTIONS = 2  # random ones, over all parameters
 _JUDGED = 8  # parameters that differ the most have a direction of their own
 _STEPS = [10.0**-k for k in range(2, 8)]  # of finite differences, relative to the parameters
-_FORMS = ("reference", "candidate")
 _SMALL = 1e-3  # of the whole gradient: what is smaller may differ by as much as that may
 
 
-def widened(tensor: Tensor, copy: bool = True) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
     """A copy in double precision; of integers a copy."""
-    wide = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
-    dtype = torch.float64 if tensor.is_floating_point() else wide.get(tensor.dtype, tensor.dtype)
-    return tensor.detach().to(dtype, copy=copy)
+    dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+    wide = torch.complex128 if tensor.is_complex() else dtype
+    return tensor.detach().to(wide, copy=True)
 
 
-def gradient_of(parameters: Sequence[Tensor]) -> Gradient:
-    """What `.grad` holds, in double precision."""
-    zero = torch.zeros(())  # expanded, it takes no memory
-    return [
-        widened(zero.to(p)).expand_as(p)
-        if p.grad is None
-        else widened(p.grad.to_dense(), copy=False)
-        for p in parameters
-    ]
+def real(tensor: Tensor) -> Tensor:
+    """The same memory as real numbers, two for a complex one."""
+    return torch.view_as_real(tensor.data) if tensor.is_complex() else tensor.data
 
 
-def norm_of(gradient: Sequence[Tensor]) -> float:
-    """L2 norm over all parameters."""
-    return float(sum(float(g.abs().square().sum()) for g in gradient) ** 0.5)
+def gradient_of(parameters: Sequence[Tensor]) -> Tensor:
+    """Take `.grad` away: a vector in double precision, with zeros where there is none."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
+    drop_gradients(parameters)
+    wide = partial(torch.Tensor.to, device=grads[0].device, dtype=torch.float64)
+    return torch.cat([wide(real(grad.resolve_conj()).flatten()) for grad in grads])
 
 
-def relative_error(found: Gradient, reference: Gradient) -> float:
-    """The L2 norm of the difference over that of the reference; NaN where that is 0."""
-    difference = norm_of([a - b for a, b in zip(found, reference, strict=True)])
-    norm = norm_of(reference)
-    return difference / norm if norm else float("nan")
+def relative_error(found: Tensor, reference: Tensor) -> float:
+    """The L2 norm of the difference over that of the reference."""
+    return float((found - reference).norm() / reference.norm())
 
 
 class Difference(NamedTuple):
@@ -130,49 +124,57 @@ class GradientReport(Table):
 class _Form:
     """One form of the model, with its parameters in the order in which the reference has them."""
 
-    def __init__(self, model: nn.Module, loss_fn: Any, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(
+        self, name: str, model: nn.Module, loss_fn: Any, parameters: list[nn.Parameter], seed: int
+    ) -> None:
+        self.name, self.parameters, self.seed = name, parameters, seed
         roots = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
         self.modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
         self.run = ForwardBackward("verify_gradients", model, loss_fn, "fp32", parameters[0].device)
+        ends = itertools.accumulate((real(p).numel() for p in parameters), initial=0)
+        self.places = [slice(*pair) for pair in itertools.pairwise(ends)]  # in the gradient
+        self.wrong, self.referee = False, 0.0
 
-    def gradient(self, batch: Any, seed: int) -> tuple[float, Gradient, list[bool]]:
-        """Loss, gradient, and of which parameters `.grad` is None."""
-        state = ModuleState(self.modules)
-        seed_all(seed)
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Run a block from the seed; put back what it changes."""
+        state = ModuleState(self.modules, self.parameters)
+        seed_all(self.seed)
         try:
-            loss = float(self.run(micro_batches("verify_gradients", batch, None, None)))
-            return loss, gradient_of(self.parameters), [p.grad is None for p in self.parameters]
+            yield
         finally:
             drop_gradients(self.parameters)
             state.restore()
 
-    def slope(self, batch: Any, seed: int, direction: Gradient) -> tuple[float, float]:
-        """Derivative of the loss along a direction by finite differences, and its doubt.
+    def measure(self, pieces: list[Piece]) -> None:
+        """Set loss, gradient, and of which parameters `.grad` is None."""
+        self.pieces = pieces
+        with self.undone():
+            self.loss = float(self.run(pieces))
+            self.absent = [p.grad is None for p in self.parameters]
+            self.gradient = gradient_of(self.parameters)
+
+    def moved(self, way: Tensor) -> float:
+        """The loss at other parameters, `way` from the present ones."""
+        with self.undone():
+            for p, place in zip(map(real, self.parameters), self.places, strict=True):
+                p.add_(way[place].view_as(p).to(p.device))
+            # With a graph, as without one compiled code may draw other random numbers.
+            return float(self.run.forward(self.pieces[0])[1].detach())
+
+    def slope(self, direction: Tensor) -> tuple[float, float]:
+        """Derivative of the loss along a unit vector by finite differences, and its doubt.
 
         Of several steps those two count that agree best: the loss may be rounded, or have kinks.
         What rounding makes of it shows at the smallest steps, where the loss is a straight line.
         """
-        (piece,) = micro_batches("verify_gradients", batch, None, None)
-        state = ModuleState(self.modules, self.parameters)
-        unit = norm_of([p.detach() for p in self.parameters]) / norm_of(direction)
-
-        def loss(t: float) -> float:
-            for p, v in zip(self.parameters, direction, strict=True):
-                p.data.add_(v.to(p), alpha=t)
-            seed_all(seed)
-            try:
-                # With a graph, as without one compiled code may draw other random numbers.
-                return float(self.run.forward(piece)[1].detach())
-            finally:
-                state.restore()
-
-        ends, middle = [(loss(h * unit), loss(-h * unit)) for h in _STEPS], loss(0.0)
-        noise = max(abs(a + b - 2 * middle) for a, b in ends[-3:]) + 1e-16 * abs(middle)
-        slopes = [(a - b) / (2 * h * unit) for h, (a, b) in zip(_STEPS, ends, strict=True)]
-        pairs = zip(itertools.pairwise(slopes), _STEPS[1:], strict=True)
-        doubts = [(b, abs(a - b) + noise / (h * unit)) for (a, b), h in pairs]
-        return min(doubts, key=lambda found: found[1])
+        unit = float(nn.utils.get_total_norm([p.detach() for p in self.parameters]))
+        steps = [unit * step for step in _STEPS]
+        ends = [[self.moved(h * direction) for h in (step, -step)] for step in steps]
+        noise = max(abs(a + b - 2 * self.loss) for a, b in ends[-3:]) + 1e-16 * abs(self.loss)
+        slopes = [(a - b) / (2 * h) for h, (a, b) in zip(steps, ends, strict=True)]
+        pairs = zip(itertools.pairwise(slopes), steps[1:], strict=True)
+        return min(((b, abs(a - b) + noise / h) for (a, b), h in pairs), key=itemgetter(1))
 
 
 def verify_gradients(
@@ -231,19 +233,23 @@ def verify_gradients(
         ('reference', 'candidate')
     """
     named = _paired(reference, candidate, loss_fn)
-    batch = tree_map_only(Tensor, Tensor.detach, read_batch("verify_gradients", batch))
+    pieces = micro_batches("verify_gradients", batch, None, None)
+    pieces = tree_map_only(Tensor, Tensor.detach, pieces)
     own, other = (list(column) for column in zip(*named.values(), strict=True))
-    forms = _Form(reference, loss_fn, own), _Form(candidate, loss_fn, other)
+    forms = (
+        _Form("reference", reference, loss_fn, own, seed),
+        _Form("candidate", candidate, loss_fn, other, seed),
+    )
     modules = [*forms[0].modules, *forms[1].modules]
     with preserved_random_state(), torch.enable_grad(), without_gradients([*own, *other]):
-        given = forms[1].gradient(batch, seed)[1]
+        forms[1].measure(pieces)
+        given = forms[1].gradient
         try:
             with _in_double(modules):
-                wide = tree_map_only(Tensor, widened, batch)
-                return _compare(list(named), forms, wide, seed, given=given)
+                return _compare(list(named), forms, tree_map_only(Tensor, widened, pieces), given)
         except Exception as error:
             why = f"Not in float64: {type(error).__name__}: {str(error).strip():.200}"
-        return _compare(list(named), forms, batch, seed, given=given, narrow=why)
+        return _compare(list(named), forms, pieces, given, why)
 
 
 def _paired(
@@ -265,7 +271,8 @@ def _paired(
             f"that require gradients, got {', '.join(sorted(strange)) if own else 'none'} "
             "in one of them only; rename them, or let the candidate hold the reference's own"
         )
-    if changed := [n for n, p in own.items() if not _equal(p, other[n])]:
+    shared = [(n, p, other[n]) for n, p in own.items() if p is not other[n]]
+    if changed := [n for n, a, b in shared if not torch.equal(widened(a), widened(b))]:
         raise ValueError(
             f"verify_gradients: the values of {', '.join(changed)} differ between the two; "
             "candidate.load_state_dict(reference.state_dict())"
@@ -278,10 +285,6 @@ def _paired(
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     named = module.named_parameters()
     return {name.replace("_orig_mod.", ""): p for name, p in named if p.requires_grad}
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and torch.equal(widened(a), widened(b)))
 
 
 @contextlib.contextmanager
@@ -301,71 +304,66 @@ def _in_double(modules: Sequence[nn.Module]) -> Iterator[None]:
 def _compare(
     names: list[str],
     forms: tuple[_Form, _Form],
-    batch: Any,
-    seed: int,
-    *,
-    given: Gradient,
+    pieces: list[Piece],
+    given: Tensor,
     narrow: str = "",
 ) -> GradientReport:
     """Both forms as they are now: where their gradients differ, and which of them is wrong.
 
     `given` is the candidate's gradient as it runs, `narrow` says why they are not in float64.
     """
-    rtol, precision, notes = 1e-5, "float64", list[str]()
-    if narrow:
-        rtol, precision, notes = 1e-2, "the given precision", [narrow]
-    runs = [form.gradient(batch, seed) for form in forms]
-    losses, gradients = (runs[0][0], runs[1][0]), (runs[0][1], runs[1][1])
+    rtol, notes = (1e-2, [narrow]) if narrow else (1e-5, [])
+    for form in forms:
+        form.measure(pieces)
+    (exact, found), losses = (form.gradient for form in forms), (forms[0].loss, forms[1].loss)
     same = abs(losses[0] - losses[1]) <= rtol * abs(losses[0])
     if not same:
         notes.append(
             f"The losses differ, {losses[0]:.6g} and {losses[1]:.6g}: the two compute different "
             "functions, or draw different random numbers. Each was judged by its own loss."
         )
-    small = _SMALL * max(map(norm_of, gradients)) or 1.0
-    generator, wrong, referee = torch.Generator().manual_seed(seed), set[str](), [0.0, 0.0]
+    small = _SMALL * max(float(exact.norm()), float(found.norm())) or 1.0
+    generator = torch.Generator().manual_seed(forms[0].seed)
 
-    def refuted(only: int | None = None) -> str:
-        """Which forms have another slope than their loss, along a direction in a parameter or all.
-
-        How far off they are is kept.
-        """
-        direction = [torch.zeros_like(g) for g in gradients[0]]
-        for i in range(len(names)) if only is None else [only]:
-            v = torch.randn(direction[i].shape, dtype=direction[i].dtype, generator=generator)
-            direction[i] = v.to(direction[i].device)
-        where = slice(None) if only is None else slice(only, only + 1)
-        size, found = sum(v.numel() for v in direction[where]) ** 0.5, list[str]()
-        for i, (form, gradient) in enumerate(zip(forms, gradients, strict=True)):
-            slope, doubt = form.slope(batch, seed, direction)
-            pairs = zip(gradient, direction, strict=True)
-            dot = sum(float((g.conj() * v).sum().real) for g, v in pairs)
-            scale = max(norm_of(gradient[where]) * norm_of(direction) / size, small)
-            referee[i] = max(referee[i], abs(dot - slope) / scale)
-            if not abs(dot - slope) <= rtol * scale + 10 * doubt:
-                found.append(_FORMS[i])
-        wrong.update(found)
-        undecided = "undecided" if same else "each right for its own loss"
-        return f"{' and '.join(found)} wrong" if found else f"differs, {undecided}"
+    def refuted(place: slice) -> list[str]:
+        """Which forms have another slope than their loss, along a direction; keep how far off."""
+        direction, wrong = torch.zeros_like(exact), list[str]()
+        numel = direction[place].numel()
+        direction[place].copy_(torch.randn(numel, dtype=torch.float64, generator=generator))
+        direction /= direction.norm()
+        for form in forms:
+            slope, doubt = form.slope(direction)
+            off = abs(float(form.gradient @ direction) - slope)
+            scale = max(float(form.gradient[place].norm()), small) / numel**0.5
+            form.referee = max(form.referee, off / scale)
+            if not off <= rtol * scale + 10 * doubt:
+                form.wrong = True
+                wrong.append(form.name)
+        return wrong
 
     for _ in range(_DIRECTIONS):
-        refuted()
-    parameters = dict[str, Difference]()
-    norms = [(norm_of([a]), norm_of([a - b])) for a, b in zip(*gradients, strict=True)]
-    errors = [difference / max(norm, small) for norm, difference in norms]
+        refuted(slice(None))
+    places, parameters = forms[0].places, dict[str, Difference]()
+    norms = [float(exact[place].norm()) for place in places]
+    apart = [float((exact[place] - found[place]).norm()) for place in places]
+    errors = [difference / max(norm, small) for difference, norm in zip(apart, norms, strict=True)]
     for rank, i in enumerate(sorted(range(len(names)), key=lambda i: -errors[i])):
         verdict = ""
         if not errors[i] <= rtol:
-            verdict = refuted(i) if rank < _JUDGED else "differs"
-            absent = [form for form, run in zip(_FORMS, runs, strict=True) if run[2][i]]
+            verdict = "differs"
+            if rank < _JUDGED:
+                wrong = " and ".join(refuted(places[i]))
+                undecided = "undecided" if same else "each right for its own loss"
+                verdict = f"{wrong} wrong" if wrong else f"differs, {undecided}"
+            absent = [form.name for form in forms if form.absent[i]]
             verdict += f", no gradient in the {absent[0]}" if absent else ""
-        parameters[names[i]] = Difference(norms[i][0], errors[i], verdict)
+        parameters[names[i]] = Difference(norms[i], errors[i], verdict)
     return GradientReport(
-        tuple(form for form in _FORMS if form in wrong),
+        tuple(form.name for form in forms if form.wrong),
         parameters,
         losses,
-        (referee[0], referee[1]),
-        relative_error(given, gradients[0]),
-        precision,
+        (forms[0].referee, forms[1].referee),
+        relative_error(given, exact),
+        "the given precision" if narrow else "float64",
         tuple(notes),
     )

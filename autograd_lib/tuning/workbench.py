@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from autograd_lib.core.batches import Batch, Count, Piece, batch_size, read_batc
 from autograd_lib.core.snapshot import ModuleState, drop_gradients
 from autograd_lib.memory import peak_bytes, saved_tensors
 from autograd_lib.training.step import ForwardBackward, micro_batches
-from autograd_lib.tuning.verify import Gradient, gradient_of, norm_of, relative_error, widened
+from autograd_lib.tuning.verify import gradient_of, relative_error, widened
 
 SEPARABLE = {None: 1e-6, Settings(): 2e-5}  # relative error, by the settings of the reference
 _SMALLEST_SCALE = 2.0**-24  # of the loss in fp16; below it even a gradient of 1 is rounded away
@@ -44,9 +45,11 @@ class Copy:
         loss_fn: Callable[..., Tensor] | None,
         settings: Settings | None,
         optimizer: Optimizer | None = None,
+        blocks: Any = None,
     ) -> None:
         # Together, for a loss that holds a parameter of the model.
-        self.model, self.loss_fn, self.optimizer = copy.deepcopy((model, loss_fn, optimizer))
+        everything = copy.deepcopy((model, loss_fn, optimizer, blocks))
+        self.model, self.loss_fn, self.optimizer, self.blocks = everything
         roots = [m for m in (self.model, self.loss_fn) if isinstance(m, nn.Module)]
         if settings is not None:
             settings.apply(self.model)
@@ -66,14 +69,12 @@ class Copy:
         precision: str,
         pieces: Sequence[Piece],
         scale: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Gradient]:
+    ) -> tuple[Tensor, Tensor]:
         """Mean loss and gradient, without dropout, from the same buffers and parameters."""
         self.state.restore_buffers()
         with _without_dropout(self.modules):
             loss = self.run(precision)(pieces, scale)
-        found = gradient_of(self.parameters)
-        drop_gradients(self.parameters)
-        return loss, found
+        return loss, gradient_of(self.parameters)
 
     def loss(self, pieces: Sequence[Piece]) -> float:
         """Mean loss alone, which takes the memory of a forward only."""
@@ -97,7 +98,7 @@ class Workbench:
         loss_fn: Callable[..., Tensor] | None,
         *,
         count: Count | None = None,
-        blocks: str | list[str] | None = None,
+        blocks: Any = None,
         optimizer: Optimizer | None = None,
     ) -> None:
         self.model, self.loss_fn, self.optimizer, self.blocks = model, loss_fn, optimizer, blocks
@@ -107,7 +108,7 @@ class Workbench:
         self.size = batch_size("autotune", self.batch)
         self.scale = 2.0**16  # of the loss in fp16, where GradScaler begins
         self.copies: dict[Settings, Copy] = {}
-        self.reference: Gradient = []
+        self.reference = torch.empty(0)
         self.exact: Settings | None = None  # of the reference; None for float64
         self.narrow = self.indivisible = ""  # why it is not in float64, and micro-batches fail
 
@@ -115,7 +116,7 @@ class Workbench:
         """The copy on which `settings` run."""
         key = _without_pieces(settings)
         if key not in self.copies:
-            self.copies[key] = Copy(self.model, self.loss_fn, key, self.optimizer)
+            self.copies[key] = Copy(self.model, self.loss_fn, key, self.optimizer, self.blocks)
         return self.copies[key]
 
     def keep(self, settings: Sequence[Settings]) -> None:
@@ -157,14 +158,14 @@ class Workbench:
 
     def error(self, settings: Settings) -> float:
         """Relative error of the gradient; in fp16 of the one that a `GradScaler` arrives at."""
-        made, pieces, precision = self.copy_for(settings), self.pieces(settings), settings.precision
-        loss, found = made.gradient(precision, pieces, self.scaler(settings).scale)
-        if precision == "fp16":
-            while loss.isfinite() and not _is_finite(found) and self.scale > _SMALLEST_SCALE:
-                self.scale /= 2
-                loss, found = made.gradient("fp16", pieces, self.scaler(settings).scale)
-            found = [g / self.scale for g in found]
-        return relative_error(found, self.reference)
+        made, pieces = self.copy_for(settings), self.pieces(settings)
+        while True:
+            scaler = self.scaler(settings)
+            loss, found = made.gradient(settings.precision, pieces, scaler.scale)
+            overflows = scaler.is_enabled() and loss.isfinite() and not found.isfinite().all()
+            if not overflows or self.scale <= _SMALLEST_SCALE:
+                return relative_error(found / scaler.get_scale(), self.reference)
+            self.scale /= 2
 
     def peak(self, settings: Settings) -> int:
         """Peak bytes of a step above what stood before it, and the state of the optimizer."""
@@ -202,7 +203,7 @@ class Workbench:
         size = -(-self.size // 8) if divided else None
         pieces = micro_batches("autotune", batch, size, self.count)
         self.reference = made.gradient("fp32", pieces)[1]
-        norm = norm_of(self.reference)
+        norm = float(self.reference.norm())
         if not 0 < norm < math.inf:
             raise ValueError(
                 f"autotune: the gradient in float64 has norm {norm}, and errors are relative to "
@@ -263,24 +264,18 @@ class Workbench:
 
     def blocks_for(self, settings: Settings) -> Any:
         """The modules to plan for, on the copy where these settings run."""
-        model = self.copy_for(settings).model
-        if self.blocks is None:
+        made = self.copy_for(settings)
+        if made.blocks is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of what it cannot see
-                with saved_tensors(model) as saved:
+                with saved_tensors(made.model) as saved:
                     self.loss(settings)()
-            self.blocks = _widest_container(model, saved.by_module())
-        if isinstance(self.blocks, str):
-            return model.get_submodule(self.blocks)
-        return [model.get_submodule(name) for name in self.blocks]
+            made.blocks = _widest_container(made.model, saved.by_module())
+        return made.blocks
 
 
 def _without_pieces(settings: Settings) -> Settings:
     return replace(settings, precision="fp32", micro_batch=None)
-
-
-def _is_finite(gradient: Gradient) -> bool:
-    return all(bool(g.isfinite().all()) for g in gradient)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -295,27 +290,24 @@ def _without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
 
     So have attention, recurrent layers, drop-path, and layers that call `F.dropout` themselves.
     """
-    found = [
-        (m, name)
-        for m in modules
-        for name, value in vars(m).items()
-        if isinstance(value, float)
-        and ("drop" in name or (name == "p" and isinstance(m, nn.modules.dropout._DropoutNd)))
-    ]
-    before = [getattr(module, name) for module, name in found]
-    try:
-        for module, name in found:
-            setattr(module, name, 0.0)
+    with contextlib.ExitStack() as stack:
+        for m in modules:
+            own = ["p"] if isinstance(m, nn.modules.dropout._DropoutNd) else []
+            for name in [name for name in vars(m) if "drop" in name or name in own]:
+                if isinstance(getattr(m, name), float):
+                    stack.enter_context(mock.patch.object(m, name, 0.0))
         yield
-    finally:
-        for (module, name), value in zip(found, before, strict=True):
-            setattr(module, name, value)
 
 
-def _widest_container(model: nn.Module, saved: dict[str, int]) -> str:
+def _widest_container(model: nn.Module, saved: dict[str, int]) -> nn.Module:
     """The container whose children are many and save much: of two nested ones the finer."""
+
+    def weight(name: str, children: int) -> int:
+        within = f"{name}." if name else ""
+        return children * sum(n for source, n in saved.items() if f"{source}.".startswith(within))
+
     weights = {
-        name: len(module) * sum(n for source, n in saved.items() if _is_within(source, name))
+        module: weight(name, len(module))
         for name, module in model.named_modules()
         if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1
     }
@@ -325,7 +317,3 @@ def _widest_container(model: nn.Module, saved: dict[str, int]) -> str:
             "or more; pass blocks"
         )
     return max(weights, key=weights.__getitem__)
-
-
-def _is_within(name: str, parent: str) -> bool:
-    return not parent or f"{name}.".startswith(f"{parent}.")
