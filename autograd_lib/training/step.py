@@ -55,7 +55,7 @@ class ForwardBackward:
             world: How many processes exchange the mean of their gradients, of which the sum is
                 wanted.
         """
-        mean: Tensor | None = None
+        mean: Any = 0.0
         divided = not self.trusted and (len(pieces) > 1 or world > 1)
         seen: list[tuple[Piece, Any]] = []
         for i, piece in enumerate(pieces):
@@ -68,12 +68,10 @@ class ForwardBackward:
                         f"{self.operation}: the loss depends on nothing that requires a gradient; "
                         "unfreeze what is to learn, as model.head.requires_grad_(True)"
                     )
-                weighted = _times(loss, piece.share * world)
+                weighted = loss * (piece.share * world)
                 (weighted if scale is None else scale(weighted)).backward()
-            part = _times(loss.detach(), piece.share)
-            mean = part if mean is None else mean + part
+            mean = mean + loss.detach() * piece.share
         batches.check_own(self.operation, module_of(self.model), seen)
-        assert mean is not None
         return mean
 
     def forward(self, piece: Piece, divided: bool = False) -> tuple[Any, Tensor]:
@@ -179,7 +177,3 @@ def move(tree: _T, device: torch.device) -> _T:
 
     # What moves itself is no container: the lengths of a packed sequence stay on the CPU.
     return tree_map(moved, tree, is_leaf=lambda leaf: hasattr(leaf, "to"))
-
-
-def _times(loss: Tensor, factor: float) -> Tensor:
-    return loss if factor == 1 else loss * factor

@@ -73,14 +73,14 @@ class TuningReport(Table):
             + (f"; with step and state of {step}" if step else "")
         )
         least = self.trials[0].time or 0.0
-        rows: list[Row] = []
-        for trial in self.trials:
-            time, ratio, peak, error = "", "", "", ""
-            if trial.time is not None:
-                time, ratio = f"{1e3 * trial.time:.4g} ms", f"{trial.time / least:.2f}"
-            if trial.peak_bytes is not None:
-                peak = readable_bytes(trial.peak_bytes)
-            if trial.gradient_error is not None:
-                error = f"{trial.gradient_error:.1e}"
-            rows.append([str(trial.settings), time, ratio, peak, error, trial.verdict])
+
+        def row(t: Trial) -> list[str]:
+            times = ["", ""]
+            if t.time is not None:
+                times = [f"{1e3 * t.time:.4g} ms", f"{t.time / least:.2f}"]
+            peak = "" if t.peak_bytes is None else readable_bytes(t.peak_bytes)
+            error = "" if t.gradient_error is None else f"{t.gradient_error:.1e}"
+            return [str(t.settings), *times, peak, error, t.verdict]
+
+        rows: list[Row] = [row(trial) for trial in self.trials]
         return title, ("settings", "time", "ratio", "peak", "error", "verdict"), rows

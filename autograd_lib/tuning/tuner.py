@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -16,10 +17,12 @@ from torch.optim import Optimizer
 from autograd_lib.core.optimizers import innermost_optimizer
 from autograd_lib.core.snapshot import preserved_random_state
 from autograd_lib.report.progress import progress
+from autograd_lib.training.distributed import optimized
 from autograd_lib.tuning.candidates import Candidates
 from autograd_lib.tuning.race import Race
 from autograd_lib.tuning.search import search
 from autograd_lib.tuning.trials import Trial, TuningReport
+from autograd_lib.tuning.verify import together
 from autograd_lib.tuning.workbench import Workbench
 
 __all__ = ["Trial", "TuningReport", "autotune"]
@@ -113,13 +116,18 @@ def autotune(
         >>> report.best.apply(model) is model
         True
     """
-    _check(model, blocks, memory_budget, tolerance)
+    _check(model, blocks)
     start = time.perf_counter()
     budget = _bytes_of(memory_budget, next(model.parameters()).device)
+    if not (tolerance > 0 and budget > 0):
+        raise ValueError(
+            "autotune: expected memory_budget and tolerance to be numbers above 0, or the budget a "
+            f"share such as '80%', got {memory_budget!r} and {tolerance!r}"
+        )
     stepping = _optimizer_of(model, loss_fn, optimizer)
     with progress("autotune") as show, preserved_random_state(), torch.enable_grad():
         bench = Workbench(model, batch, loss_fn, count=count, blocks=blocks, optimizer=stepping)
-        candidates = Candidates(bench, budget, tolerance, show)
+        candidates = Candidates(bench, int(budget), tolerance, show)
         race = Race(candidates)
         best = search(candidates, race, compile)
     trials = sorted(
@@ -132,17 +140,17 @@ def autotune(
         race.noise,
         tuple(candidates.notes),
         time.perf_counter() - start,
-        None if memory_budget is None else budget,
+        None if memory_budget is None else int(budget),
         tolerance,
     )
 
 
-def _bytes_of(memory_budget: float | str | None, device: torch.device) -> int:
-    """The budget in bytes, which is a share of what is free where it is a text."""
-    if memory_budget is None:
-        return sys.maxsize
+def _bytes_of(memory_budget: float | str | None, device: torch.device) -> float:
+    """The budget in bytes, a share of what is free where it is a text; NaN if it is neither."""
     if not isinstance(memory_budget, str):
-        return int(memory_budget)
+        return sys.maxsize if memory_budget is None else memory_budget
+    if not (share := re.fullmatch(r"(\d+(?:\.\d+)?)%", memory_budget)):
+        return math.nan
     if device.type == "cpu":
         try:
             lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -156,19 +164,18 @@ def _bytes_of(memory_budget: float | str | None, device: torch.device) -> int:
         module = torch.get_device_module(device)  # what it caches is free as well
         cached = module.memory_reserved(device) - module.memory_allocated(device)
         free = module.mem_get_info(device)[0] + cached
-    return int(free * float(memory_budget.removesuffix("%")) / 100)
+    return free * float(share[1]) / 100
 
 
 def _optimizer_of(model: nn.Module, loss_fn: object, optimizer: Any) -> Optimizer | None:
     """The optimizer, or one that is made of the trained parameters of model and loss."""
     if optimizer is None:
         return None
-    roots = [root for root in (model, loss_fn) if isinstance(root, nn.Module)]
-    trained = dict.fromkeys(p for root in roots for p in root.parameters() if p.requires_grad)
+    trained = [p for p in together(model, loss_fn).parameters() if p.requires_grad]
     if callable(optimizer):
-        optimizer = optimizer(list(trained))
+        optimizer = optimizer(trained)
     found = innermost_optimizer("autotune", optimizer)
-    if not trained.keys() & {p for group in found.param_groups for p in group["params"]}:
+    if set(trained).isdisjoint(optimized(found)):
         raise ValueError(
             f"autotune: expected an optimizer of the model's parameters, got one of others "
             f"({type(found).__name__}); make it of model.parameters(), or pass its class"
@@ -176,7 +183,7 @@ def _optimizer_of(model: nn.Module, loss_fn: object, optimizer: Any) -> Optimize
     return found
 
 
-def _check(model: object, blocks: Any, memory_budget: object, tolerance: float) -> None:
+def _check(model: object, blocks: Any) -> None:
     if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
         raise TypeError(
             f"autotune: expected a torch.nn.Module, got {type(model).__name__}; pass the model "
@@ -189,14 +196,6 @@ def _check(model: object, blocks: Any, memory_budget: object, tolerance: float) 
                 f"autotune: expected blocks within the model, got {blocks!r:.80} with a module "
                 "that is none of the model's; pass model.layers or the like"
             )
-    amount: object = 1 if memory_budget is None else memory_budget
-    if isinstance(memory_budget, str) and re.fullmatch(r"\d+(\.\d+)?%", memory_budget):
-        amount = float(memory_budget.removesuffix("%"))
-    if not (tolerance > 0 and isinstance(amount, int | float) and amount > 0):
-        raise ValueError(
-            "autotune: expected memory_budget and tolerance to be numbers above 0, or the budget a "
-            f"share such as '80%', got {memory_budget!r} and {tolerance!r}"
-        )
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     single = torch.float32, torch.complex64
     if other := {name: dtype for name, dtype in trained.items() if dtype not in single}:

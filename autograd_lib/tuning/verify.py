@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from autograd_lib.core.batches import Piece
+from autograd_lib.core.names import parameters_by_name
 from autograd_lib.core.snapshot import (
     ModuleState,
     drop_gradients,
@@ -38,6 +39,11 @@ def widened(tensor: Tensor) -> Tensor:
     dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
     wide = torch.complex128 if tensor.is_complex() else dtype
     return tensor.detach().to(wide, copy=True)
+
+
+def together(*modules: object) -> nn.ModuleList:
+    """One module of those that are modules: a loss function may be none."""
+    return nn.ModuleList(module for module in modules if isinstance(module, nn.Module))
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -128,8 +134,7 @@ class _Form:
         self, name: str, model: nn.Module, loss_fn: Any, parameters: list[nn.Parameter], seed: int
     ) -> None:
         self.name, self.parameters, self.seed = name, parameters, seed
-        roots = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
-        self.modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
+        self.modules = list(together(model, loss_fn).modules())
         self.run = ForwardBackward("verify_gradients", model, loss_fn, "fp32", parameters[0].device)
         ends = itertools.accumulate((real(p).numel() for p in parameters), initial=0)
         self.places = [slice(*pair) for pair in itertools.pairwise(ends)]  # in the gradient
@@ -240,12 +245,11 @@ def verify_gradients(
         _Form("reference", reference, loss_fn, own, seed),
         _Form("candidate", candidate, loss_fn, other, seed),
     )
-    modules = [*forms[0].modules, *forms[1].modules]
     with preserved_random_state(), torch.enable_grad(), without_gradients([*own, *other]):
         forms[1].measure(pieces)
         given = forms[1].gradient
         try:
-            with _in_double(modules):
+            with _in_double(together(reference, candidate, loss_fn)):
                 return _compare(list(named), forms, tree_map_only(Tensor, widened, pieces), given)
         except Exception as error:
             why = f"Not in float64: {type(error).__name__}: {str(error).strip():.200}"
@@ -283,15 +287,13 @@ def _paired(
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    named = module.named_parameters()
-    return {name.replace("_orig_mod.", ""): p for name, p in named if p.requires_grad}
+    return {name: p for name, p in parameters_by_name(module).items() if p.requires_grad}
 
 
 @contextlib.contextmanager
-def _in_double(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _in_double(module: nn.Module) -> Iterator[None]:
     """Parameters and buffers in double precision, in place: a copy would lose what is compiled."""
-    held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
-    before = [(t, t.data) for t in dict.fromkeys(held) if t is not None]
+    before = [(t, t.data) for t in (*module.parameters(), *module.buffers())]
     try:
         for tensor, value in before:
             tensor.data = widened(value)

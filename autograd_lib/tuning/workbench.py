@@ -28,7 +28,7 @@ from autograd_lib.core.batches import Batch, Count, Piece, batch_size, read_batc
 from autograd_lib.core.snapshot import ModuleState, drop_gradients
 from autograd_lib.memory import peak_bytes, saved_tensors
 from autograd_lib.training.step import ForwardBackward, micro_batches
-from autograd_lib.tuning.verify import gradient_of, relative_error, widened
+from autograd_lib.tuning.verify import gradient_of, relative_error, together, widened
 
 SEPARABLE = {None: 1e-6, Settings(): 2e-5}  # relative error, by the settings of the reference
 _SMALLEST_SCALE = 2.0**-24  # of the loss in fp16; below it even a gradient of 1 is rounded away
@@ -50,15 +50,14 @@ class Copy:
         # Together, for a loss that holds a parameter of the model.
         everything = copy.deepcopy((model, loss_fn, optimizer, blocks))
         self.model, self.loss_fn, self.optimizer, self.blocks = everything
-        roots = [m for m in (self.model, self.loss_fn) if isinstance(m, nn.Module)]
-        if settings is not None:
-            settings.apply(self.model)
+        self.whole = together(self.model, self.loss_fn)
+        if settings is None:
+            self.whole._apply(widened)
         else:
-            roots = [m._apply(widened) for m in roots]
-        self.modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
-        self.parameters = list(dict.fromkeys(p for root in roots for p in root.parameters()))
+            settings.apply(self.model)
+        self.parameters = list(self.whole.parameters())
         self.device = self.parameters[0].device
-        self.state = ModuleState(self.modules, self.parameters if self.optimizer else ())
+        self.state = ModuleState(self.whole.modules(), self.parameters if self.optimizer else ())
 
     def run(self, precision: str) -> ForwardBackward:
         """The training step, without its optimizer."""
@@ -72,14 +71,14 @@ class Copy:
     ) -> tuple[Tensor, Tensor]:
         """Mean loss and gradient, without dropout, from the same buffers and parameters."""
         self.state.restore_buffers()
-        with _without_dropout(self.modules):
+        with _without_dropout(self.whole):
             loss = self.run(precision)(pieces, scale)
         return loss, gradient_of(self.parameters)
 
     def loss(self, pieces: Sequence[Piece]) -> float:
         """Mean loss alone, which takes the memory of a forward only."""
         self.state.restore_buffers()
-        with _without_dropout(self.modules), torch.no_grad():
+        with _without_dropout(self.whole), torch.no_grad():
             return sum(piece.share * float(self.run("fp32").forward(piece)[1]) for piece in pieces)
 
     def state_bytes(self) -> int:
@@ -285,13 +284,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _without_dropout(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _without_dropout(whole: nn.Module) -> Iterator[None]:
     """Set the probability of dropout to zero, where modules have one, by a name with "drop" in it.
 
     So have attention, recurrent layers, drop-path, and layers that call `F.dropout` themselves.
     """
     with contextlib.ExitStack() as stack:
-        for m in modules:
+        for m in whole.modules():
             own = ["p"] if isinstance(m, nn.modules.dropout._DropoutNd) else []
             for name in [name for name in vars(m) if "drop" in name or name in own]:
                 if isinstance(getattr(m, name), float):
