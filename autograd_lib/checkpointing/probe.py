@@ -16,7 +16,7 @@ from autograd_lib.checkpointing.solver import Block, Mode, Recomputation
 from autograd_lib.checkpointing.trees import Place, copies, flatten, place
 from autograd_lib.checkpointing.visit import Visit
 from autograd_lib.core.snapshot import ModuleState, drop_gradients, torch_generators
-from autograd_lib.memory.saved import storage_parts
+from autograd_lib.memory.saved import graph_of, storages
 from autograd_lib.memory.trace import Marks, Trace, no_collection
 
 _ROUNDS = 3  # timings of each way to run a block, interleaved
@@ -225,7 +225,7 @@ class Probe:
 
     def _check_graph(self, loss: Tensor, before: int) -> None:
         """Refuse what would run backward into the step's own graph, through a closure say."""
-        old = [node for node in nodes_of(loss) if node._sequence_nr() < before]
+        old = [node for node in graph_of(loss) if node._sequence_nr() < before]
         if old:
             raise ValueError(
                 f"plan_checkpoints: block {self.visit.label} uses a tensor that requires a "
@@ -310,20 +310,8 @@ def _error(found: Outcome, expected: Outcome) -> float:
 
 
 def nbytes(tensors: Iterable[Tensor | None]) -> int:
-    parts = (part for tensor in tensors if tensor is not None for part in storage_parts(tensor))
-    return sum(part.untyped_storage().nbytes() for part in parts)
+    return sum(storage.nbytes() for storage in storages(list(tensors)))
 
 
 def checkpoint_bytes(device: torch.device) -> int:
     return torch.get_rng_state().nbytes if device.type == "cpu" else 0
-
-
-def nodes_of(tensor: Tensor) -> list[Any]:
-    """List the nodes of the graph of a tensor."""
-    found, pending = dict[Any, None](), [tensor.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in found:
-            found[node] = None
-            pending.extend(parent for parent, _ in node.next_functions)
-    return list(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 from collections.abc import Callable, Sequence
@@ -10,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autograd_lib.memory.saved import storage_parts
 
@@ -99,17 +99,11 @@ def flatten(value: Any) -> Tree:
 
 def copies(leaves: Sequence[Any]) -> list[Any]:
     """Copy the tensors with their storages: views of one storage stay so, expanded ones too."""
-    storages: dict[int, torch.UntypedStorage] = {}
+    known: dict[int, Any] = {}
 
     def copied(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        if is_traceable_wrapper_subclass(x) or x.layout is not torch.strided or x.is_complex():
-            return x.detach().clone()
-        old = x.untyped_storage()
-        if old.data_ptr() not in storages:
-            storages[old.data_ptr()] = old.clone()
-        place = x.storage_offset(), x.shape, x.stride()
-        return torch.empty(0, dtype=x.dtype, device=x.device).set_(storages[old.data_ptr()], *place)
+        return copy.deepcopy(x, known) if x.layout is torch.strided else x.clone()
 
     return [copied(leaf) for leaf in leaves]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
-from autograd_lib.memory.saved import storage_parts
+from autograd_lib.gradients import check_module
+from autograd_lib.memory.saved import graph_of, storages
+from autograd_lib.memory.trace import check_step
 from autograd_lib.report.plots import sized_axes
 from autograd_lib.report.tables import readable_bytes
 
@@ -73,20 +74,22 @@ def plot_graph(tensor: Tensor, model: nn.Module | None = None, ax: Axes | None =
             "plot_graph: the tensor has no graph (no grad_fn); compute it from tensors that "
             "require a gradient, outside of no_grad and before detach()"
         )
-    inputs = _graph(tensor.grad_fn)
+    inputs = graph_of(tensor)
     if len(inputs) > _MOST_NODES:
         raise ValueError(
             f"plot_graph: the graph has {len(inputs)} nodes, and at most {_MOST_NODES} can be read "
             "in a picture; draw the output of a submodule or of a smaller model"
         )
     names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+    order = [*TopologicalSorter(inputs).static_order()][::-1]
+    inputs = {node: inputs[node] for node in order}
     places = _places(inputs)
     width, depth = (1 + max(ends) for ends in zip(*places.values(), strict=True))
     ax = sized_axes("plot_graph", ax, (max(4.0, 1.7 * width), max(2.5, 0.62 * depth)))
     leaves = {
         node: leaf for node in inputs if (leaf := getattr(node, "variable", None)) is not None
     }
-    counted = {storage._cdata for storage in _storages(list(leaves.values()))}
+    counted = {storage._cdata for storage in storages(list(leaves.values()))}
     style: dict[str, Any] = {"arrowstyle": "->", "color": _GREY, "shrinkA": 13, "shrinkB": 13}
     for node, (column, row) in places.items():
         for place in (places[following] for following in inputs[node]):
@@ -137,16 +140,8 @@ def plot_memory(model: nn.Module, step: Callable[[], object], ax: Axes | None = 
         >>> [label.get_text() for label in ax.get_legend().get_texts()]
         ['0', '1', 'outside of modules']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"plot_memory: expected a torch.nn.Module, got {type(model).__name__}; pass the model "
-            "whose modules are to be told apart"
-        )
-    if not callable(step):
-        raise TypeError(
-            f"plot_memory: expected a function without arguments, got {type(step).__name__}; pass "
-            "`lambda: model(x).sum().backward()`, not its result"
-        )
+    check_module("plot_memory", model)
+    check_step("plot_memory", step)
     ax = sized_axes("plot_memory", ax, (6.8, 3.4))
     seen = _Allocations(model)
     with seen.tracker, seen:
@@ -212,7 +207,7 @@ class _Allocations(TorchDispatchMode):
     def _note(self, values: Any, *, is_new: bool) -> None:
         running = max(self.tracker.parents - {"Global"}, key=len, default="")
         name = running.partition(".")[0] or _OUTSIDE
-        for storage in _storages(values):
+        for storage in storages(values):
             if storage._cdata not in self._known:
                 self._known.add(storage._cdata)
                 nbytes = storage.nbytes() if is_new else 0
@@ -223,26 +218,6 @@ class _Allocations(TorchDispatchMode):
     def _freed(self, address: int, name: str, nbytes: int) -> None:
         self._known.discard(address)
         self.now[name] -= nbytes
-
-
-def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages that hold the data of the tensors in `values`."""
-    for tensor in tree_leaves(values):
-        for part in storage_parts(tensor) if isinstance(tensor, Tensor) else ():
-            yield part.untyped_storage()
-
-
-def _graph(root: _Node) -> dict[_Node, list[_Node]]:
-    """What each node hands its gradients to, in topological order from the root."""
-    inputs: dict[_Node, list[_Node]] = {}  # holds the nodes, so that each stays one Python object
-    pending = [root]
-    while pending:
-        node = pending.pop()
-        if node not in inputs:
-            inputs[node] = [following for following, _ in node.next_functions if following]
-            pending += inputs[node]
-    order = [*TopologicalSorter(inputs).static_order()]
-    return {node: inputs[node] for node in reversed(order)}
 
 
 def _places(inputs: dict[_Node, list[_Node]]) -> dict[_Node, tuple[int, int]]:
@@ -268,6 +243,6 @@ def _saved_bytes(node: _Node, counted: set[int]) -> int:
         saved = [getattr(node, name, None) for name in [*names, "saved_tensors"]]
     except RuntimeError:  # backward has run and freed what was saved
         return 0
-    new = {s._cdata: s.nbytes() for s in _storages(saved) if s._cdata not in counted}
+    new = {s._cdata: s.nbytes() for s in storages(saved) if s._cdata not in counted}
     counted.update(new)
     return sum(new.values())

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from autograd_lib.memory.saved import storage_parts
-from autograd_lib.memory.trace import Marks, Trace
+from autograd_lib.memory.saved import storages
+from autograd_lib.memory.trace import Marks, Trace, check_step
 from autograd_lib.report.tables import readable_bytes
 
 __all__ = ["peak_bytes"]
@@ -53,11 +53,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
         >>> peak_bytes(lambda: x.exp().sqrt().sin())  # two results at once: 2 * 4096
         8192
     """
-    if not callable(step):
-        raise TypeError(
-            f"peak_bytes: expected a function without arguments, got {type(step).__name__}; "
-            "pass `lambda: model(x).sum().backward()`, not its result"
-        )
+    check_step("peak_bytes", step)
     before: dict[int, int] = {}
     held: list[tuple[StorageWeakRef, int]] = []
 
@@ -94,9 +90,8 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 def _held_by_python() -> list[tuple[StorageWeakRef, int]]:
     found: dict[int, tuple[StorageWeakRef, int]] = {}
-    for tensor in [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]:
-        for part in storage_parts(tensor):
-            if part.device.type != "meta":
-                reference = StorageWeakRef(part.untyped_storage())
-                found[reference.cdata] = reference, part.untyped_storage().nbytes()
+    for storage in storages([o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]):
+        if storage.device.type != "meta":
+            reference = StorageWeakRef(storage)
+            found[reference.cdata] = reference, storage.nbytes()
     return list(found.values())

@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FrameType
+from traceback import walk_stack
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakMethod
 
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import (
     _recomputation_hook,
 )
 
+from autograd_lib.gradients import check_module
 from autograd_lib.report.tables import Row, Table, readable_bytes
 
 __all__ = ["SavedTensors", "saved_tensors"]
@@ -133,10 +134,9 @@ class SavedTensors(Table):
 
     def _parts(self, values: Any) -> Iterator[tuple[int, Tensor]]:
         """Yield what holds the data of the tensors in `values`, with an identity of its storage."""
-        for tensor in tree_leaves(values):
-            for part in storage_parts(tensor) if isinstance(tensor, Tensor) else ():
-                reference = StorageWeakRef(part.untyped_storage())
-                yield self._references.setdefault(reference.cdata, reference).cdata, part
+        for part in storage_parts(values):
+            reference = StorageWeakRef(part.untyped_storage())
+            yield self._references.setdefault(reference.cdata, reference).cdata, part
 
     def _mark_parameters(self, model: nn.Module) -> None:
         own = self._parts([*model.parameters(), *model.buffers()])
@@ -161,13 +161,10 @@ class SavedTensors(Table):
     def _module(self) -> str:
         # Read the stack rather than hook every module: Dynamo would trace the hooks into compiled
         # code, and keep them.
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code is _MODULE_CALL:
-                name = self._names.get(frame.f_locals["self"])
-                if name is not None:
-                    return name
-            frame = frame.f_back
+        for frame, _ in walk_stack(sys._getframe(1)):
+            module = frame.f_locals["self"] if frame.f_code is _MODULE_CALL else None
+            if module in self._names:
+                return self._names[module]
         return ""
 
     def _table(self) -> tuple[str, Row, list[Row]]:
@@ -238,12 +235,7 @@ def saved_tensors(model: nn.Module) -> Iterator[SavedTensors]:
         >>> saved.by_module(), saved.input_bytes, saved.parameter_bytes
         ({'1': 80}, 60, 32)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"saved_tensors: expected a torch.nn.Module, got {type(model).__name__}; pass the "
-            "model itself (its arguments and parameters are left out of the count) and call it "
-            "inside the block"
-        )
+    check_module("saved_tensors", model)
     saved = SavedTensors(model)
     try:
         with _watch(saved), _note_arguments(model, saved), _hooks(saved):
@@ -386,21 +378,40 @@ def _enter_hooks(hooks: saved_tensors_hooks) -> None:
             saved._other_hooks.add(type(hooks).__qualname__)
 
 
-def storage_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors that hold the data: `tensor`, or the parts of a sparse or wrapped one."""
-    if nn.parameter.is_lazy(tensor) or tensor.is_mkldnn:
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # under vmap
-        yield from storage_parts(torch._C._functorch.get_unwrapped(tensor))
-    elif is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            if isinstance(part := getattr(tensor, name), Tensor):  # a DTensor lists its mesh too
-                yield from storage_parts(part)
-    elif tensor.layout is torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
-    elif tensor.layout is torch.strided:
-        yield tensor
-    else:
-        by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
-        names = ("crow_indices", "col_indices") if by_row else ("ccol_indices", "row_indices")
-        yield from (getattr(tensor, name)() for name in (*names, "values"))
+def storage_parts(values: Any) -> Iterator[Tensor]:
+    """Yield what holds the data of the tensors in `values`: themselves, or the parts of a tensor.
+
+    Sparse tensors and wrapper subclasses have parts.
+    """
+    for tensor in tree_leaves(values):
+        if not isinstance(tensor, Tensor) or nn.parameter.is_lazy(tensor) or tensor.is_mkldnn:
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # under vmap
+            yield from storage_parts(torch._C._functorch.get_unwrapped(tensor))
+        elif is_traceable_wrapper_subclass(tensor):
+            yield from storage_parts([getattr(tensor, n) for n in tensor.__tensor_flatten__()[0]])
+        elif tensor.layout is torch.sparse_coo:
+            yield from (tensor._indices(), tensor._values())
+        elif tensor.layout is torch.strided:
+            yield tensor
+        else:
+            by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+            names = ("crow_indices", "col_indices") if by_row else ("ccol_indices", "row_indices")
+            yield from (getattr(tensor, name)() for name in (*names, "values"))
+
+
+def storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the storages of the tensors in `values`; one may come several times."""
+    return (part.untyped_storage() for part in storage_parts(values))
+
+
+def graph_of(tensor: Tensor) -> dict[Any, list[Any]]:
+    """List the nodes of the graph behind a tensor, each with those it hands its gradients to."""
+    found: dict[Any, list[Any]] = {}  # holds the nodes, so that each stays one Python object
+    pending = [tensor.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in found:
+            found[node] = [following for following, _ in node.next_functions if following]
+            pending += found[node]
+    return found

@@ -18,7 +18,7 @@ from torch._C._profiler import _EventType
 from torch.autograd.profiler import profile
 from torch.profiler._utils import traverse_dfs
 
-from autograd_lib.memory.saved import storage_parts
+from autograd_lib.memory.saved import storages
 
 _Event = tuple[torch.device, int, int]  # device, address, bytes: negative when freed
 
@@ -39,8 +39,7 @@ class Marks:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.times[name] = time.perf_counter()
-        parts = [] if tensor is None else list(storage_parts(tensor))
-        address = parts[0].untyped_storage().data_ptr() if parts else 0
+        address = next((storage.data_ptr() for storage in storages(tensor)), 0)
         self.marked.append((name, torch.empty(1, dtype=torch.uint8), address))
 
 
@@ -98,6 +97,15 @@ class Trace:
         """Return number and bytes of what a phase allocated and was not freed by a later mark."""
         freed = {number for number, nbytes in self.cut(start, at) if nbytes < 0}
         return {i: n for i, n in self.cut(start, end) if n > 0 and i not in freed}
+
+
+def check_step(operation: str, step: object) -> None:
+    """Raise an error that names `operation` unless `step` can be called."""
+    if not callable(step):
+        raise TypeError(
+            f"{operation}: expected a function without arguments, got {type(step).__name__}; pass "
+            "`lambda: model(x).sum().backward()`, not its result"
+        )
 
 
 def _allocations(run: Callable[[], object]) -> list[_Event]:
