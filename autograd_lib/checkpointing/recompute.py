@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -27,9 +26,9 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import flop_registry
 
 from autograd_lib.checkpointing.compiled import Budgeted, compile_module
-from autograd_lib.checkpointing.solver import NAMES, Step, length
+from autograd_lib.checkpointing.solver import Step, length
 
-_Tensors = list[tuple[nn.Module, str, Tensor]]  # module, name, buffer or parameter
+_Tensors = dict[tuple[nn.Module, str], Tensor]  # by module and name
 _SLOTS = ("forward", "_compiled_call_impl")  # what a call of a module runs
 # Operations with FLOPs by PyTorch's count, and attention on the CPU, which that count leaves out.
 _COSTLY = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
@@ -84,12 +83,6 @@ def runs_its_children(module: object) -> bool:
 
 
 def _check(name: str, module: nn.Module, step: Step | Sequence[Step]) -> None:
-    for leaf in tree_leaves(step):
-        if leaf not in NAMES:
-            raise ValueError(
-                f"checkpoint: expected 'save', 'selective' or 'recompute' for {name!r}, "
-                f"got {leaf!r}"
-            )
     if isinstance(step, str):
         return
     kind = type(module).__name__
@@ -145,7 +138,7 @@ def undo(module: nn.Module) -> None:
             _restore(module, name, function.replaced)
 
 
-def tensor_attributes(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], Tensor]:
+def tensor_attributes(modules: Iterable[nn.Module]) -> _Tensors:
     """Tensors that are plain attributes, such as a balance loss that a forward leaves."""
     return {
         (module, name): value
@@ -155,9 +148,7 @@ def tensor_attributes(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str
     }
 
 
-def put_back(
-    modules: Iterable[nn.Module], attributes: Mapping[tuple[nn.Module, str], Tensor]
-) -> None:
+def put_back(modules: Iterable[nn.Module], attributes: _Tensors) -> None:
     """Set what `tensor_attributes` found before, and delete others."""
     for module, name in tensor_attributes(modules).keys() - attributes.keys():
         del vars(module)[name]
@@ -184,38 +175,26 @@ class _BlockForward:
 
 
 class _ChainForward:
-    """The forward of an `nn.Sequential` by steps."""
+    """The forward of an `nn.Sequential`, or of a run of its children from `start` on, by steps."""
 
-    def __init__(self, sequence: Any, steps: tuple[Step, ...]) -> None:
+    def __init__(self, sequence: Any, steps: tuple[Step, ...], start: int = 0) -> None:
         self.replaced = vars(sequence).get(slot(sequence))
         self.sequence, self.steps = sequence, steps
-        self.checkpoints: dict[tuple[int, int], Checkpoint] = {}
-        self._prepare(steps, 0)
-
-    def _prepare(self, steps: tuple[Step, ...], start: int) -> None:
+        self.parts: list[tuple[int, bool, Checkpoint | None, _ChainForward | None]] = []
         for step in steps:
             end = start + length(step)
-            self.checkpoints[start, end] = Checkpoint(list(self.sequence)[start:end])
-            if not isinstance(step, str):
-                self._prepare(step, start)
+            around = None if step == "save" else Checkpoint(list(sequence)[start:end])
+            inner = None if isinstance(step, str) else _ChainForward(sequence, step, start)
+            self.parts.append((start, step == "selective", around, inner))
             start = end
 
     def __call__(self, x: Any) -> Any:
-        return self._run(self.steps, 0, x)
+        for index, selective, around, inner in self.parts:
+            run = inner or self.sequence[index]
+            x = around.run(selective, run, x) if around else run(x)
+        return x
 
     __code__ = __call__.__code__  # torch.export asks the forward of the whole model for it
-
-    def _run(self, steps: tuple[Step, ...], start: int, x: Any) -> Any:
-        for step in steps:
-            end = start + length(step)
-            if step == "save":
-                x = self.sequence[start](x)
-            else:
-                inner = ("save",) if isinstance(step, str) else step
-                run = partial(self._run, inner, start)
-                x = self.checkpoints[start, end].run(step == "selective", run, x)
-            start = end
-        return x
 
 
 class Checkpoint:
@@ -266,11 +245,11 @@ class Checkpoint:
         mode = tuple(module.training for module in self.modules)
         known = self.changing.get(mode)
         names = known if known is not None else [(m, n) for m in self.modules for n in m._buffers]
-        before = [(m, n, b) for m, n in names if (b := m._buffers[n]) is not None]
-        buffers = [(m, n, b.detach().clone()) for m, n, b in before]
-        parameters = [
-            (m, n, p) for m in self.modules for n, p in m._parameters.items() if p is not None
-        ]
+        before = {(m, n): b for m, n in names if (b := m._buffers[n]) is not None}
+        buffers = {key: buffer.detach().clone() for key, buffer in before.items()}
+        parameters = {
+            (m, n): p for m in self.modules for n, p in m._parameters.items() if p is not None
+        }
         contexts = [contextlib.nullcontext()]  # of the first run
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -285,30 +264,27 @@ class Checkpoint:
         if known is None:
             # Compare values: batch_norm of PyTorch 2.13 does not raise the version of its
             # statistics. Those are kept in any case, as a batch of zeros may leave them unchanged.
-            buffers[:] = [
-                (m, n, value)
-                for (m, n, buffer), (*_, value) in zip(before, buffers, strict=True)
-                if isinstance(m, _NormBase)
-                or m._buffers[n] is not buffer
-                or not torch.equal(buffer, value)
-            ]
-            self.changing[mode] = [(m, n) for m, n, _ in buffers]
+            for (m, n), buffer in before.items():
+                unchanged = m._buffers[n] is buffer and torch.equal(buffer, buffers[m, n])
+                if unchanged and not isinstance(m, _NormBase):
+                    del buffers[m, n]
+            self.changing[mode] = list(buffers)
         return result
 
     @contextlib.contextmanager
-    def _again(self, buffers: _Tensors, parameters: Sequence[Any]) -> Iterator[None]:
+    def _again(self, buffers: _Tensors, parameters: _Tensors) -> Iterator[None]:
         """Recompute on copies of the recorded buffers, with the recorded parameters."""
         # After a `torch.func.functional_call` the module holds other parameters. Leave those of
         # FSDP alone: it sets views of a flat parameter, or unshards what it had sharded.
         tables: list[tuple[dict[str, Any], str, Tensor]] = [
             (module._parameters, name, used)
-            for module, name, used in parameters
+            for (module, name), used in parameters.items()
             if (now := module._parameters[name]) is not used
             and isinstance(now, nn.Parameter)
             and not any(map(is_traceable_wrapper_subclass, (now, used)))
         ]
         with _disable_current_modes():  # a selective checkpoint knows the block's operations only
-            tables += [(module._buffers, name, b.clone()) for module, name, b in buffers]
+            tables += [(module._buffers, name, b.clone()) for (module, name), b in buffers.items()]
         # An attribute that the forward leaves stays the one of the first run, with its graph.
         attributes = tensor_attributes(self.modules)
         before = [(table, name, table[name]) for table, name, _ in tables]

@@ -162,9 +162,8 @@ class SavedTensors(Table):
         # Read the stack rather than hook every module: Dynamo would trace the hooks into compiled
         # code, and keep them.
         for frame, _ in walk_stack(sys._getframe(1)):
-            module = frame.f_locals["self"] if frame.f_code is _MODULE_CALL else None
-            if module in self._names:
-                return self._names[module]
+            if frame.f_code is _MODULE_CALL and frame.f_locals["self"] in self._names:
+                return self._names[frame.f_locals["self"]]
         return ""
 
     def _table(self) -> tuple[str, Row, list[Row]]:

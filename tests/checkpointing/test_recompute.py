@@ -554,8 +554,6 @@ def test_one_module_twice_in_a_sequence() -> None:
     ("steps", "message"),
     [
         ({"0": "save", "nowhere": "save"}, "checkpoint: the model has no module 'nowhere'"),
-        ({"0": "recompute", "1": "drop"}, "expected 'save', 'selective' or 'recompute' for '1'"),
-        ({"0": "recompute", "": ("save", ("save", 3))}, "for '', got 3"),
         ({"0": "recompute", "list.0": ("save",)}, "'list.0' is a Linear, which takes one step"),
         ({"0": "recompute", "": ("save",)}, "'' has 3 blocks, but the steps are for 1"),
         ({"0": "recompute", "list": (("save", "save"),)}, "'list' is a ModuleList whose"),
