@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -78,9 +78,9 @@ class Peers:
             yield
         except Exception as error:
             own = error
-        errors = self.gather_objects(own)
-        if own is not None:
-            raise own
+            raise
+        finally:
+            errors = self.gather_objects(own)
         for rank, other in enumerate(errors):
             if other is not None:
                 other.add_note(f"(raised on rank {rank})")
@@ -101,7 +101,7 @@ class Peers:
         """
         iterator, batch = iter(batches), last
         while True:
-            found, failed = cast(Any, _END), None
+            found: Any = None
             try:
                 found = next(iterator, _END)
                 if found is None:
@@ -109,13 +109,10 @@ class Peers:
                         f"the {name} gives None for a batch; expected a mapping or a pair (inputs, "
                         "targets): let its collate_fn or its generator skip what is empty"
                     )
-            except Exception as error:
-                failed = error
-            batch = batch if found is _END else found
-            status = self.gather(found is not _END, batch is not None, failed is not None)
+            finally:  # before an error goes on, the others are told
+                batch = batch if found is _END else found
+                status = self.gather(found is not _END, batch is not None, found is None)
             counted, present, failures = (list(flags) for flags in zip(*status, strict=True))
-            if failed is not None:
-                raise failed
             if any(failures):
                 raise RuntimeError(
                     f"the {name} of rank {failures.index(True)} raised an error; the output of "

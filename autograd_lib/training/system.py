@@ -83,6 +83,7 @@ class AutogradTrainingSystem:
         monitor: The `GradientMonitor`; None if the configuration has none.
         step: Steps done, skipped ones included.
         epoch: Epochs done.
+        directory: Where `fit` writes; None for nowhere.
         history: A dict for each epoch, as `fit` returns it.
         gradient_norm: Of the last step before it was clipped; None if nothing clips.
         reports: Why steps were skipped, one `NonFinite` each.
@@ -161,6 +162,8 @@ class AutogradTrainingSystem:
         self.gradient_norm: Tensor | None = None
         self._loss = torch.zeros(())
         self._position = 0
+        directory = self.config.training.directory
+        self.directory = None if directory is None else Path(directory)
         self._owns_files = False  # whether the directory holds this run
         self._losses: list[Tensor] = []  # of the epoch
         self._epoch_start: dict[str, Any] | None = None  # random states when the epoch began
@@ -235,10 +238,8 @@ class AutogradTrainingSystem:
         return [self._loss, *(p.grad for p in self._loss_parameters)]
 
     def _run(self, operation: str, model: nn.Module) -> ForwardBackward:
-        precision = self.settings.precision
-        return ForwardBackward(
-            operation, model, self.loss_fn, precision, self.device, self._trusted
-        )
+        precision, trusted = self.settings.precision, self._trusted
+        return ForwardBackward(operation, model, self.loss_fn, precision, self.device, trusted)
 
     def _update(self) -> None:
         """Clip, and step optimizer, scaler and scheduler."""
@@ -319,12 +320,8 @@ class AutogradTrainingSystem:
             self._losses.append(self._train(batch, counts))
             self._position += 1
             if self.peers.rank == 0:
-                show(
-                    lambda: (
-                        f"epoch {self.epoch + 1}, batch {self._position}, "
-                        f"loss {self._losses[-1].item():.4g}"
-                    )
-                )
+                place = f"epoch {self.epoch + 1}, batch {self._position}"
+                show(lambda place=place: f"{place}, loss {self._losses[-1].item():.4g}")
             self._check_stop(stop)
             if (every := self.config.training.save_every) and self.step % every == 0:
                 self._write("last.pt")
@@ -425,12 +422,6 @@ class AutogradTrainingSystem:
         return {"loss": loss_sum / share, **dict(zip(self.metrics, averages, strict=True))}
 
     # Files
-
-    @property
-    def directory(self) -> Path | None:
-        """Where `fit` writes; None for nowhere."""
-        directory = self.config.training.directory
-        return None if directory is None else Path(directory)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that training resumes from, as tensors and plain values; a collective.

@@ -39,10 +39,7 @@ class Candidates:
         self.starved, self.expected = False, 0
 
     def record(self, settings: Settings, **found: Any) -> None:
-        optimizer = self.bench.optimizer
-        kind = None if optimizer is None else type(optimizer).__name__
-        trial = self.trials.get(settings, Trial(settings, optimizer=kind))
-        self.trials[settings] = replace(trial, **found)
+        self.trials[settings] = replace(self.trials.get(settings, Trial(settings)), **found)
 
     def has_failed(self, settings: Settings) -> bool:
         return settings in self.trials and self.trials[settings].verdict.startswith("failed")

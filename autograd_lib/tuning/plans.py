@@ -45,13 +45,12 @@ def _within_budget(
         return None
     model, last = candidates.bench.copy_for(settings).model, None
     for left in reversed(range(_REVISIONS)):
-        if nothing_fits:
-            budget = max(budget if left else 0, plan.curve[0][0])
-        elif budget < plan.curve[0][0]:
-            least = readable_bytes(plan.curve[0][0])
-            candidates.note(f"Plan for {settings} failed: none is predicted to need below {least}.")
+        least = plan.curve[0][0]
+        if budget < least and not nothing_fits:
+            need = readable_bytes(least)
+            candidates.note(f"Plan for {settings} failed: none is predicted to need below {need}.")
             return None
-        plan = plan.within(budget)
+        plan = plan.within(max(budget if left or not nothing_fits else 0, least))
         found = settings
         if any(step != "save" for step in plan.steps):  # else it is no other candidate
             found = replace(settings, checkpoint=plan.locate(model))
@@ -69,13 +68,10 @@ def _plan(candidates: Candidates, settings: Settings) -> CheckpointPlan | None:
     """Plans for one micro-batch, for any budget; None, with a note, if there are none."""
     candidates.announce(f"checkpoint plan for {settings}")
     bench = candidates.bench
+    accumulate = settings.micro_batch is not None
     try:
-        return plan_checkpoints(
-            bench.blocks_for(settings),
-            bench.loss(settings),
-            sys.maxsize,
-            accumulate=settings.micro_batch is not None,
-        )
+        blocks, loss = bench.blocks_for(settings), bench.loss(settings)
+        return plan_checkpoints(blocks, loss, sys.maxsize, accumulate=accumulate)
     except Exception as error:  # a container's children need not be a chain
         candidates.note(f"Plan for {settings} failed: {error}.")
         return None

@@ -99,16 +99,15 @@ class Race:
         ties = [s for s in left if ratios[s].median <= _CLOSE * level]
         best = min(ties, key=lambda s: self.trials[s].peak_bytes or 0)
         for s, ratio in ratios.items():
+            scaled = Ratio(*(value / level for value in ratio))
+            verdict = f"slower: {scaled} times the fastest"
             if s == best:
                 among = f": a tie of {len(ties)}, at the smallest peak" if len(ties) > 1 else ""
                 verdict = f"best{among}"
             elif s in ties:
                 verdict = "tie: as fast as the best, at no smaller peak"
-            else:
-                scaled = Ratio(*(value / level for value in ratio))
-                verdict = f"slower: {scaled} times the fastest"
-                if s in left:
-                    verdict = f"tie: {scaled} times the fastest, within the noise"
+            elif s in left:
+                verdict = f"tie: {scaled} times the fastest, within the noise"
             self.candidates.record(s, verdict=verdict)
         return best, left, ties
 

@@ -77,10 +77,8 @@ def _sizes(candidates: Candidates) -> list[int | None]:
 
 def _accurate(candidates: Candidates, sizes: list[int | None]) -> list[Settings]:
     """Precisions and memory formats within the tolerance, in smaller sizes if memory runs out."""
-    found = []
-    for precision, memory_format in itertools.product(
-        _PRECISIONS, _formats(candidates.bench.model)
-    ):
+    found, formats = [], _formats(candidates.bench.model)
+    for precision, memory_format in itertools.product(_PRECISIONS, formats):
         for size in sizes:
             candidates.starved = False
             settings = Settings(precision, size, memory_format=memory_format)

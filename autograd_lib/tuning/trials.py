@@ -22,7 +22,6 @@ class Trial:
         gradient_error: Relative L2 error of the gradient, over all parameters, against float64,
             with the probability of dropout at 0.
         verdict: Why it is the best, or what it fell short in.
-        optimizer: Class of the optimizer whose step and state are in time and peak; None for none.
     """
 
     settings: Settings
@@ -30,7 +29,6 @@ class Trial:
     peak_bytes: int | None = None
     gradient_error: float | None = None
     verdict: str = ""
-    optimizer: str | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,11 +64,9 @@ class TuningReport(Table):
         budget = "no budget"
         if self.memory_budget is not None:
             budget = f"budget {readable_bytes(self.memory_budget)}"
-        step = self.trials[0].optimizer
         title = (
             f"{len(self.trials)} candidates in {self.seconds:.0f} s; {budget}, gradient error up "
             f"to {self.tolerance:.2g}, A/A noise {self.noise}"
-            + (f"; with step and state of {step}" if step else "")
         )
         least = self.trials[0].time or 0.0
 

@@ -130,19 +130,13 @@ def autotune(
         candidates = Candidates(bench, int(budget), tolerance, show)
         race = Race(candidates)
         best = search(candidates, race, compile)
-    trials = sorted(
-        candidates.trials.values(),
-        key=lambda t: (t.settings != best, t.time is None, t.time or 0, t.peak_bytes or 0),
-    )
-    return TuningReport(
-        best,
-        tuple(trials),
-        race.noise,
-        tuple(candidates.notes),
-        time.perf_counter() - start,
-        None if memory_budget is None else int(budget),
-        tolerance,
-    )
+
+    def rank(t: Trial) -> tuple[Any, ...]:
+        return t.settings != best, t.time is None, t.time or 0, t.peak_bytes or 0
+
+    trials, notes = tuple(sorted(candidates.trials.values(), key=rank)), tuple(candidates.notes)
+    seconds, limit = time.perf_counter() - start, None if memory_budget is None else int(budget)
+    return TuningReport(best, trials, race.noise, notes, seconds, limit, tolerance)
 
 
 def _bytes_of(memory_budget: float | str | None, device: torch.device) -> float:

@@ -14,15 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from autograd_lib.core import snapshot
 from autograd_lib.core.batches import Piece
 from autograd_lib.core.names import parameters_by_name
-from autograd_lib.core.snapshot import (
-    ModuleState,
-    drop_gradients,
-    preserved_random_state,
-    seed_all,
-    without_gradients,
-)
 from autograd_lib.report.tables import Row, Table
 from autograd_lib.training.step import ForwardBackward, micro_batches
 
@@ -54,7 +48,7 @@ def real(tensor: Tensor) -> Tensor:
 def gradient_of(parameters: Sequence[Tensor]) -> Tensor:
     """Take `.grad` away: a vector in double precision, with zeros where there is none."""
     grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
-    drop_gradients(parameters)
+    snapshot.drop_gradients(parameters)
     wide = partial(torch.Tensor.to, device=grads[0].device, dtype=torch.float64)
     return torch.cat([wide(real(grad.resolve_conj()).flatten()) for grad in grads])
 
@@ -143,12 +137,12 @@ class _Form:
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
         """Run a block from the seed; put back what it changes."""
-        state = ModuleState(self.modules, self.parameters)
-        seed_all(self.seed)
+        state = snapshot.ModuleState(self.modules, self.parameters)
+        snapshot.seed_all(self.seed)
         try:
             yield
         finally:
-            drop_gradients(self.parameters)
+            snapshot.drop_gradients(self.parameters)
             state.restore()
 
     def measure(self, pieces: list[Piece]) -> None:
@@ -245,7 +239,11 @@ def verify_gradients(
         _Form("reference", reference, loss_fn, own, seed),
         _Form("candidate", candidate, loss_fn, other, seed),
     )
-    with preserved_random_state(), torch.enable_grad(), without_gradients([*own, *other]):
+    with (
+        snapshot.preserved_random_state(),
+        torch.enable_grad(),
+        snapshot.without_gradients([*own, *other]),
+    ):
         forms[1].measure(pieces)
         given = forms[1].gradient
         try:
@@ -318,6 +316,7 @@ def _compare(
     for form in forms:
         form.measure(pieces)
     (exact, found), losses = (form.gradient for form in forms), (forms[0].loss, forms[1].loss)
+    precision = "the given precision" if narrow else "float64"
     same = abs(losses[0] - losses[1]) <= rtol * abs(losses[0])
     if not same:
         notes.append(
@@ -360,12 +359,8 @@ def _compare(
             absent = [form.name for form in forms if form.absent[i]]
             verdict += f", no gradient in the {absent[0]}" if absent else ""
         parameters[names[i]] = Difference(norms[i], errors[i], verdict)
+    refuted_forms = tuple(form.name for form in forms if form.wrong)
+    referee, as_it_runs = (forms[0].referee, forms[1].referee), relative_error(given, exact)
     return GradientReport(
-        tuple(form.name for form in forms if form.wrong),
-        parameters,
-        losses,
-        (forms[0].referee, forms[1].referee),
-        relative_error(given, exact),
-        "the given precision" if narrow else "float64",
-        tuple(notes),
+        refuted_forms, parameters, losses, referee, as_it_runs, precision, tuple(notes)
     )

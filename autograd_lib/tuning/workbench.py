@@ -36,6 +36,9 @@ _SMALLEST_SCALE = 2.0**-24  # of the loss in fp16; below it even a gradient of 1
 _ROUNDING = {None: 1e-10, Settings(): 1e-4}
 
 
+_Scale = Callable[[Tensor], Tensor]
+
+
 class Copy:
     """A copy of model, loss and optimizer, set up by settings; in float64 where these are None."""
 
@@ -64,10 +67,7 @@ class Copy:
         return ForwardBackward("autotune", self.model, self.loss_fn, precision, self.device)
 
     def gradient(
-        self,
-        precision: str,
-        pieces: Sequence[Piece],
-        scale: Callable[[Tensor], Tensor] | None = None,
+        self, pieces: Sequence[Piece], precision: str = "fp32", scale: _Scale | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mean loss and gradient, without dropout, from the same buffers and parameters."""
         self.state.restore_buffers()
@@ -160,7 +160,7 @@ class Workbench:
         made, pieces = self.copy_for(settings), self.pieces(settings)
         while True:
             scaler = self.scaler(settings)
-            loss, found = made.gradient(settings.precision, pieces, scaler.scale)
+            loss, found = made.gradient(pieces, settings.precision, scaler.scale)
             overflows = scaler.is_enabled() and loss.isfinite() and not found.isfinite().all()
             if not overflows or self.scale <= _SMALLEST_SCALE:
                 return relative_error(found / scaler.get_scale(), self.reference)
@@ -201,7 +201,7 @@ class Workbench:
         divided = self.exact is None and error <= SEPARABLE[None]
         size = -(-self.size // 8) if divided else None
         pieces = micro_batches("autotune", batch, size, self.count)
-        self.reference = made.gradient("fp32", pieces)[1]
+        self.reference = made.gradient(pieces)[1]
         norm = float(self.reference.norm())
         if not 0 < norm < math.inf:
             raise ValueError(
@@ -209,7 +209,7 @@ class Workbench:
                 "it; find_nonfinite(model, step) says where a NaN comes from, and a zero needs "
                 "a batch and a model that learn from each other"
             )
-        first, again = (made.gradient("fp32", pieces[:1])[1] for _ in range(2))
+        first, again = (made.gradient(pieces[:1])[1] for _ in range(2))
         if relative_error(again, first) > _ROUNDING[self.exact]:
             raise ValueError(
                 "autotune: two runs of one batch have different gradients even with the "
@@ -240,8 +240,8 @@ class Workbench:
             strange = list((a & b).difference(made.parameters))
             del a, b
             if not strange and self.size > 1:
-                whole = made.gradient("fp32", pieces(few, None))[1]
-                halves = made.gradient("fp32", pieces(few, -(-min(self.size, 4) // 2)))[1]
+                whole = made.gradient(pieces(few, None))[1]
+                halves = made.gradient(pieces(few, -(-min(self.size, 4) // 2)))[1]
                 with torch.no_grad():
                     for parameter in made.parameters:
                         parameter.add_(torch.randn_like(parameter), alpha=1e-3)

@@ -423,8 +423,6 @@ def test_step_and_state_of_the_optimizer_belong_to_the_peak(told, given):
     trial = trial_of(report, FP32)
     assert trial.peak_bytes == pytest.approx(during + state, abs=64)
     assert trial_of(run(), FP32).peak_bytes <= trial.peak_bytes - state
-    assert trial.optimizer == "AdamW"
-    assert "with step and state of AdamW" in repr(report)
     assert trial.gradient_error < 1e-6  # of the model as it was, whatever steps came before
     assert trial_of(report, Settings(micro_batch=1)).gradient_error is None or (
         trial_of(report, Settings(micro_batch=1)).gradient_error < 1e-6
