@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from autograd_lib.core.snapshot import random_state, set_random_state
 from autograd_lib.training.distributed import optimized
@@ -85,20 +87,50 @@ def evaluating(module: nn.Module, optimizer: Optimizer) -> Iterator[None]:
             m.training = training
 
 
+def _parts(loader: Any) -> list[Any]:
+    """A loader, the `DataLoader` that it may have as an attribute, their data and samplers."""
+    attributes = getattr(loader, "__dict__", {}).values()
+    parts = [loader, *(value for value in attributes if isinstance(value, DataLoader))]
+    for name in ("dataset", "batch_sampler", "sampler"):
+        parts += [getattr(part, name, None) for part in parts]
+    return parts
+
+
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """The generators that a loader or its samplers draw from, other than the global one."""
-    batches = getattr(loader, "batch_sampler", None)
-    owners = [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
-    found = [getattr(owner, "generator", None) for owner in owners]
+    """The generators that a loader and its parts draw from, other than the global one."""
+    found = [getattr(part, "generator", None) for part in _parts(loader)]
     return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
 
 
-def begin_epoch(loader: Any, epoch: int) -> dict[str, Any]:
-    """Tell the sampler the epoch; return what the order of its batches depends on."""
-    samplers: list[Any] = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
-    for sampler in samplers:
-        if hasattr(sampler, "set_epoch"):  # a DistributedSampler would repeat its first order
-            sampler.set_epoch(epoch)
+def set_generators(loader: Any, states: Sequence[Tensor]) -> None:
+    """Set the generators of a loader to states that were saved."""
+    generators = generators_of(loader)
+    if len(generators) != len(states):
+        raise ValueError(
+            f"fit: expected a loader with {len(states)} generators of its own, as in the "
+            f"interrupted run, got {len(generators)}; give the loader used before the "
+            "interruption"
+        )
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+
+
+def begin_epoch(loader: Any, epoch: int, states: Sequence[Tensor] | None = None) -> dict[str, Any]:
+    """Tell the sampler the epoch; return what the order of its batches depends on.
+
+    Args:
+        loader: Gives the batches.
+        epoch: Its number, from 0.
+        states: Of the loader's generators at the end of the last epoch, from a checkpoint.
+    """
+    if states is not None:
+        try:
+            set_generators(loader, states)
+        except ValueError as error:  # between epochs, it may be another loader on purpose
+            warnings.warn(str(error), stacklevel=5)
+    for part in _parts(loader):
+        if hasattr(part, "set_epoch"):  # a DistributedSampler would repeat its first order
+            part.set_epoch(epoch)
     return {**random_state(), "loader": [g.get_state() for g in generators_of(loader)]}
 
 
@@ -112,17 +144,10 @@ def resume_epoch(
     Returns:
         The batches; the one before them, or None; and how many were dropped.
     """
-    now, generators = random_state(), generators_of(loader)
-    if len(generators) != len(start["loader"]):
-        raise ValueError(
-            f"fit: expected a loader with {len(start['loader'])} generators of its own, as in the "
-            f"interrupted epoch, got {len(generators)}; give the loader used before the "
-            "interruption"
-        )
+    now = random_state()
     begin_epoch(loader, epoch)
+    set_generators(loader, start["loader"])
     set_random_state(start)
-    for generator, state in zip(generators, start["loader"], strict=True):
-        generator.set_state(state)
     iterator = iter(loader)
     last, skipped = None, 0
     for last in islice(iterator, position):  # noqa: B007, it is what is returned

@@ -167,6 +167,8 @@ class AutogradTrainingSystem:
         self._owns_files = False  # whether the directory holds this run
         self._losses: list[Tensor] = []  # of the epoch
         self._epoch_start: dict[str, Any] | None = None  # random states when the epoch began
+        self._generators: list[torch.Generator] = []  # of the loader
+        self._generator_states: list[Tensor] | None = None  # loaded, until the loader has them
 
     @property
     def module(self) -> nn.Module:
@@ -275,7 +277,9 @@ class AutogradTrainingSystem:
         is finished and `last.pt` written first. After `load` it goes on in the middle of the
         epoch: the batches before are drawn again, with the random state of that epoch, and dropped.
         (Persistent workers of a `DataLoader` draw other random numbers after it: PyTorch seeds such
-        workers once.)
+        workers once.) The state of a `torch.Generator` is kept where it is the `generator` of the
+        loader, of its data set or samplers, or of a `DataLoader` that is an attribute of the
+        loader; other generators than these and the global ones are not resumed.
 
         Args:
             loader: Gives batches, the same number each time; a sampler with `set_epoch` is told
@@ -302,6 +306,7 @@ class AutogradTrainingSystem:
             setup.check_fit(self.config, None if self._owns_files else self.directory)
             if self.directory is not None and self.peers.rank == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
+        self._generators = loop.generators_of(loader)
         with loop.stop_requested() as stop, progress("fit") as show:
             if self.step == 0:
                 self._write("last.pt")  # to resume from if the process is killed in this epoch
@@ -357,11 +362,12 @@ class AutogradTrainingSystem:
     def _batches(self, loader: Any) -> Iterable[tuple[Any, bool]]:
         """What is left of the epoch, and whether it counts."""
         if self._epoch_start is None:
-            self._epoch_start = loop.begin_epoch(loader, self.epoch)
+            self._epoch_start = loop.begin_epoch(loader, self.epoch, self._generator_states)
+            self._generator_states = None
             if self.monitor is not None:
                 self._epoch_start["monitored"] = self.monitor.get_gradient_summary()["step"]
             return self.peers.even_batches(loader)
-        position = self._position
+        position, self._generator_states = self._position, None
         left, last, skipped = loop.resume_epoch(loader, self.epoch, position, self._epoch_start)
         skipped = int(max(n for (n,) in self.peers.gather(skipped)))
         if skipped < position:
@@ -430,7 +436,8 @@ class AutogradTrainingSystem:
         """
         first = self.peers.rank == 0
         self.peers.broadcast(self.module.buffers())  # one set is kept, that of the first process
-        random = {"now": random_state(), "epoch_start": self._epoch_start}
+        loader = self._generator_states or [g.get_state() for g in self._generators]
+        random = {"now": random_state(), "loader": loader, "epoch_start": self._epoch_start}
         state = {
             "signature": self._signature(),
             "model": saving.full_tensors(self.module.state_dict(), first),
@@ -478,8 +485,9 @@ class AutogradTrainingSystem:
         self._position, self._refusals.in_a_row = progress["position"], progress["failed"]
         self._losses = list(state["losses"].to(self.device))
         saved, rank = state["random"], self.peers.rank
-        self._epoch_start = saved[rank % len(saved)]["epoch_start"]
-        set_random_state(saved[rank % len(saved)]["now"])
+        own = saved[rank % len(saved)]
+        self._epoch_start, self._generator_states = own["epoch_start"], own.get("loader") or None
+        set_random_state(own["now"])
         if rank >= len(saved):  # else two processes would draw the same numbers
             seed_all(int(torch.randint(2**62, ())) + rank)
         drop_gradients(self._parameters)
@@ -491,9 +499,9 @@ class AutogradTrainingSystem:
         """Write all that training resumes from to one file.
 
         That is the model, the optimizer, the parameters of the loss, scaler, scheduler, the
-        random states of all processes, the place in the epoch, the history and that of the
-        monitor. The file appears only when it is complete, in place of the one before. The first
-        process writes it, parameters that are sharded gathered one by one.
+        random states of all processes and of the loader's generators, the place in the epoch, the
+        history and that of the monitor. The file appears only when it is complete, in place of the
+        one before. The first process writes it, parameters that are sharded gathered one by one.
 
         Raises:
             OSError: The file cannot be written.

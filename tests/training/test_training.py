@@ -20,7 +20,7 @@ import sys
 import threading
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -1018,6 +1018,60 @@ def test_what_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path, name
     assert_same(everything(again)["monitor"], expected["monitor"])
 
 
+class Wrapper:
+    """A loader around another one, which draws nothing itself."""
+
+    def __init__(self, inner: DataLoader) -> None:
+        self.inner = inner
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.inner)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
+@pytest.mark.parametrize("wrap", [lambda loader: loader, Wrapper], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("name", [*LOADERS, "generator of the sampler", "generator of the data"])
+def test_what_ended_with_an_epoch_goes_on_as_if_it_had_not(
+    tmp_path: Path, name: str, wrap: Callable[[DataLoader], Any]
+):
+    def run(directory: Path | None) -> tuple[AutogradTrainingSystem, Any]:
+        options = dict(LOADERS.get(name, {}))
+        own = torch.Generator().manual_seed(11)
+        if name == "generator of the sampler":
+            options["sampler"] = True
+        system, loader, _ = run_of(options, directory)
+        if name == "generator of the sampler":
+            loader.sampler.generator = own
+        if name == "generator of the data":
+            data: Any = loader.dataset
+            data.generator = own
+            data.trap = lambda _: data.inputs.copy_(torch.randn(23, 8, generator=own))
+        return system, wrap(loader)
+
+    system, loader = run(None)
+    system.fit(loader, 3)
+    expected = final(system)
+    system, loader = run(tmp_path)
+    system.fit(loader, 2)
+    for epochs in (2, 3):  # the first of them does nothing, and keeps the states
+        system, loader = run(tmp_path)
+        system.load(tmp_path / "last.pt")
+        system.fit(loader, epochs)
+        system.save(tmp_path / "last.pt")
+    assert_same(final(system), expected)
+
+
+def test_another_loader_after_an_epoch_is_taken_with_a_warning(tmp_path: Path):
+    system, loader, _ = run_of(LOADERS["own generator"], tmp_path)
+    system.fit(loader, 1)
+    system, loader, _ = run_of(LOADERS["shuffled"], tmp_path)
+    system.load(tmp_path / "last.pt")
+    with pytest.warns(UserWarning, match=r"expected a loader with 1 generators .* got 0") as found:
+        system.fit(loader, 2)
+    assert found[0].filename == __file__
+    system.fit(loader, 3)  # says nothing more
+
+
 def test_interrupted_in_the_last_step_of_an_epoch_or_in_validation(tmp_path: Path):
     system, loader, validation = run_of({"shuffle": True}, None)
     system.fit(loader, 2, validation)
@@ -1096,7 +1150,7 @@ def test_another_loader_than_the_one_that_was_interrupted():
     with pytest.raises(ValueError, match=message):
         system.fit(batches_of((8,), 8, number=2), 1)
     _, own, _ = run_of(LOADERS["own generator"], None)
-    message = "expected a loader with 0 generators of its own, as in the interrupted epoch, got 1"
+    message = "expected a loader with 0 generators of its own, as in the interrupted run, got 1"
     with pytest.raises(ValueError, match=message):
         system.fit(own, 1)
     assert len(system.fit(loader, 1)) == 1
