@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +82,7 @@ class GradientReport(Table):
         parameters: By name, the largest error first.
         losses: Of reference and candidate.
         referee: Errors of reference and candidate against finite differences of their own loss,
-            relative to the gradient: the largest over random directions.
+            relative to the gradient: the largest over random directions; NaN if none decides.
         as_it_runs: Error of the candidate's gradient, over all parameters, in the precision in
             which it was given.
         precision: In which the rest was compared: "float64", or "the given precision".
@@ -99,7 +99,7 @@ class GradientReport(Table):
 
     @property
     def ok(self) -> bool:
-        """Whether the gradients agree with each other and with finite differences."""
+        """Whether the gradients agree, and finite differences refute neither."""
         return not self.wrong and not any(found.verdict for found in self.parameters.values())
 
     def _notes(self) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ class _Form:
         self.run = ForwardBackward("verify_gradients", model, loss_fn, "fp32", parameters[0].device)
         ends = itertools.accumulate((real(p).numel() for p in parameters), initial=0)
         self.places = [slice(*pair) for pair in itertools.pairwise(ends)]  # in the gradient
-        self.wrong, self.referee = False, 0.0
+        self.wrong, self.referee = False, math.nan
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -149,7 +149,8 @@ class _Form:
         """Set loss, gradient, and of which parameters `.grad` is None."""
         self.pieces = pieces
         with self.undone():
-            self.loss = float(self.run(pieces))
+            loss = self.run(pieces)
+            self.loss, self.rounding = float(loss), float(torch.finfo(loss.dtype).eps * loss.abs())
             self.absent = [p.grad is None for p in self.parameters]
             self.gradient = gradient_of(self.parameters)
 
@@ -161,19 +162,44 @@ class _Form:
             # With a graph, as without one compiled code may draw other random numbers.
             return float(self.run.forward(self.pieces[0])[1].detach())
 
-    def slope(self, direction: Tensor) -> tuple[float, float]:
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and bool(self.gradient.isfinite().all())
+
+    def slope(self, direction: Tensor, scale: float) -> tuple[float, float]:
         """Derivative of the loss along a unit vector by finite differences, and its doubt.
 
-        Of several steps those two count that agree best: the loss may be rounded, or have kinks.
-        What rounding makes of it shows at the smallest steps, where the loss is a straight line.
+        Of several steps, multiples of `scale`, those two count that agree best, in slope and
+        curvature: the loss may be rounded, or have kinks and jumps. What rounding makes of it shows
+        at the smallest steps, where the loss is a straight line.
         """
-        unit = float(nn.utils.get_total_norm([p.detach() for p in self.parameters]))
+        unit = scale * float(nn.utils.get_total_norm([p.detach() for p in self.parameters]))
         steps = [unit * step for step in _STEPS]
         ends = [[self.moved(h * direction) for h in (step, -step)] for step in steps]
-        noise = max(abs(a + b - 2 * self.loss) for a, b in ends[-3:]) + 1e-16 * abs(self.loss)
+        bends = [a + b - 2 * self.loss for a, b in ends]
+        noise = max(map(abs, bends[-3:])) + self.rounding
         slopes = [(a - b) / (2 * h) for h, (a, b) in zip(steps, ends, strict=True)]
-        pairs = zip(itertools.pairwise(slopes), steps[1:], strict=True)
-        return min(((b, abs(a - b) + noise / h) for (a, b), h in pairs), key=itemgetter(1))
+        pairs = zip(itertools.pairwise(slopes), itertools.pairwise(bends), steps[1:], strict=True)
+        found = [(b, abs(a - b) + (abs(d - c / 100) + noise) / h) for (a, b), (c, d), h in pairs]
+        return min(found, key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1])
+
+    def draws(self) -> bool:
+        """Whether another seed gives another gradient."""
+        before, self.seed = self.gradient, self.seed + 1
+        self.measure(self.pieces)
+        return not torch.allclose(self.gradient, before, rtol=1e-6)
+
+    def agrees(self, direction: Tensor, norm: float, rtol: float) -> bool | None:
+        """Whether the gradient is the slope of the loss along a unit vector; None if undecided."""
+        for scale in (1.0, 3.0):  # beside a jump slopes agree by chance, but hardly twice
+            slope, doubt = self.slope(direction, scale)
+            off = abs(float(self.gradient @ direction) - slope)
+            if not 10 * doubt <= norm:  # NaN is not
+                return None
+            if right := off <= rtol * norm + 10 * doubt:
+                break
+        self.referee = max(off / norm, self.referee)  # in this order, as it begins as NaN
+        self.wrong |= not right
+        return right
 
 
 def verify_gradients(
@@ -315,35 +341,40 @@ def _compare(
     rtol, notes = (1e-2, [narrow]) if narrow else (1e-5, [])
     for form in forms:
         form.measure(pieces)
+    if broken := " and ".join(form.name for form in forms if not form.is_finite()):
+        broken = f"loss or gradient of {broken} is not finite"
+        if not narrow:
+            raise FloatingPointError(broken)
+        notes.append(f"As given, {broken}; find_nonfinite(model, step) says where that begins.")
     (exact, found), losses = (form.gradient for form in forms), (forms[0].loss, forms[1].loss)
     precision = "the given precision" if narrow else "float64"
     same = abs(losses[0] - losses[1]) <= rtol * abs(losses[0])
-    if not same:
+    if not same and not broken:
         notes.append(
             f"The losses differ, {losses[0]:.6g} and {losses[1]:.6g}: the two compute different "
             "functions, or draw different random numbers. Each was judged by its own loss."
         )
     small = _SMALL * max(float(exact.norm()), float(found.norm())) or 1.0
-    generator = torch.Generator().manual_seed(forms[0].seed)
+    generator, undecided = torch.Generator().manual_seed(forms[0].seed), list[bool]()
 
-    def refuted(place: slice) -> list[str]:
-        """Which forms have another slope than their loss, along a direction; keep how far off."""
-        direction, wrong = torch.zeros_like(exact), list[str]()
+    def judged(place: slice) -> str:
+        """What gradients are by the slope of their loss along a direction within a parameter."""
+        direction, answers = torch.zeros_like(exact), list[bool | None]()
         numel = direction[place].numel()
         direction[place].copy_(torch.randn(numel, dtype=torch.float64, generator=generator))
         direction /= direction.norm()
         for form in forms:
-            slope, doubt = form.slope(direction)
-            off = abs(float(form.gradient @ direction) - slope)
-            scale = max(float(form.gradient[place].norm()), small) / numel**0.5
-            form.referee = max(form.referee, off / scale)
-            if not off <= rtol * scale + 10 * doubt:
-                form.wrong = True
-                wrong.append(form.name)
-        return wrong
+            norm = max(float(form.gradient[place].norm()), small) / numel**0.5
+            answers.append(form.agrees(direction, norm, rtol))
+        undecided.append(None in answers)
+        if False in answers:
+            wrong = (f.name for f, right in zip(forms, answers, strict=True) if right is False)
+            return f"{' and '.join(wrong)} wrong"
+        unclear = same or None in answers
+        return f"differs, {'undecided' if unclear else 'each right for its own loss'}"
 
     for _ in range(_DIRECTIONS):
-        refuted(slice(None))
+        judged(slice(None))
     places, parameters = forms[0].places, dict[str, Difference]()
     norms = [float(exact[place].norm()) for place in places]
     apart = [float((exact[place] - found[place]).norm()) for place in places]
@@ -353,14 +384,23 @@ def _compare(
         if not errors[i] <= rtol:
             verdict = "differs"
             if rank < _JUDGED:
-                wrong = " and ".join(refuted(places[i]))
-                undecided = "undecided" if same else "each right for its own loss"
-                verdict = f"{wrong} wrong" if wrong else f"differs, {undecided}"
+                verdict = judged(places[i])
             absent = [form.name for form in forms if form.absent[i]]
             verdict += f", no gradient in the {absent[0]}" if absent else ""
         parameters[names[i]] = Difference(norms[i], errors[i], verdict)
     refuted_forms = tuple(form.name for form in forms if form.wrong)
     referee, as_it_runs = (forms[0].referee, forms[1].referee), relative_error(given, exact)
+    if as_it_runs > rtol and not narrow and forms[1].draws():
+        notes.append(
+            "The candidate draws random numbers. In float64 they may be others than as it runs, "
+            "and as_it_runs may be due to that."
+        )
+    if any(undecided):
+        notes.append(
+            f"Not decided: finite differences are too coarse along {sum(undecided)} of "
+            f"{len(undecided)} directions. The loss is rounded, as by .float(), or jumps, as where "
+            "experts are chosen."
+        )
     return GradientReport(
         refuted_forms, parameters, losses, referee, as_it_runs, precision, tuple(notes)
     )

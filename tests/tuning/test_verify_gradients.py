@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -357,6 +358,95 @@ def test_a_model_that_computes_in_float32_inside_is_no_false_alarm():
     assert verify_gradients(Rounded(Plain()), Rounded(Sine(0.9)), pairs(), MSE).wrong == (
         "candidate",
     )
+
+
+def test_noise_of_another_precision_is_not_taken_for_rounding():
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = super().forward(x)
+            return hidden * torch.randn_like(hidden)
+
+    model = Noisy(8, 8)
+    report = verify_gradients(model, model, pairs(), MSE)
+    assert report.ok
+    assert report.as_it_runs > 0.1  # of a gradient with itself
+    assert "as_it_runs may be due to that" in report.notes[0]
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))  # the same for both
+    assert verify_gradients(model, model, pairs(), MSE).notes == ()
+
+
+class Masked(nn.Linear):
+    """Adds a constant, by a mask whose least number in float64 is none in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = super().forward(x)
+        mask = torch.full_like(hidden, torch.finfo(hidden.dtype).min)
+        return hidden.sum() + mask.float().softmax(-1).sum()
+
+
+def test_what_is_nan_in_float64_alone_is_compared_as_given():
+    model, batch = Masked(4, 3), {"x": torch.randn(2, 4)}
+    report = verify_gradients(model, model, batch)
+    assert report.ok
+    assert report.precision == "the given precision"
+    assert "of reference and candidate is not finite" in report.notes[0]
+    assert not any(math.isnan(number) for number in (*report.losses, *report.referee))
+
+
+def test_nobody_is_accused_on_nan():
+    class Root(nn.Module):
+        def __init__(self, zero: float) -> None:
+            super().__init__()
+            self.weight, self.zero = nn.Parameter(torch.ones(3)), zero
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight + (self.zero * self.weight.detach() * self.weight).sum().sqrt()
+
+    batch = torch.randn(4, 3), torch.randn(4)
+    one, both = (verify_gradients(Root(z), Root(0.0), batch, MSE) for z in (1e-30, 0.0))
+    for report, names in ((one, "candidate"), (both, "reference and candidate")):
+        assert not report.ok
+        assert report.wrong == ()
+        assert f"loss or gradient of {names} is not finite" in report.notes[1]
+
+
+class Experts(nn.Module):
+    """The best two of four experts for each sample; the loss jumps where that changes."""
+
+    def __init__(self, sine: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.sine = nn.Linear(8, 4, bias=False), sine
+        self.experts = nn.ModuleList(mlp() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        shares = torch.zeros(len(x), 4, dtype=x.dtype).scatter(1, chosen, weights)
+        output = torch.stack([expert(x) for expert in self.experts], 1)
+        return self.sine((shares[..., None] * output).sum(1))
+
+
+@pytest.mark.parametrize("samples", [64, 512, 4096])
+def test_experts_are_not_called_wrong_by_a_loss_that_is_rounded_and_jumps(samples):
+    right, other, wrong = (Experts(sine) for sine in (Plain(), Sine(1.0), Sine(-1.0)))
+    exact = verify_gradients(right, other, pairs(samples), MSE)
+    assert exact.ok
+    assert exact.notes == ()
+    assert max(exact.referee) < 1e-6
+
+    def rounded(output: Tensor, targets: Tensor) -> Tensor:
+        return MSE(output, targets).float()
+
+    undecided = 0
+    for seed in range(3):
+        report = verify_gradients(right, other, pairs(samples), rounded, seed=seed)
+        assert report.ok
+        assert not max(report.referee) > 1e-1
+        undecided += any(note.startswith("Not decided: ") for note in report.notes)
+    assert undecided
+    report = verify_gradients(right, wrong, pairs(samples), rounded)
+    assert not report.ok
+    assert "reference" not in report.wrong
 
 
 # What is left behind, and what is refused
