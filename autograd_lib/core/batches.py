@@ -118,10 +118,9 @@ def batch_size(operation: str, batch: Any) -> int:
     shapes = _shapes(batch)
     if not _has_batch_dimension(shapes):
         raise ValueError(
-            f"{operation}: to divide a batch, expected tensors of inputs and targets whose first "
-            f"dimension is the batch, got shapes {shapes}; leave micro_batch out and let the "
-            "loader make the batches small enough, or put what has no batch dimension into model "
-            "or loss_fn"
+            f"{operation}: to divide a batch, expected tensors whose first dimension is the batch, "
+            f"got shapes {shapes}; leave micro_batch out and let the loader make the batches small "
+            "enough, or put what has no batch dimension into model or loss_fn"
         )
     if not shapes[0][0]:
         raise ValueError(f"{operation}: the batch is empty, its tensors have shapes {shapes}")
@@ -154,26 +153,21 @@ def split(operation: str, batch: Any, size: int | None, count: Count | None) -> 
     """
     parts = [read_batch(operation, batch)]
     if size is not None and size < (whole := batch_size(operation, parts[0])):
-        _check_lists(operation, parts[0], whole)
+
+        def is_listed(tree: Any) -> bool:  # an entry for each sample, which cuts would leave alone
+            listed = isinstance(tree, list) and len(tree) == whole
+            return listed and not all(isinstance(entry, Tensor) for entry in tree)
+
+        if any(map(is_listed, tree_leaves(parts[0], is_leaf=is_listed))):
+            raise ValueError(
+                f"{operation}: to divide a batch of {whole} samples, expected tensors, got a list "
+                "with an entry for each sample; make a tensor of it, or leave micro_batch out and "
+                "let the loader make the batches small enough"
+            )
         cuts = [slice(start, start + size) for start in range(0, whole, size)]
         parts = [tree_map_only(Tensor, itemgetter(cut), parts[0]) for cut in cuts]
     counts = [samples_of(operation, p) if count is None else count(targets_of(p)) for p in parts]
     return [Piece(part, float(n), float(n)) for part, n in zip(parts, counts, strict=True)]
-
-
-def _check_lists(operation: str, batch: Batch, samples: int) -> None:
-    """Raise for a list with an entry for each sample, which a cut through tensors would miss."""
-
-    def is_listed(tree: Any) -> bool:
-        listed = isinstance(tree, list) and len(tree) == samples
-        return listed and not all(isinstance(entry, Tensor) for entry in tree)
-
-    if any(map(is_listed, tree_leaves(batch, is_leaf=is_listed))):
-        raise ValueError(
-            f"{operation}: to divide a batch of {samples} samples, expected tensors, got a list "
-            "with an entry for each sample; make a tensor of it, or leave micro_batch out and let "
-            "the loader make the batches small enough"
-        )
 
 
 def check_counted(operation: str, total: float) -> None:
@@ -181,10 +175,9 @@ def check_counted(operation: str, total: float) -> None:
     if math.isnan(total):
         raise ValueError(
             f"{operation}: how much a batch weighs beside others is not known, as its targets have "
-            "no batch dimension, or the model computes the loss itself and the batch has no "
-            "labels; give the system count=, how many terms the mean in the loss has, as `lambda "
-            "targets: len(targets[1])`, or leave micro_batch out: a contrastive loss, as CLIP's, "
-            "cannot be divided at all"
+            "no batch dimension, or the model computes the loss and the batch has no labels; give "
+            "the system count=, the terms of the mean in it, as `lambda targets: len(targets[1])`, "
+            "or leave micro_batch out: a contrastive loss, as CLIP's, cannot be divided at all"
         )
     if not total > 0:
         raise ValueError(

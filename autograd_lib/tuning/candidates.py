@@ -56,8 +56,7 @@ class Candidates:
         # Leave `except` first, so that the traceback frees its tensors.
         self.record(settings, verdict=verdict)
         self.bench.forget()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         return None
 
     def measured(self, settings: Settings, measure: Callable[[Settings], _T]) -> _T | None:

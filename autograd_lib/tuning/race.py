@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -13,6 +14,7 @@ from autograd_lib.benchmark import Ratio, compare
 from autograd_lib.config.records import Settings
 from autograd_lib.tuning.candidates import ALLOWED, Candidates
 
+_Ratios = dict[Settings, Ratio]
 _ROUNDS = (5, 10, 20)  # the later ones for those that are still in question
 _LEAST_ROUNDS, _WARM_UP = 5, 4  # steps of each that a comparison takes
 _SHARE = 0.5 * ALLOWED  # plain steps that a race may take for each that enters it
@@ -53,13 +55,12 @@ class Race:
                 break
         return best
 
-    def timed(
-        self, entered: Sequence[Settings], rounds: int
-    ) -> tuple[dict[Settings, Ratio], float]:
+    def timed(self, entered: Sequence[Settings], rounds: int) -> tuple[_Ratios, float]:
         """Ratios to the first of those that do not fail, and how far noise alone takes a ratio."""
         names = {f"{s} ({number})": s for number, s in enumerate(entered)}
         self.candidates.announce(f"{rounds} rounds of {', '.join(map(str, entered))}")
-        steps = {name: self.guarded(s) for name, s in names.items()}
+        step = self.candidates.bench.step
+        steps = {name: partial(self.guarded, s, step(s)) for name, s in names.items()}
         result = compare(steps, rounds=rounds, memory=False)
         left = [s for s in entered if not self.candidates.has_failed(s)]
         if left and left[0] != entered[0]:
@@ -73,18 +74,13 @@ class Race:
         self.noise = result.noise
         return ratios, result.noise_band[1]
 
-    def guarded(self, settings: Settings) -> Callable[[], None]:
+    def guarded(self, settings: Settings, step: Callable[[], None]) -> None:
         """One step, or nothing once it has failed."""
-        step = self.candidates.bench.step(settings)
-
-        def run() -> None:
-            if not self.candidates.has_failed(settings):
-                self.candidates.attempt(settings, lambda _: step())
-
-        return run
+        if not self.candidates.has_failed(settings):
+            self.candidates.attempt(settings, lambda _: step())
 
     def settle(
-        self, ratios: dict[Settings, Ratio], band: float
+        self, ratios: _Ratios, band: float
     ) -> tuple[Settings, list[Settings], list[Settings]]:
         """Choose the smallest peak among the ties.
 

@@ -93,18 +93,14 @@ def _affordable(
     candidates: Candidates, combinations: list[Settings], sizes: list[int | None]
 ) -> list[Settings]:
     """Candidates within budget and tolerance that are worth a race, with a plan where needed."""
-    fits: list[Settings] = []
-    over: list[Settings] = []
+    fits, over = list[Settings](), list[Settings]()
     for number, size in enumerate(sizes):
         if number >= _SIZES and fits:
             break
-        for settings in (replace(s, micro_batch=size) for s in combinations):
-            if candidates.has_failed(settings):
-                continue
-            if candidates.fits(settings):
-                fits.append(settings)
-            elif not candidates.has_failed(settings):
-                over.append(settings)
+        tried = [replace(s, micro_batch=size) for s in combinations]
+        tried = [s for s in tried if not candidates.has_failed(s)]
+        fits += [s for s in tried if candidates.fits(s)]
+        over += [s for s in tried if s not in fits and not candidates.has_failed(s)]
     found = candidates.fast(fits, _SLOW)
     found += planned(candidates, over, candidates.trials[found[0]].time if found else None)
     return [s for s in found if candidates.is_accurate(s)]

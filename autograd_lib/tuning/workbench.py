@@ -40,19 +40,11 @@ _Scale = Callable[[Tensor], Tensor]
 
 
 class Copy:
-    """A copy of model, loss and optimizer, set up by settings; in float64 where these are None."""
+    """A copy of model, loss, optimizer and blocks; in float64 where there are no settings."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[..., Tensor] | None,
-        settings: Settings | None,
-        optimizer: Optimizer | None = None,
-        blocks: Any = None,
-    ) -> None:
+    def __init__(self, given: tuple[Any, ...], settings: Settings | None) -> None:
         # Together, for a loss that holds a parameter of the model.
-        everything = copy.deepcopy((model, loss_fn, optimizer, blocks))
-        self.model, self.loss_fn, self.optimizer, self.blocks = everything
+        self.model, self.loss_fn, self.optimizer, self.blocks = copy.deepcopy(given)
         self.whole = together(self.model, self.loss_fn)
         if settings is None:
             self.whole._apply(widened)
@@ -100,7 +92,7 @@ class Workbench:
         blocks: Any = None,
         optimizer: Optimizer | None = None,
     ) -> None:
-        self.model, self.loss_fn, self.optimizer, self.blocks = model, loss_fn, optimizer, blocks
+        self.model, self.given = model, (model, loss_fn, optimizer, blocks)
         self.count = terms_of(loss_fn, model) if count is None else count
         # Detached, or backward would leave gradients on inputs that require them.
         self.batch = tree_map_only(Tensor, Tensor.detach, read_batch("autotune", batch))
@@ -115,7 +107,7 @@ class Workbench:
         """The copy on which `settings` run."""
         key = _without_pieces(settings)
         if key not in self.copies:
-            self.copies[key] = Copy(self.model, self.loss_fn, key, self.optimizer, self.blocks)
+            self.copies[key] = Copy(self.given, key)
         return self.copies[key]
 
     def keep(self, settings: Sequence[Settings]) -> None:
@@ -190,14 +182,16 @@ class Workbench:
             if is_out_of_memory(err):
                 raise
             why = str(err).strip().partition("\n")[0]
-            self.narrow = (
-                f"The reference is in float32, as float64 raises {type(err).__name__}: {why}"
-            )
+            kind = type(err).__name__
+            self.narrow = f"The reference is in float32, as float64 raises {kind}: {why}"
         self.exact = Settings()
         return self._measure_reference(self.batch)
 
+    def exact_copy(self) -> Copy:
+        return Copy((*self.given[:2], None, None), self.exact)
+
     def _measure_reference(self, batch: Batch) -> float:
-        error, made = self._division_error(batch), Copy(self.model, self.loss_fn, self.exact)
+        error, made = self._division_error(batch), self.exact_copy()
         divided = self.exact is None and error <= SEPARABLE[None]
         size = -(-self.size // 8) if divided else None
         pieces = micro_batches("autotune", batch, size, self.count)
@@ -212,11 +206,9 @@ class Workbench:
         first, again = (made.gradient(pieces[:1])[1] for _ in range(2))
         if relative_error(again, first) > _ROUNDING[self.exact]:
             raise ValueError(
-                "autotune: two runs of one batch have different gradients even with the "
-                "probability of every dropout module at 0, so the error of a candidate cannot be "
-                "measured; look for F.dropout, random numbers of PyTorch, Python or NumPy, and "
-                "what a forward leaves behind in the model or in its input, or tune the model in "
-                "eval mode"
+                "autotune: two runs of one batch have different gradients without dropout modules, "
+                "so that errors cannot be measured; look for F.dropout, random numbers, and what a "
+                "forward leaves behind in the model or in its input, or tune in eval mode"
             )
         return error
 
@@ -227,7 +219,7 @@ class Workbench:
         weigh what they should shows in the loss of the whole batch, at other parameters than the
         model's, where losses of all samples might be the same.
         """
-        made, strange = Copy(self.model, self.loss_fn, self.exact), list[Tensor]()
+        made, strange = self.exact_copy(), list[Tensor]()
         few = tree_map_only(Tensor, itemgetter(slice(4)), batch)
 
         def pieces(part: Batch, size: int | None) -> list[Piece]:
@@ -245,10 +237,10 @@ class Workbench:
                 with torch.no_grad():
                     for parameter in made.parameters:
                         parameter.add_(torch.randn_like(parameter), alpha=1e-3)
-                together = made.loss(pieces(batch, None))
+                mean = made.loss(pieces(batch, None))
                 apart = made.loss(pieces(batch, -(-self.size // 8)))
                 # A sum, as the larger of a number and NaN may be either.
-                difference = abs(apart - together) / (abs(together) or math.nan)
+                difference = abs(apart - mean) / (abs(mean) or math.nan)
                 return relative_error(halves, whole) + difference
         except (ValueError, RuntimeError) as err:  # what the whole batch raises too comes up there
             self.indivisible = str(err).strip().partition("\n")[0]

@@ -1191,7 +1191,7 @@ def test_loss_that_shares_a_parameter_with_the_model(told):
     loss_fn = Tied(model[0].weight)
     report = autotune(model, (x, y), loss_fn, compile=False)
     assert trial_of(report, FP32).gradient_error < 1e-6
-    made = Copy(model, loss_fn, FP32)
+    made = Copy((model, loss_fn, None, None), FP32)
     assert made.loss_fn.weight is made.model[0].weight
     assert len(made.parameters) == len(list(model.parameters()))
 
