@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autograd_lib.checkpointing.intercept import Blocks, intercept
-from autograd_lib.checkpointing.probe import StandIn, checkpoint_bytes, mode, nbytes, ones_like
+from autograd_lib.checkpointing.probe import checkpoint_bytes, mode, nbytes, ones_like, stand_in
 from autograd_lib.checkpointing.solver import Chain
 from autograd_lib.checkpointing.trees import Place, flatten, place
-from autograd_lib.checkpointing.visit import Visit
+from autograd_lib.checkpointing.visit import Blocks, Visit, intercept
 from autograd_lib.core.snapshot import drop_gradients
-from autograd_lib.memory.trace import Marks, Trace
+from autograd_lib.memory.peak import Marks, Trace
 
 
 @dataclass
@@ -117,9 +116,8 @@ class Ends:
             results[i] = _placeholder(results[i]) if through else results[i].clone()
         ends = [i for i in visit.own if i in visit.growing or i == visit.output]
         back = partial(self._backward, marks, index, ends)
-        anchor = torch.ones((), device=self.device, requires_grad=True)
-        inputs = anchor, x, *(given[i] for i in visit.others)
-        tensors = StandIn.apply(back, [results[i] for i in ends], *inputs)
+        inputs = x, *(given[i] for i in visit.others)
+        tensors = stand_in(back, [results[i] for i in ends], *inputs)
         for i, tensor in zip(ends, tensors, strict=True):
             results[i] = tensor
         for i in visit.own:
@@ -149,10 +147,10 @@ class Ends:
                 self.gradients[where] = gradient
         others = [ones_like(visit.given.leaves[i]) for i in visit.others]
         if index > 0:
-            return [None, _placeholder(x), *others]
+            return [_placeholder(x), *others]
         of_input = ones_like(x) if visit.chain in visit.needing else None
         marks("back")
-        return [None, of_input, *others]
+        return [of_input, *others]
 
     def _share(self, trace: Trace, kept: Collection[int]) -> tuple[dict[int, int], bool]:
         """Note in the visits which tensors stand until backward only where blocks keep them.

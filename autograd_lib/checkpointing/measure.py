@@ -6,19 +6,26 @@ tail are measured in the step itself, where one Function stands for each block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autograd_lib.checkpointing.ends import Ends
-from autograd_lib.checkpointing.intercept import Blocks, untouched
 from autograd_lib.checkpointing.probe import Probe, nbytes
+from autograd_lib.checkpointing.recompute import (
+    kept_forwards,
+    put_back,
+    tensor_attributes,
+    undo,
+)
 from autograd_lib.checkpointing.solver import Block, Chain
 from autograd_lib.checkpointing.trees import place
-from autograd_lib.checkpointing.visit import Visit, visit_blocks
+from autograd_lib.checkpointing.visit import Blocks, Visit, visit_blocks
+from autograd_lib.core.snapshot import ModuleState, preserved_random_state
 from autograd_lib.memory.saved import graph_of
 
 _PLAIN = (bool, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -35,7 +42,7 @@ def measure(
     Returns:
         The costs, and why some blocks cannot be recomputed, by index.
     """
-    with untouched(blocks) as keep, torch.enable_grad():
+    with _untouched(blocks) as keep, torch.enable_grad():
         show("running the step")
         visits, loss = visit_blocks(blocks, step)
         leaves = leaves_of(loss)
@@ -65,6 +72,48 @@ def measure(
     return replace(chain, blocks=tuple(costs), input_gradient=nbytes([first])), refused
 
 
+@contextlib.contextmanager
+def _untouched(blocks: Blocks) -> Iterator[Callable[[Iterable[Tensor]], None]]:
+    """Run without the steps of `apply_checkpoints`, and restore what running changes.
+
+    That is random states, and of every module that runs buffers, generators, tensors that are
+    attributes, and gradients, which are None in the block. Yields a function that keeps the
+    gradients of other tensors too.
+    """
+    states: dict[nn.Module, ModuleState] = {}
+    attributes: dict[tuple[nn.Module, str], Tensor] = {}
+    gradients: dict[Tensor, Tensor | None] = {}
+
+    def keep(tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor not in gradients:
+                gradients[tensor], tensor.grad = tensor.grad, None
+
+    def note(module: nn.Module, _: Any = None) -> None:
+        if module not in states:
+            states[module] = ModuleState([module])
+            attributes.update(tensor_attributes([module]))
+            keep(p for p in module._parameters.values() if p is not None)
+
+    planned = [blocks, *blocks] if isinstance(blocks, nn.Sequential) else blocks
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        for block in blocks:
+            for module in block.modules():
+                note(module)
+        with kept_forwards(planned), preserved_random_state():
+            for module in planned:
+                undo(module)
+            yield keep
+    finally:
+        handle.remove()
+        for state in states.values():
+            state.restore()
+        put_back(states, attributes)
+        for tensor, gradient in gradients.items():
+            tensor.grad = gradient
+
+
 def _numbered(block: Block, visit: Visit) -> Block:
     """Replace the names of shared tensors, which differ from block to block, by numbers."""
 
@@ -91,9 +140,8 @@ class _Number:
     block: int
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Number):
-            return False
-        return self.value - other.value in (0, self.block - other.block)
+        known = isinstance(other, _Number)
+        return known and self.value - other.value in (0, self.block - other.block)
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
 
-from autograd_lib.checkpointing.intercept import Blocks
 from autograd_lib.checkpointing.measure import measure
 from autograd_lib.checkpointing.recompute import apply_checkpoints, runs_its_children
 from autograd_lib.checkpointing.solver import Step, Steps, frontier, length, plain
+from autograd_lib.checkpointing.visit import Blocks
 from autograd_lib.report.progress import progress
 from autograd_lib.report.tables import Row, Table, readable_bytes
 
@@ -109,24 +108,19 @@ class CheckpointPlan(Table):
         """
         kinds = [type(block) for block in self._blocks]
         names = {module: name for name, module in model.named_modules()}
-        containers = {
-            name: tuple(module)
-            for module, name in names.items()
-            if isinstance(module, nn.Sequential | nn.ModuleList)
-            and [type(child) for child in module] == kinds
-        }
-        exact = [name for name, children in containers.items() if children == self._blocks]
+        containers = [m for m in names if isinstance(m, nn.Sequential | nn.ModuleList)]
+        exact = [module for module in containers if tuple(module) == self._blocks]
         single = all(isinstance(step, str) for step in self.steps)
         if not exact and single and names.keys() >= set(self._blocks):
             return {names[b]: step for b, step in zip(self._blocks, self.steps, strict=True)}
-        found = exact or list(containers)
+        found = exact or [m for m in containers if [type(child) for child in m] == kinds]
         if len(found) != 1:
             raise ValueError(
                 "CheckpointPlan.apply: expected a model that holds the blocks of the plan, or one "
                 f"container of {len(kinds)} blocks like them, found {len(found)}; apply the "
                 "plan to the model it was made for, or make one for this model"
             )
-        return {found[0]: self.steps}
+        return {names[found[0]]: self.steps}
 
     def _table(self) -> tuple[str, Row, list[Row]]:
         ratio = self.predicted_time / self.plain_time
@@ -290,9 +284,8 @@ def _step(
             "plain peak is int(share * peak_bytes(step))"
         )
     if isinstance(sample, Tensor):
-        if isinstance(blocks, nn.Sequential):
-            return lambda: _sum(blocks(sample))
-        return lambda: _sum(reduce(lambda x, block: block(x), blocks, sample))
+        chain = blocks if isinstance(blocks, nn.Sequential) else nn.Sequential(*blocks)
+        return lambda: _sum(chain(sample))
     if not callable(sample):
         raise TypeError(
             "plan_checkpoints: expected sample to be the input of the first block, a tensor, or a "

@@ -16,17 +16,17 @@ from autograd_lib.checkpointing.solver import Block, Mode, Recomputation
 from autograd_lib.checkpointing.trees import Place, copies, flatten, place
 from autograd_lib.checkpointing.visit import Visit
 from autograd_lib.core.snapshot import ModuleState, drop_gradients, torch_generators
+from autograd_lib.memory.peak import Marks, Trace, no_collection
 from autograd_lib.memory.saved import graph_of, storages
-from autograd_lib.memory.trace import Marks, Trace, no_collection
 
 _ROUNDS = 3  # timings of each way to run a block, interleaved
 _ROUNDING = 1e-3  # a gradient that is off by more was not computed from the same numbers
 
 
-class StandIn(torch.autograd.Function):
+class _StandIn(torch.autograd.Function):
     """Stand for what comes before, between or after: return `values`, in backward `back(...)`.
 
-    Some input must require a gradient for that.
+    Some input must require a gradient for that, and one does: `anchor`.
     """
 
     @staticmethod
@@ -37,7 +37,13 @@ class StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return None, None, *ctx.back(gradients)
+        return None, None, None, *ctx.back(gradients)
+
+
+def stand_in(back: Any, values: Sequence[Tensor], *inputs: Tensor) -> Any:
+    """Return `values`, whose gradients `back` takes; it returns those of `inputs`."""
+    anchor = torch.ones((), device=values[0].device, requires_grad=True)
+    return _StandIn.apply(back, values, anchor, *inputs)
 
 
 class Outcome(NamedTuple):
@@ -45,7 +51,6 @@ class Outcome(NamedTuple):
 
     values: dict[str, Tensor]  # results and all gradients
     arrived: dict[int, Tensor]  # gradients of the arguments, by leaf
-    output_bytes: int
     overwrites: bool
 
 
@@ -77,7 +82,7 @@ class Probe:
         devices = {visit.input.device} - {torch.device("cpu")}
         self.state = ModuleState(block.modules(), generators=torch_generators(devices))
         self.checkpoint = Checkpoint([block])
-        self.samples: dict[str, list[tuple[float, float]]] = {}
+        self.times: dict[str, list[dict[str, float]]] = {}  # of each run in a way
 
     def measure(self) -> tuple[Block, str, dict[int, Tensor]]:
         """Measure the block.
@@ -103,24 +108,19 @@ class Probe:
                 self._run(way)
         kind = self.visit.input.device.type
         traces = {way: Trace(partial(self._run, way), kind) for way in ways}
-        seconds = {
-            way: [*map(statistics.median, zip(*self.samples[way], strict=True))] for way in ways
-        }
-        modes = {
-            w: mode(traces[w], sum(seconds[w]), self._shared(traces[w]))
-            for w in ways
-            if w != "recompute"
-        }
+        first = {way: self._seconds(way, "forward", "forwarded") for way in ways}
+        later = {way: self._seconds(way, "gradient", "arrived") for way in ways}
+        modes = {w: mode(t, first[w] + later[w], self._shared(t)) for w, t in traces.items()}
         again = None
         if "recompute" in ways:
-            again = self._recomputation(traces["recompute"], *seconds["recompute"])
+            again = self._recomputation(traces["recompute"], first["recompute"], later["recompute"])
         elif plain.overwrites and not why:
-            (forward, backward), peak = seconds["save"], modes["save"].forward_peak
-            again = Recomputation(forward, peak, 0, forward + backward, peak)
+            seconds, peak = modes["save"].seconds, modes["save"].forward_peak
+            again = Recomputation(first["save"], peak, 0, seconds, peak)
         new = [g for i, g in plain.arrived.items() if i not in (self.visit.chain, *self.others)]
         new += [p.grad for p in self.parameters if p not in set(self.made) and p.grad is not None]
         block = Block(
-            output=plain.output_bytes,
+            output=nbytes([self.visit.made.leaves[self.visit.output]]),
             aliases=traces["save"].number["forward"] == traces["save"].number["forwarded"],
             overwrites=plain.overwrites,
             output_gradient=nbytes([self.gradients.get(self.visit.output)]),
@@ -150,19 +150,11 @@ class Probe:
 
         return partial(self.checkpoint.run, False, run)
 
+    @no_collection()
     def _run(self, way: str, marks: Marks | None = None) -> Outcome:
         """Run forward and backward in one way; parameters keep their gradients."""
         marks = marks or Marks()
-        with no_collection():
-            outcome = self._timed(way, marks)
-        times = marks.times
-        spans = times["forwarded"] - times["forward"], times["arrived"] - times["gradient"]
-        self.samples.setdefault(way, []).append(spans)
-        return outcome
-
-    def _timed(self, way: str, marks: Marks) -> Outcome:
         visit, values, found = self.visit, dict[str, Tensor](), dict[int, Tensor]()
-        anchor = torch.ones((), device=visit.input.device, requires_grad=True)
         self.state.restore()
         torch.clear_autocast_cache()
         drop_gradients(self.parameters)
@@ -173,7 +165,7 @@ class Probe:
             marks("arrived")
             pairs = zip(visit.needing, gradients, strict=True)
             found.update((i, gradient) for i, gradient in pairs if gradient is not None)
-            return [None]
+            return []
 
         def start(_: Any) -> list[Tensor]:
             layouts = [*self.gradients.values(), *(visit.given.leaves[i] for i in self.others)]
@@ -183,12 +175,7 @@ class Probe:
 
         marks("begin")
         before = torch._C._autograd._get_sequence_nr()
-        leaves = copies(visit.given.leaves)
-        if visit.needing:
-            given = StandIn.apply(arrived, [leaves[i] for i in visit.needing], anchor)
-            for i, tensor in zip(visit.needing, given, strict=True):
-                leaves[i] = tensor
-            del given, tensor
+        leaves = self._arguments(arrived)
         for i in visit.given.tensors():
             marks(f"argument {i}", leaves[i])
         others = [leaves[i] for i in self.others]
@@ -203,12 +190,11 @@ class Probe:
         marks("forwarded", results[visit.output])
         for i in visit.own:
             marks(f"result {i}", results[i])
-        size = results[visit.output].untyped_storage().nbytes()
         overwrites = x._version != version
         floats = [i for i in visit.own if results[i].is_floating_point() or results[i].is_complex()]
         values |= {f"result {i}": results[i].detach().clone() for i in floats}
         ends = [*(results[i] for i in self.gradients), *others]
-        loss = StandIn.apply(start, [x.new_zeros((), dtype=torch.float32)], *ends)[0]
+        loss = stand_in(start, [x.new_zeros((), dtype=torch.float32)], *ends)[0]
         if way == "save":
             self._check_graph(loss, before)
         del x, result, results, args, kwargs, ends, others
@@ -221,7 +207,20 @@ class Probe:
         named = self.module.named_parameters()
         values |= {name: p.grad for name, p in named if p.grad is not None}
         values |= {f"the gradient of argument {i}": gradient for i, gradient in found.items()}
-        return Outcome(values, found, size, overwrites)
+        self.times.setdefault(way, []).append(marks.times)
+        return Outcome(values, found, overwrites)
+
+    def _arguments(self, arrived: Callable[[Sequence[Tensor | None]], Any]) -> list[Any]:
+        """Copy the leaves of the arguments; `arrived` is called with their gradients."""
+        leaves = copies(self.visit.given.leaves)
+        if self.visit.needing:
+            needing = [leaves[i] for i in self.visit.needing]
+            for i, x in zip(self.visit.needing, stand_in(arrived, needing), strict=True):
+                leaves[i] = x
+        return leaves
+
+    def _seconds(self, way: str, start: str, end: str) -> float:
+        return statistics.median(times[end] - times[start] for times in self.times[way])
 
     def _check_graph(self, loss: Tensor, before: int) -> None:
         """Refuse what would run backward into the step's own graph, through a closure say."""
@@ -261,13 +260,12 @@ class Probe:
     def _recomputation(self, trace: Trace, forward: float, backward: float) -> Recomputation:
         stay = {trace.number["forward"], *self._shared(trace)}
         left = sum(trace.standing("forward", "forwarded", "dropped").values())
-        repeated = trace.at["again"] > trace.at["gradient"]
         return Recomputation(
             forward,
             forward_peak=trace.peak("forward", "forwarded"),
             left=max(0, left - checkpoint_bytes(self.visit.input.device)),
             seconds=backward,
-            again_peak=trace.peak("gradient", "again", stay=stay) if repeated else 0,
+            again_peak=trace.peak("gradient", "again", stay=stay),  # 0 if nothing ran again
             shared=frozenset(name for name in self.visit.shared if name.startswith("argument")),
         )
 

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 from torch.utils.flop_counter import flop_registry
 
@@ -257,10 +256,9 @@ class Checkpoint:
             with _no_cast_cache(self.modules), context:
                 return function(*args, **kwargs)
 
-        selected = partial(create_selective_checkpoint_contexts, _policy)
-        context_fn = selected if selective else noop_context_fn
-        run = partial(checkpoint, use_reentrant=False, early_stop=self.early_stop)
-        result = run(call, *args, context_fn=context_fn, **kwargs)
+        selected = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+        run = partial(checkpoint, call, use_reentrant=False, early_stop=self.early_stop)
+        result = run(*args, **(selected if selective else {}), **kwargs)
         if known is None:
             # Compare values: batch_norm of PyTorch 2.13 does not raise the version of its
             # statistics. Those are kept in any case, as a batch of zeros may leave them unchanged.

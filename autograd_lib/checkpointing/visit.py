@@ -1,27 +1,83 @@
-"""One run of the step under checkpoints: how its blocks are called, and what no plan can serve."""
+"""Running the step with something in place of its blocks; the first run sees how they are called.
+
+It runs them under checkpoints, and finds what no plan can serve.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autograd_lib.checkpointing.intercept import Blocks, intercept, label
-from autograd_lib.checkpointing.recompute import refuses_hooks, tensor_attributes
+from autograd_lib.checkpointing.recompute import (
+    kept_forwards,
+    refuses_hooks,
+    runs_its_children,
+    slot,
+    tensor_attributes,
+)
 from autograd_lib.checkpointing.trees import Place, Tree, flatten, place
 from autograd_lib.core.snapshot import GLOBAL_GENERATORS, own_generators
-from autograd_lib.memory.trace import Marks, Trace
+from autograd_lib.memory.peak import Marks, Trace
 
+Blocks = nn.Sequential | nn.ModuleList | list[nn.Module] | tuple[nn.Module, ...]
+_SKIPPED = "Where blocks are skipped at random (layer drop), set the rate to 0 first"
 _BACKWARD = (
     "plan_checkpoints: expected a step that runs no backward through the blocks before it returns "
     "the loss, but this one does (for forces, a gradient penalty, or as a whole training step); "
     "return the loss without its backward, and use checkpoints by hand for a second derivative"
 )
+
+
+def label(blocks: Blocks, index: int) -> str:
+    """What messages call a block."""
+    return f"{index} ({type(blocks[index]).__name__})"
+
+
+@contextlib.contextmanager
+def intercept(blocks: Blocks, handler: Callable[..., Any]) -> Iterator[None]:
+    """Call `handler(index, call, *args, **kwargs)` in place of each block."""
+    position = 0
+
+    def forward(block: nn.Module, plain: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        nonlocal position
+        if position == len(blocks) or blocks[position] is not block:
+            index = next(i for i, candidate in enumerate(blocks) if candidate is block)
+            raise ValueError(
+                "plan_checkpoints: expected the blocks to run once each, in their order, but "
+                f"block {label(blocks, index)} ran as number {position}; pass them in "
+                f"the order in which the model calls them. {_SKIPPED}"
+            )
+        position += 1
+        return handler(position - 1, plain, *args, **kwargs)
+
+    def sequence(x: Any) -> Any:
+        for child in blocks:
+            x = forward(child, child, x)
+        return x
+
+    overridden: dict[nn.Module, Callable[..., Any]] = {}
+    if isinstance(blocks, nn.Sequential) and runs_its_children(blocks):
+        overridden[blocks] = sequence
+    else:
+        for block in blocks:
+            overridden[block] = partial(forward, block, getattr(block, slot(block)))
+    with kept_forwards(overridden):
+        for module, function in overridden.items():
+            setattr(module, slot(module), function)
+        yield
+    if position != len(blocks):
+        raise ValueError(
+            f"plan_checkpoints: the step ran {position} of {len(blocks)} blocks; expected all of "
+            f"them, once each. {_SKIPPED}"
+        )
 
 
 @dataclass
@@ -91,13 +147,15 @@ def visit_blocks(blocks: Blocks, step: Callable[[], Tensor]) -> tuple[list[Visit
         ValueError: No plan can serve the step.
     """
     visits: list[Visit] = []
-    running, marks, loss = True, Marks(), None
+    running, loss = True, None
 
     def early(_: Tensor) -> None:
         if running:
             raise ValueError(_BACKWARD)
 
-    def handler(index: int, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def handler(
+        marks: Marks, index: int, call: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
         if refuses_hooks():
             raise ValueError(_BACKWARD)
         name, modules = label(blocks, index), list(blocks[index].modules())
@@ -138,10 +196,9 @@ def visit_blocks(blocks: Blocks, step: Callable[[], Tensor]) -> tuple[list[Visit
         visits.append(Visit(*call_of, *made_of, autocast, "".join(draws[:1])))
         return result
 
-    def run(given: Marks) -> None:
-        nonlocal loss, marks
-        marks = given
-        with intercept(blocks, handler):
+    def run(marks: Marks) -> None:
+        nonlocal loss
+        with intercept(blocks, partial(handler, marks)):
             loss = step()
 
     trace = Trace(run)

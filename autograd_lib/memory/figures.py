@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
 from autograd_lib.gradients import check_module
+from autograd_lib.memory.peak import check_step
 from autograd_lib.memory.saved import graph_of, storages
-from autograd_lib.memory.trace import check_step
 from autograd_lib.report.plots import sized_axes
 from autograd_lib.report.tables import readable_bytes
 
@@ -86,9 +86,7 @@ def plot_graph(tensor: Tensor, model: nn.Module | None = None, ax: Axes | None =
     places = _places(inputs)
     width, depth = (1 + max(ends) for ends in zip(*places.values(), strict=True))
     ax = sized_axes("plot_graph", ax, (max(4.0, 1.7 * width), max(2.5, 0.62 * depth)))
-    leaves = {
-        node: leaf for node in inputs if (leaf := getattr(node, "variable", None)) is not None
-    }
+    leaves = {node: node.variable for node in inputs if hasattr(node, "variable")}
     counted = {storage._cdata for storage in storages(list(leaves.values()))}
     style: dict[str, Any] = {"arrowstyle": "->", "color": _GREY, "shrinkA": 13, "shrinkB": 13}
     for node, (column, row) in places.items():

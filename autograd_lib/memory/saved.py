@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from traceback import walk_stack
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
@@ -32,7 +32,6 @@ from autograd_lib.report.tables import Row, Table, readable_bytes
 
 __all__ = ["SavedTensors", "saved_tensors"]
 
-_T = TypeVar("_T")
 _MODULE_CALL = nn.Module.__call__.__code__
 # What `save_for_backward` and similar methods set on `ctx`: saved-tensor hooks see these tensors.
 _HANDED_OVER = {"to_save", "saved_for_forward", "dirty_tensors", "non_differentiable"}
@@ -107,29 +106,29 @@ class SavedTensors(Table):
 
         The name "" stands for code in no submodule: the root's own forward, the loss.
         """
-        return self._count(self._saved, lambda storage: storage.source)
+        return self._count(self._saved, "source")
 
     def by_dtype(self) -> dict[torch.dtype, int]:
         """Activation bytes by the dtype of the tensor through which a storage was saved first."""
-        return self._count(self._saved, lambda storage: storage.dtype)
+        return self._count(self._saved, "dtype")
 
     @property
     def blind_spots(self) -> list[str]:
         """One sentence for each kind of memory kept for backward where no hook sees it."""
         unseen = {key: storage for key, storage in self._aside.items() if key not in self._saved}
-        hidden = self._count(unseen, lambda storage: storage.source)
+        hidden = self._count(unseen, "source")
         spots = [f"{source} keeps {readable_bytes(n)} unseen" for source, n in hidden.items() if n]
         return spots + [
             f"{name} took the place of the counting hooks, and what it keeps is not seen"
             for name in sorted(self._other_hooks)
         ]
 
-    def _count(self, storages: dict[int, _Storage], of: Callable[[_Storage], _T]) -> dict[_T, int]:
-        """Sum bytes by a property, without those of parameters and inputs."""
-        counts: Counter[_T] = Counter()
+    def _count(self, storages: dict[int, _Storage], of: str) -> dict[Any, int]:
+        """Sum bytes by an attribute, without those of parameters and inputs."""
+        counts = Counter[Any]()
         for key, storage in storages.items():
             if key not in self._parameters and key not in self._inputs:
-                counts[of(storage)] += storage.nbytes
+                counts[getattr(storage, of)] += storage.nbytes
         return dict(counts)
 
     def _parts(self, values: Any) -> Iterator[tuple[int, Tensor]]:
