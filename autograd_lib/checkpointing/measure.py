@@ -80,38 +80,32 @@ def _untouched(blocks: Blocks) -> Iterator[Callable[[Iterable[Tensor]], None]]:
     attributes, and gradients, which are None in the block. Yields a function that keeps the
     gradients of other tensors too.
     """
-    states: dict[nn.Module, ModuleState] = {}
-    attributes: dict[tuple[nn.Module, str], Tensor] = {}
-    gradients: dict[Tensor, Tensor | None] = {}
+    known: set[nn.Module | Tensor] = set()
+    with contextlib.ExitStack() as restore:
 
-    def keep(tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            if tensor not in gradients:
-                gradients[tensor], tensor.grad = tensor.grad, None
+        def keep(tensors: Iterable[Tensor]) -> None:
+            for tensor in set(tensors) - known:
+                known.add(tensor)
+                restore.callback(setattr, tensor, "grad", tensor.grad)
+                tensor.grad = None
 
-    def note(module: nn.Module, _: Any = None) -> None:
-        if module not in states:
-            states[module] = ModuleState([module])
-            attributes.update(tensor_attributes([module]))
-            keep(p for p in module._parameters.values() if p is not None)
+        def note(module: nn.Module, _: Any = None) -> None:
+            if module not in known:
+                known.add(module)
+                restore.callback(put_back, [module], tensor_attributes([module]))
+                restore.callback(ModuleState([module]).restore)
+                keep(p for p in module._parameters.values() if p is not None)
 
-    planned = [blocks, *blocks] if isinstance(blocks, nn.Sequential) else blocks
-    handle = nn.modules.module.register_module_forward_pre_hook(note)
-    try:
         for block in blocks:
             for module in block.modules():
                 note(module)
+        hook = nn.modules.module.register_module_forward_pre_hook(note)
+        restore.callback(hook.remove)
+        planned = [blocks, *blocks] if isinstance(blocks, nn.Sequential) else blocks
         with kept_forwards(planned), preserved_random_state():
             for module in planned:
                 undo(module)
             yield keep
-    finally:
-        handle.remove()
-        for state in states.values():
-            state.restore()
-        put_back(states, attributes)
-        for tensor, gradient in gradients.items():
-            tensor.grad = gradient
 
 
 def _numbered(block: Block, visit: Visit) -> Block:
@@ -140,8 +134,9 @@ class _Number:
     block: int
 
     def __eq__(self, other: object) -> bool:
-        known = isinstance(other, _Number)
-        return known and self.value - other.value in (0, self.block - other.block)
+        if not isinstance(other, _Number):
+            return False
+        return self.value - other.value in (0, self.block - other.block)
 
     __hash__ = None  # type: ignore[assignment]
 

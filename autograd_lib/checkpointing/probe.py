@@ -101,7 +101,8 @@ class Probe:
             why = self._refusal("copied" if plain.overwrites else "recompute", plain)
             if not why and not plain.overwrites:
                 ways.append("recompute")
-                if self._may_be_selective(plain):
+                is_random = self.checkpoint.is_random_and_compiled  # it may show as it runs
+                if not (is_random() or self._refusal("selective", plain) or is_random()):
                     ways.append("selective")
         for _ in range(_ROUNDS - 2):
             for way in ways:
@@ -247,11 +248,6 @@ class Probe:
         if error:
             return f"has another gradient when its forward runs again (relative error {error:.2g})"
         return ""
-
-    def _may_be_selective(self, plain: Outcome) -> bool:
-        """Whether it may, and would save memory; that a block is random may show as it runs."""
-        is_random = self.checkpoint.is_random_and_compiled
-        return not is_random() and not self._refusal("selective", plain) and not is_random()
 
     def _shared(self, trace: Trace) -> dict[int, str]:
         """The allocations of what blocks share."""

@@ -58,11 +58,10 @@ def apply_checkpoints(
             ) from None
         found[module] = step
         _check(name, module, step)
-    for module in model.modules():  # also undo steps given before to their parents and children
-        if module in found or not found.keys().isdisjoint(module.children()):
-            undo(module)
-            for child in module.children() if module in found else ():
-                undo(child)
+    # Also undo steps given before to their parents and children.
+    parents = [m for m in model.modules() if not found.keys().isdisjoint(m.children())]
+    for module in [*found, *parents, *(child for m in found for child in m.children())]:
+        undo(module)
     for module, step in found.items():
         blocks: list[Any] = [module] if isinstance(step, str) else list(module.children())
         for block in blocks if compile else ():
@@ -256,9 +255,10 @@ class Checkpoint:
             with _no_cast_cache(self.modules), context:
                 return function(*args, **kwargs)
 
-        selected = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
-        run = partial(checkpoint, call, use_reentrant=False, early_stop=self.early_stop)
-        result = run(*args, **(selected if selective else {}), **kwargs)
+        run: Any = partial(checkpoint, call, use_reentrant=False, early_stop=self.early_stop)
+        if selective:
+            run = partial(run, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+        result = run(*args, **kwargs)
         if known is None:
             # Compare values: batch_norm of PyTorch 2.13 does not raise the version of its
             # statistics. Those are kept in any case, as a batch of zeros may leave them unchanged.
@@ -270,7 +270,7 @@ class Checkpoint:
         return result
 
     @contextlib.contextmanager
-    def _again(self, buffers: _Tensors, parameters: _Tensors) -> Iterator[None]:
+    def _again(self, buffers: _Tensors, parameters: Mapping[Any, Tensor]) -> Iterator[None]:
         """Recompute on copies of the recorded buffers, with the recorded parameters."""
         # After a `torch.func.functional_call` the module holds other parameters. Leave those of
         # FSDP alone: it sets views of a flat parameter, or unshards what it had sharded.

@@ -9,7 +9,6 @@ from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_graph", "plot_memory"]
-
-_Node = torch.autograd.graph.Node
 
 _MOST_NODES = 400  # a Transformer of six blocks; the picture of more would have too many pixels
 _MOST_MODULES = 8  # with a color of their own
@@ -218,7 +215,7 @@ class _Allocations(TorchDispatchMode):
         self.now[name] -= nbytes
 
 
-def _places(inputs: dict[_Node, list[_Node]]) -> dict[_Node, tuple[int, int]]:
+def _places(inputs: dict[Any, list[Any]]) -> dict[Any, tuple[int, int]]:
     """Column and row of each node: below all that leads to it, the longest path on the left."""
     rows, heights = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, 0)
     for node, below in inputs.items():
@@ -234,7 +231,7 @@ def _places(inputs: dict[_Node, list[_Node]]) -> dict[_Node, tuple[int, int]]:
     return {node: places[node] for node in inputs}
 
 
-def _saved_bytes(node: _Node, counted: set[int]) -> int:
+def _saved_bytes(node: Any, counted: set[int]) -> int:
     """Bytes of the storages that a node saves and that nobody counted; 0 once it has run."""
     names = [name for name in dir(node) if name.startswith("_saved_")]
     try:

@@ -145,15 +145,12 @@ class Trace:
         self.devices: list[torch.device] = []
         self.at: dict[str, int] = {}
         self.number: dict[str, int] = {}
-        self.times: dict[str, float] = {}
-        with _one_profiler:  # until the bytes of the marks are freed: other threads would see it
-            self._record(run, device)
-
-    def _record(self, run: Callable[[Marks], object], device: str | None) -> None:
         marks = Marks()
-        events = _allocations(partial(run, marks))
         self.times = marks.times
-        marked = {byte.data_ptr(): (name, address) for name, byte, address in marks.marked}
+        with _one_profiler:  # until the bytes of the marks are freed: other threads would see it
+            events = _allocations(partial(run, marks))
+            marked = {byte.data_ptr(): (name, address) for name, byte, address in marks.marked}
+            marks.marked.clear()
         standing: dict[int, tuple[int, int]] = {}  # by address, which later allocations reuse
         for where, address, size in events:
             if where.type == "cpu" and size == 1 and address in marked:

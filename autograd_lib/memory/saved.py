@@ -335,17 +335,15 @@ def _watch(saved: SavedTensors) -> Iterator[None]:
                 _unwatch.close()
 
 
-def _here() -> list[SavedTensors]:
-    """The records of the blocks that run on this thread."""
-    return [saved for saved in list(_watching) if saved._thread == threading.get_ident()]
-
-
 def _replace(owner: type, name: str, watcher: Callable[..., Any]) -> None:
+    """Call `watcher` after a method, for the record of each block that runs on the thread."""
     original = getattr(owner, name)
 
     def method(self: Any, *args: Any) -> Any:
         result = original(self, *args)
-        watcher(self, *args)
+        for saved in list(_watching):
+            if saved._thread == threading.get_ident():
+                watcher(saved, self, *args)
         return result
 
     if name in vars(owner):
@@ -355,25 +353,22 @@ def _replace(owner: type, name: str, watcher: Callable[..., Any]) -> None:
     setattr(owner, name, method)
 
 
-def _setattr_on_ctx(ctx: Any, name: str, value: Any) -> None:
+def _setattr_on_ctx(saved: SavedTensors, ctx: Any, name: str, value: Any) -> None:
     # Reentrant checkpointing keeps the state of the random number generator, not an activation.
     if name not in _HANDED_OVER and ctx._forward_cls is not CheckpointFunction:
-        for saved in _here():
-            saved._record_aside(f"{ctx._forward_cls.__qualname__} on its ctx", value)
+        saved._record_aside(f"{ctx._forward_cls.__qualname__} on its ctx", value)
 
 
-def _exit_selective_checkpoint(mode: Any, *_: Any) -> None:
+def _exit_selective_checkpoint(saved: SavedTensors, mode: Any, *_: Any) -> None:
     if not torch.compiler.is_compiling():
         kept = [getattr(entry, "val", None) for entry in tree_leaves(list(mode.storage.values()))]
-        for saved in _here():
-            saved._record_aside("the cache of selective checkpointing", kept)
+        saved._record_aside("the cache of selective checkpointing", kept)
 
 
-def _enter_hooks(hooks: saved_tensors_hooks) -> None:
+def _enter_hooks(saved: SavedTensors, hooks: saved_tensors_hooks) -> None:
     # Through its hooks checkpointing keeps only the inputs of its region, which are counted.
     if not isinstance(hooks, (_CountingHooks, _checkpoint_hook, _recomputation_hook)):
-        for saved in _here():
-            saved._other_hooks.add(type(hooks).__qualname__)
+        saved._other_hooks.add(type(hooks).__qualname__)
 
 
 def storage_parts(values: Any) -> Iterator[Tensor]:
