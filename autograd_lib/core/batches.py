@@ -119,12 +119,18 @@ def batch_size(operation: str, batch: Any) -> int:
     if not _has_batch_dimension(shapes):
         raise ValueError(
             f"{operation}: to divide a batch, expected tensors whose first dimension is the batch, "
-            f"got shapes {shapes}; leave micro_batch out and let the loader make the batches small "
-            "enough, or put what has no batch dimension into model or loss_fn"
+            f"got shapes {shapes}; {_undivided(operation)}put what has no batch dimension into "
+            "model or loss_fn"
         )
     if not shapes[0][0]:
         raise ValueError(f"{operation}: the batch is empty, its tensors have shapes {shapes}")
     return shapes[0][0]
+
+
+def _undivided(operation: str) -> str:
+    """A remedy where the user has set micro_batch, as nobody does for `autotune`."""
+    whole = "leave micro_batch out and let the loader make the batches small enough, or "
+    return "" if operation == "autotune" else whole
 
 
 def _shapes(tree: Any) -> list[tuple[int, ...]]:
@@ -161,8 +167,7 @@ def split(operation: str, batch: Any, size: int | None, count: Count | None) -> 
         if any(map(is_listed, tree_leaves(parts[0], is_leaf=is_listed))):
             raise ValueError(
                 f"{operation}: to divide a batch of {whole} samples, expected tensors, got a list "
-                "with an entry for each sample; make a tensor of it, or leave micro_batch out and "
-                "let the loader make the batches small enough"
+                f"with an entry for each sample; {_undivided(operation)}make a tensor of it"
             )
         cuts = [slice(start, start + size) for start in range(0, whole, size)]
         parts = [tree_map_only(Tensor, itemgetter(cut), parts[0]) for cut in cuts]
@@ -173,11 +178,12 @@ def split(operation: str, batch: Any, size: int | None, count: Count | None) -> 
 def check_counted(operation: str, total: float) -> None:
     """Raise if a mean is over nothing, or over nobody knows what."""
     if math.isnan(total):
+        system = "" if operation == "autotune" else "the system "
         raise ValueError(
             f"{operation}: how much a batch weighs beside others is not known, as its targets have "
             "no batch dimension, or the model computes the loss and the batch has no labels; give "
-            "the system count=, the terms of the mean in it, as `lambda targets: len(targets[1])`, "
-            "or leave micro_batch out: a contrastive loss, as CLIP's, cannot be divided at all"
+            f"{system}count=, the terms of the mean in it, as `lambda targets: len(targets[1])`; a "
+            "contrastive loss, as CLIP's, cannot be divided into micro-batches at all"
         )
     if not total > 0:
         raise ValueError(

@@ -178,7 +178,7 @@ class Workbench:
         """
         try:
             return self._measure_reference(tree_map_only(Tensor, widened, self.batch))
-        except RuntimeError as err:
+        except (RuntimeError, FloatingPointError) as err:
             if is_out_of_memory(err):
                 raise
             why = str(err).strip().partition("\n")[0]
@@ -197,9 +197,11 @@ class Workbench:
         pieces = micro_batches("autotune", batch, size, self.count)
         self.reference = made.gradient(pieces)[1]
         norm = float(self.reference.norm())
+        if self.exact is None and not math.isfinite(norm):  # a mask may overflow in float64 alone
+            raise FloatingPointError(f"the gradient has norm {norm}")
         if not 0 < norm < math.inf:
             raise ValueError(
-                f"autotune: the gradient in float64 has norm {norm}, and errors are relative to "
+                f"autotune: the gradient has norm {norm}, and errors are relative to "
                 "it; find_nonfinite(model, step) says where a NaN comes from, and a zero needs "
                 "a batch and a model that learn from each other"
             )
@@ -219,7 +221,7 @@ class Workbench:
         weigh what they should shows in the loss of the whole batch, at other parameters than the
         model's, where losses of all samples might be the same.
         """
-        made, strange = self.exact_copy(), list[Tensor]()
+        made, strange, self.indivisible = self.exact_copy(), list[Tensor](), ""
         few = tree_map_only(Tensor, itemgetter(slice(4)), batch)
 
         def pieces(part: Batch, size: int | None) -> list[Piece]:
@@ -243,7 +245,7 @@ class Workbench:
                 difference = abs(apart - mean) / (abs(mean) or math.nan)
                 return relative_error(halves, whole) + difference
         except (ValueError, RuntimeError) as err:  # what the whole batch raises too comes up there
-            self.indivisible = str(err).strip().partition("\n")[0]
+            self.indivisible = str(err).removeprefix("autotune: ").strip().partition("\n")[0]
             return math.nan
         if strange:
             raise ValueError(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from autograd_lib import benchmark
 from autograd_lib.benchmark import Comparison
 from autograd_lib.config import Settings
+from autograd_lib.core.batches import batch_size
 from autograd_lib.functions.losses import CustomLossFunction
 from autograd_lib.memory import peak_bytes
 from autograd_lib.training.step import ForwardBackward
@@ -1292,12 +1293,64 @@ def test_a_model_that_float64_does_not_run_is_judged_by_float32(told):
     assert trial_of(report, FP32).gradient_error == 0
     assert trial_of(report, Settings(micro_batch=2)).gradient_error < 1e-6
     assert 1e-4 < trial_of(report, BF16).gradient_error < 5e-2
+    assert not any("Micro-batches left out" in note for note in report.notes)
     model.forward = lambda x: 1 / 0
     with pytest.raises(ZeroDivisionError):
         autotune(model, batch, nn.MSELoss())
     model.forward = lambda x: F.linear(x, model.weight[:, :3])
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         autotune(model, batch, nn.MSELoss())
+
+
+def test_why_micro_batches_are_left_out_is_not_the_error_of_float64(told):
+    told(lambda text: 1.0)
+
+    class Centered(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            output = F.linear(x.float(), self.weight)
+            return output - output.mean(0)
+
+    batch = torch.randn(8, 8), torch.randn(8, 8)
+    report = autotune(Centered(8, 8), batch, nn.MSELoss(), compile=False)
+    assert report.notes[1].startswith("Micro-batches left out: what they give differs by ")
+
+
+def test_a_gradient_that_is_nan_in_float64_alone_is_judged_by_float32(told):
+    told(lambda text: 1.0)
+
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = super().forward(x)
+            mask = torch.full_like(hidden, torch.finfo(hidden.dtype).min)
+            return hidden * mask.float().softmax(-1)
+
+    batch = torch.randn(4, 8), torch.randn(4, 8)
+    report = autotune(Masked(8, 8), batch, nn.MSELoss(), compile=False)
+    assert report.notes[0].endswith("raises FloatingPointError: the gradient has norm nan")
+    assert trial_of(report, FP32).gradient_error == 0
+    assert trial_of(report, Settings(micro_batch=2)).gradient_error < 1e-6
+
+
+def test_nobody_is_told_to_leave_out_what_nobody_has_set(told):
+    told(lambda text: 1.0)
+    model, (x, y), loss_fn = problem("mlp")
+
+    class Named(nn.Linear):
+        def forward(self, x: Tensor, names: list[str] | None = None) -> Tensor:
+            return super().forward(x).square().mean()
+
+    listed = {"x": x, "names": [f"sample {i}" for i in range(len(x))]}
+    notes = autotune(Named(8, 8), listed, count=lambda b: len(b["x"]), compile=False).notes
+    assert notes[0].startswith("Micro-batches left out: to divide a batch of 8 samples, ")
+    assert notes[0].endswith("; make a tensor of it.")
+    with pytest.raises(ValueError, match=r"is the batch, got .*; put what has no batch dimension"):
+        autotune(model, (x, y[:3]), loss_fn, compile=False)
+    with pytest.raises(ValueError, match=r"^fit: .*; leave micro_batch out and let the loader"):
+        batch_size("fit", (x, y[:3]))
+    notes = autotune(Named(8, 8), {"x": x}, compile=False).notes
+    assert "; give count=, the terms of" in notes[0]
+    assert "system" not in notes[0]
+    assert "micro_batch" not in notes[0]
 
 
 # The report
