@@ -21,8 +21,8 @@ class Table:
         raise NotImplementedError
 
     def _notes(self) -> Sequence[str]:
-        """Return the sentences that stand below the table."""
-        return ()
+        """Return the sentences that stand below the table: what a report has as `notes`."""
+        return getattr(self, "notes", ())
 
     def __repr__(self) -> str:
         return "\n".join([text_table(*self._table()), *self._notes()])

@@ -85,10 +85,8 @@ class ForwardBackward:
                 return output, batches.nothing(output)
             if self.loss_fn is None:
                 return output, batches.own_loss(self.operation, output, batch)
-            if (
-                isinstance(batch, dict)
-                and type(self.loss_fn).__module__ == nn.modules.loss.__name__
-            ):
+            of_pytorch = type(self.loss_fn).__module__ == nn.modules.loss.__name__
+            if isinstance(batch, dict) and of_pytorch:
                 raise TypeError(
                     f"{self.operation}: a batch that is a mapping goes to loss_fn whole, and "
                     f"{self.loss_fn} takes tensors; write `lambda output, batch: loss_fn(output, "

@@ -57,9 +57,6 @@ class TuningReport(Table):
         """The trials as text, one a line, and the notes."""
         return repr(self)
 
-    def _notes(self) -> tuple[str, ...]:
-        return self.notes
-
     def _table(self) -> tuple[str, Row, list[Row]]:
         budget = "no budget"
         if self.memory_budget is not None:

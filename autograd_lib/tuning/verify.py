@@ -102,9 +102,6 @@ class GradientReport(Table):
         """Whether the gradients agree, and finite differences refute neither."""
         return not self.wrong and not any(found.verdict for found in self.parameters.values())
 
-    def _notes(self) -> tuple[str, ...]:
-        return self.notes
-
     def _table(self) -> tuple[str, Row, list[Row]]:
         differing = sum(bool(found.verdict) for found in self.parameters.values())
         what = f"{differing} of {len(self.parameters)} gradients differ" if differing else "agree"
@@ -265,11 +262,8 @@ def verify_gradients(
         _Form("reference", reference, loss_fn, own, seed),
         _Form("candidate", candidate, loss_fn, other, seed),
     )
-    with (
-        snapshot.preserved_random_state(),
-        torch.enable_grad(),
-        snapshot.without_gradients([*own, *other]),
-    ):
+    kept = snapshot.without_gradients([*own, *other])
+    with snapshot.preserved_random_state(), torch.enable_grad(), kept:
         forms[1].measure(pieces)
         given = forms[1].gradient
         try:

@@ -199,6 +199,10 @@ class Workbench:
         norm = float(self.reference.norm())
         if self.exact is None and not math.isfinite(norm):  # a mask may overflow in float64 alone
             raise FloatingPointError(f"the gradient has norm {norm}")
+        if self.exact is None and not math.isfinite(norm):  # a mask may overflow in float64 alone
+            raise FloatingPointError(f"the gradient has norm {norm}")
+        if self.exact is None and not math.isfinite(norm):  # a mask may overflow in float64 alone
+            raise FloatingPointError(f"the gradient has norm {norm}")
         if not 0 < norm < math.inf:
             raise ValueError(
                 f"autotune: the gradient has norm {norm}, and errors are relative to "
@@ -294,16 +298,12 @@ def _without_dropout(whole: nn.Module) -> Iterator[None]:
 
 def _widest_container(model: nn.Module, saved: dict[str, int]) -> nn.Module:
     """The container whose children are many and save much: of two nested ones the finer."""
-
-    def weight(name: str, children: int) -> int:
-        within = f"{name}." if name else ""
-        return children * sum(n for source, n in saved.items() if f"{source}.".startswith(within))
-
-    weights = {
-        module: weight(name, len(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1
-    }
+    weights = dict[nn.Module, int]()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1:
+            start = f"{name}." if name else ""
+            within = sum(n for source, n in saved.items() if f"{source}.".startswith(start))
+            weights[module] = len(module) * within
     if not weights:
         raise ValueError(
             "no checkpoint plan, as the model has no nn.Sequential or nn.ModuleList of two modules "
