@@ -14,14 +14,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from autograd_lib.core.batches import call, read_batch, targets_of
 from autograd_lib.higher_order.inputs import (
     Inputs,
-    check_recording,
     check_tensor,
     dense,
     follow,
-    ordered_like,
     tensors_of,
+    trainable,
 )
-from autograd_lib.higher_order.operators import linearized_hvp
+from autograd_lib.higher_order.operators import linearized_hvp, pulled_back
 
 __all__ = ["fisher_product", "ggn_product"]
 
@@ -142,11 +141,7 @@ def _products(
     head: Callable[[Any, Any], tuple[Named, Callable[[Inputs], Any]]],
 ) -> Callable[[Inputs], Named]:
     """Products with $J^T C J$, for outputs and a product with C that `head` returns."""
-    check_recording(operation)
-    batch = read_batch(operation, batch)
-    parameters = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError(f"{operation}: no parameter of the model requires a gradient")
+    parameters, batch = trainable(operation, model), read_batch(operation, batch)
     leaves = {k: p.detach().requires_grad_() for k, p in parameters.items()}
     state = leaves | {k: buffer.clone() for k, buffer in model.named_buffers()}
     inputs = list(leaves.values())
@@ -156,24 +151,12 @@ def _products(
         outputs, curvature = head(output, targets_of(batch))
         z = list(outputs.values())
         u = [torch.zeros_like(t, requires_grad=True) for t in z]
-        pulled = [
-            dense(t)
-            for t in torch.autograd.grad(z, inputs, u, create_graph=True, materialize_grads=True)
-        ]
-    moved = [i for i, t in enumerate(pulled) if t.requires_grad]
+        pulled = torch.autograd.grad(z, inputs, u, create_graph=True, materialize_grads=True)
+        push, pull = pulled_back([dense(t) for t in pulled], u), pulled_back(z, inputs)
 
     def product(v: Inputs) -> Named:
-        follow(operation, parameters, v, lambda x, v: v)
-        vectors = tensors_of(ordered_like(parameters, v))
-        pushed = torch.autograd.grad(
-            [pulled[i] for i in moved],
-            u,
-            [vectors[i] for i in moved],
-            retain_graph=True,
-            materialize_grads=True,
-        )
-        curved = list(curvature(dict(zip(outputs, pushed, strict=True))).values())
-        columns = torch.autograd.grad(z, inputs, curved, retain_graph=True, materialize_grads=True)
-        return {k: dense(column) for k, column in zip(parameters, columns, strict=True)}
+        pushed = push(tensors_of(follow(operation, parameters, v)))
+        curved = curvature(dict(zip(outputs, pushed, strict=True)))
+        return dict(zip(parameters, pull(tensors_of(curved)), strict=True))
 
     return product

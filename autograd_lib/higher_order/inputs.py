@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autograd_lib.higher_order.dispatch import Jet
 
@@ -36,6 +36,15 @@ def check_recording(operation: str) -> None:
         )
 
 
+def trainable(operation: str, model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a model that require a gradient, by name and detached."""
+    check_recording(operation)
+    parameters = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError(f"{operation}: no parameter of the model requires a gradient")
+    return parameters
+
+
 def map_tensors(g: Callable[[Tensor], Any], x: Inputs) -> Any:
     return {k: g(t) for k, t in x.items()} if isinstance(x, Mapping) else g(x)
 
@@ -47,11 +56,6 @@ def tensors_of(x: Inputs) -> list[Tensor]:
 def dense(gradient: Tensor) -> Tensor:
     """The values of a gradient, which embeddings may make sparse."""
     return gradient.to_dense() if gradient.is_sparse else gradient
-
-
-def ordered_like(x: Inputs, v: Inputs) -> Inputs:
-    """Return `v`, a dict with its entries in the order of `x`."""
-    return {k: v[k] for k in x} if isinstance(x, Mapping) and isinstance(v, Mapping) else v
 
 
 def structured_like(x: Inputs, values: Sequence[Any]) -> Any:
@@ -86,8 +90,10 @@ def check_uncompiled(operation: str) -> None:
         )
 
 
-def follow(operation: str, x: Inputs, v: Inputs, make: Callable[[Tensor, Tensor], Any]) -> Any:
-    """Check `x` and `v`, and apply `make` to each tensor of `x` and that of `v`."""
+def follow(
+    operation: str, x: Inputs, v: Inputs, make: Callable[[Tensor, Tensor], Any] = lambda x, v: v
+) -> Any:
+    """Check `x` and `v`, and apply `make` to each tensor of `x` and that of `v`, in x's order."""
     if isinstance(x, Mapping) or isinstance(v, Mapping):
         if not (isinstance(x, Mapping) and isinstance(v, Mapping)) or x.keys() != v.keys():
             names = [sorted(side) if isinstance(side, Mapping) else "a tensor" for side in (x, v)]

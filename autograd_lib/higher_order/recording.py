@@ -8,7 +8,7 @@ function follows from its derivative (`recurrences` holds these rules).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +18,14 @@ from torch.utils._pytree import tree_map
 
 Values = list[list[Tensor]]  # by slot the coefficients so far; of a constant one
 Compute = Callable[[Values, int], Any]  # the coefficient of an order, or several
+Step = tuple[Compute, int | list[int]]  # and the slot of the result, or several
 
-_TO_PYTHON = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+# What reads a value past the dispatcher, and what makes a tensor of numbers.
+_READERS = """
+    tolist numpy __array__ __dlpack__ __repr__ __deepcopy__ __reduce_ex__ untyped_storage
+"""
+_TO_PYTHON = {getattr(Tensor, name) for name in _READERS.split()}
 _FROM_LISTS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
-# The places of numbers that are added, and so have no part in higher orders.
-_ADDENDS = {
-    **dict.fromkeys(["add", "sub", "rsub"], (0, 1)),
-    **dict.fromkeys(["masked_fill", "constant_pad_nd"], (2,)),
-    "fill": (1,),
-    "scatter": (3,),
-    "where": (1, 2),
-}
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -46,10 +43,6 @@ def differentiable(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def _like(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and x.dtype == y.dtype
-
-
 def _sample(x: Tensor) -> Tensor:
     """Return a tensor without the transforms of torch.func: of a batch its first element."""
     dims = []
@@ -58,7 +51,15 @@ def _sample(x: Tensor) -> Tensor:
         x = torch._C._functorch.get_unwrapped(x)
     for dim in reversed(dims):
         x = x.select(dim, 0) if dim >= 0 else x
-    return x.detach()
+    return x.detach().clone()  # in memory of its own, see `_place`
+
+
+def _place(x: Tensor) -> Any:
+    """What two tensors have in common that are the same values in the same memory."""
+    if x.layout != torch.strided:
+        return None
+    lazy = (x.dtype, x.is_conj(), x.is_neg())
+    return torch._C._storage_id(x), x.storage_offset(), x.shape, x.stride(), lazy  # type: ignore[attr-defined]
 
 
 class MutationError(NotImplementedError):
@@ -79,23 +80,14 @@ def _converted(name: str) -> NotImplementedError:
     )
 
 
-class _At(NamedTuple):
+class _Slot(int):
     """Stands for a recorded value among arguments."""
 
-    slot: int
-    use: str  # "order": its coefficient; "value": the first one; "addend": zero at higher orders
 
-    def get(self, values: Values, n: int) -> Tensor:
-        found = values[self.slot]
-        if self.use == "addend" and n:
-            return torch.zeros_like(found[0])
-        return found[n if self.use == "order" else 0]
-
-
-def _filled(template: list[Any], values: Values, n: int) -> list[Any]:
-    """The arguments of an operation at order n."""
+def _filled(template: list[Any], values: Values) -> list[Any]:
+    """The arguments of an operation at the order that is computed, the last of each value."""
     return [
-        x.get(values, n) if type(x) is _At else _filled(x, values, n) if type(x) is list else x
+        values[x][-1] if type(x) is _Slot else _filled(x, values) if type(x) is list else x
         for x in template
     ]
 
@@ -104,23 +96,26 @@ class Recorder(TorchDispatchMode):
     """Records operations; those that depend on the first two values entered are followed.
 
     Attributes:
-        program: what appends the results of each operation at order 0 to the values.
-        later: what does so at any order, of the operations that are followed.
+        program: what computes the results of each operation at order 0, and their slots.
+        later: what does so at higher orders, of the operations that are followed.
         outside: the tensors that are neither entered nor results, by slot.
     """
 
     def __init__(self, rule_of: Callable[[Any], Any]) -> None:
         super().__init__()
         self.rule_of = rule_of
-        self.program: list[Compute] = []
-        self.later: list[Compute] = []
+        self.program: list[Step] = []
+        self.later: list[Step] = []
         self.outside: dict[int, Tensor] = {}
         self.kept: list[Tensor] = []  # alive, so that no other tensor takes the id
         self.slots: dict[int, int] = {}  # by the id of a tensor
+        self.places: dict[Any, int] = {}  # of what is derived: nn.Parameter(x) is x
+        self.placed = 0  # so many of those kept
         self.size = 0
         self.followed = {0, 1}
         self.derived: set[int] = set()  # what depends on arguments, and not on the outside alone
         self.known: dict[Any, Tensor] = {}  # results of elementary functions
+        self.plain: set[Any] = set()  # operations of which a rule under way takes the value alone
 
     def enter_samples(self, values: Any) -> Any:
         """Enter the tensors among the arguments, as they look inside transforms of torch.func."""
@@ -135,8 +130,21 @@ class Recorder(TorchDispatchMode):
         self.slots[id(x)] = slot
         return slot
 
+    def find(self, x: Tensor) -> int | None:
+        """The slot of a tensor that was seen, itself or by what shares its memory unseen."""
+        if id(x) not in self.slots:
+            for seen in self.kept[self.placed :]:
+                if self.slots[id(seen)] in self.derived:
+                    self.places[_place(seen)] = self.slots[id(seen)]
+            self.placed = len(self.kept)
+            if _place(x) in self.places:
+                self.enter(x, self.places[_place(x)])
+        return self.slots.get(id(x))
+
     def slot(self, x: Tensor) -> int:
         found = self.slots.get(id(x))
+        if found is None:
+            found = self.find(x)
         if found is None:
             found = self.enter(x)
             self.outside[found] = x
@@ -162,88 +170,76 @@ class Recorder(TorchDispatchMode):
         inputs = tensors_in(args)
         if func.namespace == "prim" or not inputs:  # prim: device, layout
             return func(*args, **kwargs)
-        if tensors_in(kwargs):
+        if kwargs and tensors_in(kwargs):
             raise no_rule(name)
-        if not any([self.follows(x) for x in inputs]):  # noqa: C419 - each gets a slot
-            return self.constant(func, args, kwargs)
+        if func in self.plain or self.followed.isdisjoint([self.slot(x) for x in inputs]):
+            return self.record(func, args, kwargs)
         return self.rule_of(func)(self, func, args, kwargs)
 
     def composed(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self:
             return function(*args, **kwargs)
 
-    def template(self, args: Any, use: Callable[[Tensor], str]) -> list[Any]:
+    def template(self, args: Any) -> list[Any]:
         return [
-            _At(self.slot(x), use(x))
+            _Slot(self.slot(x))
             if isinstance(x, Tensor)
-            else self.template(x, use)
+            else self.template(x)
             if isinstance(x, list | tuple)
             else x
             for x in args
         ]
 
-    def add(self, result: Any, compute: Compute, args: Any, followed: bool = True) -> Any:
-        """Add an operation by its result at order 0 and what computes it at any order."""
-        derived = any(self.slot(x) in self.derived for x in tensors_in(args))
-        single = isinstance(result, Tensor)
-        writes = [self.enter(x) for x in ((result,) if single else result)]
+    def call(self, func: Any, args: Any, kwargs: Any) -> Compute:
+        """What calls an operation on the latest coefficients of its arguments."""
+        # PyTorch's own function of the name, which it calls faster than it does the operation.
+        faster = getattr(torch._C._VariableFunctions, func._overloadpacket.__name__, func)
+        template = self.template(args)
+        return lambda values, n: faster(*_filled(template, values), **kwargs)
 
-        def append(values: Values, n: int) -> None:
-            found = compute(values, n)
-            for slot, x in zip(writes, (found,) if single else found, strict=True):
-                values[slot].append(x)
-
-        self.program.append(append)
-        self.derived.update(writes if derived else [])
-        if followed:
-            self.followed.update(writes)
-            self.later.append(append)
-        return result
-
-    def constant(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operation on the values at order 0 alone."""
+    def record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call and record an operation; its results are constants, unless they are extended."""
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor | tuple | list):
-            if any(self.slot(x) in self.derived for x in tensors_in(args)):
-                raise _converted(func._overloadpacket.__name__.strip("_"))
-            return result
-        template = self.template(args, lambda x: "value")
-
-        def compute(values: Values, n: int) -> Any:
-            return func(*_filled(template, values, 0), **kwargs)
-
-        return self.add(result, compute, args, followed=False)
-
-    def linear(self, func: Any, args: Any, kwargs: Any, constants: str = "addend") -> Any:
-        """An operation linear in what is followed, with constants as addends or as factors."""
-        name, result = func._overloadpacket.__name__, func(*args, **kwargs)
-        if "reduce" in kwargs:
-            raise no_rule(name)
         if result is args[0]:
             return result
-        if not all(differentiable(x) for x in tensors_in([result])):
-            return self.constant(func, args, kwargs)
+        derived = not self.derived.isdisjoint([self.slot(x) for x in tensors_in(args)])
+        if not isinstance(result, Tensor | tuple | list):
+            if derived:
+                raise _converted(func._overloadpacket.__name__.strip("_"))
+            return result
+        compute = self.call(func, args, kwargs)
+        writes = [self.enter(x) for x in tensors_in([result])]
+        self.derived.update(writes if derived else ())
+        self.program.append((compute, writes[0] if isinstance(result, Tensor) else writes))
+        return result
 
-        def use(x: Tensor) -> str:
-            return "order" if self.follows(x) else constants if differentiable(x) else "value"
+    def extend(self, result: Any, higher: Compute) -> Any:
+        """Follow results by what computes their coefficients, if they are differentiable."""
+        results = tensors_in([result])
+        if all(differentiable(x) for x in results):
+            writes = [self.slot(x) for x in results]
+            self.followed.update(writes)
+            self.later.append((higher, writes[0] if isinstance(result, Tensor) else writes))
+        return result
 
-        first = self.template(args, use)
-        added = [i for i in _ADDENDS.get(name, ()) if i < len(args) and type(first[i]) is not _At]
-        rest = [0 if i in added else x for i, x in enumerate(first)]
-        # What a constant is added to keeps its higher orders, as does what is multiplied by 1.
-        followed = [x for x in tensors_in(args) if self.follows(x)]
-        number = args[-1] if not isinstance(args[-1], Tensor) else None
-        plus = name == "add" or (name == "sub" and followed[0] is args[0])
-        keeps = name == "alias" or (name == "mul" and number == 1) or (plus and not kwargs)
-        same = keeps and len(followed) == 1 and _like(followed[0], result)
-        kept = self.slot(followed[0])
+    def linear(
+        self, func: Any, args: Any, kwargs: Any, later: Any = None, keeps: bool = False
+    ) -> Any:
+        """An operation linear in what is followed, of the arguments by `later` at higher orders.
 
-        def compute(values: Values, n: int) -> Any:
-            if n and same:
-                return values[kept][n]
-            return func(*_filled(rest if n else first, values, n), **kwargs)
-
-        return self.add(result, compute, args)
+        With `keeps` it changes no higher order of its only followed argument.
+        """
+        result = self.record(func, args, kwargs)
+        if result is args[0]:
+            return result
+        compute, _ = self.program[-1]
+        x, *others = [x for x in tensors_in(args) if self.follows(x)]
+        if keeps and not others and (x.shape, x.dtype) == (result.shape, result.dtype):
+            kept = self.slot(x)
+            return self.extend(result, lambda values, n: values[kept][-1])
+        if later is not None:
+            compute = self.call(func, later(args), kwargs)
+        return self.extend(result, compute)
 
     def elementary(
         self, func: Any, args: Any, kwargs: Any, slope: Callable[[Tensor, Tensor], Tensor]
@@ -254,22 +250,25 @@ class Recorder(TorchDispatchMode):
             alias = self.known[key].detach()  # autograd does not take one tensor as two results
             self.enter(alias, self.slot(self.known[key]))
             return alias
-        y: Tensor = func(*args, **kwargs)
-        at, template = self.slot(args[0]), self.template(args, lambda x: "value")
 
-        def compute(values: Values, n: int) -> Tensor:
+        def higher(values: Values, n: int) -> Tensor:
             """From `y' = d x'`, with d the derivative."""
-            if n == 0:
-                return func(*_filled(template, values, 0), **kwargs)
             x, d = values[at], values[derivative]
-            z = x[n] * d[0]
+            z, add = x[n] * d[0], accumulation()
             for j in range(1, n):
-                z = torch.addcmul(z, x[j], d[n - j], value=j / n)
+                z = add(z, x[j], d[n - j], value=j / n)
             return z
 
-        self.known[key] = self.add(y, compute, args)
-        derivative = self.slot(self.composed(slope, args[0], y))
+        y: Tensor = self.extend(self.record(func, args, kwargs), higher)
+        self.known[key] = y
+        at, derivative = self.slot(args[0]), self.slot(self.composed(slope, args[0], y))
         return y
+
+
+def accumulation() -> Callable[..., Tensor]:
+    """`addcmul`, in place where no transform of torch.func may give the product more dimensions."""
+    inside = torch._C._functorch.maybe_current_level() is not None
+    return torch.addcmul if inside else Tensor.addcmul_
 
 
 class FunctionMode(TorchFunctionMode):
@@ -280,10 +279,11 @@ class FunctionMode(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        lists = [x for x in args if isinstance(x, list | tuple)]
-        read = args[:1] if func in _TO_PYTHON else tensors_in(lists) if func in _FROM_LISTS else ()
-        if any(id(x) in self.recorder.slots for x in read):
-            raise _converted(func.__name__)
+        read = args[:1] if func in _TO_PYTHON else ()
+        if func in _FROM_LISTS:
+            read = tensors_in([x for x in args if isinstance(x, list | tuple)])
+        if any(self.recorder.find(x) in self.recorder.derived for x in read):
+            raise _converted(func.__name__.strip("_"))
         if torch._C._functorch.maybe_current_level() is None and any(
             torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors_in(args)
         ):

@@ -15,6 +15,7 @@ from autograd_lib.higher_order.lookup import LINEAR, RULES
 from autograd_lib.higher_order.recording import (
     Recorder,
     Values,
+    accumulation,
     differentiable,
     no_rule,
     tensors_in,
@@ -28,6 +29,12 @@ _JOINT = """
     add sub rsub where cat stack masked_fill fill copy index_put index_add scatter scatter_add
     select_scatter slice_scatter diagonal_scatter constant_pad_nd
 """
+# The places of numbers that are added, and so have no part in higher orders.
+_ADDENDS = {
+    **dict.fromkeys(["add", "sub", "rsub"], (0, 1)),
+    **dict.fromkeys(["masked_fill", "constant_pad_nd"], (2,)),
+    **{"fill": (1,), "scatter": (3,), "where": (1, 2)},
+}
 # Beside those of `jet`.
 _LINEAR = """
     view _to_copy index select_backward slice_backward _conj _neg_view embedding im2col col2im
@@ -37,22 +44,21 @@ _PLAIN = """
     sign sgn floor ceil round trunc heaviside zeros_like ones_like full_like empty_like
     new_zeros new_ones new_full new_empty new_empty_strided
 """
-# The rule of `jet` is written as for plain tensors.
+# The rule of `jet` is written as for plain tensors; in it the operation itself is of values.
 _SHARED = """
-    abs addmm addmv baddbmm clamp clamp_max clamp_min hypot logaddexp maximum minimum prod std var
-    xlogy
+    abs addmm addmv amax amin baddbmm clamp clamp_max clamp_min cummax cummin fmod hypot kthvalue
+    logaddexp max maximum median min minimum mode nanmedian prod remainder sort std topk var
+    var_mean xlogy
 """
 
 
 def rule_of(func: Any) -> Rule:
     """The rule of an operation; without one, PyTorch's own way to write it by others."""
     name = func._overloadpacket.__name__ if func.namespace == "aten" else ""
-    home, local = (torch.special, name[8:]) if name.startswith("special_") else (torch, name)
-    elementary = ELEMENTARY.get(getattr(home, local, None))
     if name in _RULES:
         return _RULES[name]
-    if name in _SHARED.split():
-        return _composed(RULES[getattr(torch, name)])
+    home, local = (torch.special, name[8:]) if name.startswith("special_") else (torch, name)
+    elementary = ELEMENTARY.get(getattr(home, local, None))
     if elementary is not None:
         return lambda record, *call: record.elementary(*call, _slope(elementary))
     if func in decomposition_table:
@@ -61,6 +67,13 @@ def rule_of(func: Any) -> Rule:
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         return _composed(func.decompose)
     return _condition
+
+
+def _shared(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    record.plain.add(func)
+    result = record.composed(RULES[func._overloadpacket.__name__], *args, **kwargs)
+    record.plain.discard(func)
+    return result
 
 
 def _composed(function: Callable[..., Any]) -> Rule:
@@ -73,9 +86,8 @@ def _slope(elementary: Any) -> Callable[[Tensor, Tensor], Tensor]:
     def slope(x: Tensor, y: Tensor) -> Any:
         if not isinstance(elementary, Recurrence):
             return elementary.derivative(y if elementary.from_value else x)
-        letters = {"x": x, "y": y}
-        for letter, (value, _) in zip("zw", elementary.functions[1:], strict=False):
-            letters[letter] = value(x)
+        values = [x, y, *[value(x) for value, _ in elementary.functions[1:]]]
+        letters = dict(zip("xyzw", values, strict=False))
         terms: list[Any] = []
         for names, factor in elementary.terms.items():
             factors: list[Any] = [letters[name] for name in names]
@@ -87,49 +99,73 @@ def _slope(elementary: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _condition(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    if any(differentiable(x) for x in tensors_in([func(*args, **kwargs)])):
+    result = record.record(func, args, kwargs)
+    if any(differentiable(x) for x in tensors_in([result])):
         raise no_rule(func._overloadpacket.__name__)
-    return record.constant(func, args, kwargs)
+    return result
 
 
 def _linear(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if any(record.follows(x) for x in tensors_in(args[1:])):
         raise no_rule(func._overloadpacket.__name__)
-    return record.linear(func, args, kwargs, "value")
+    return record.linear(func, args, kwargs)
+
+
+def _joint(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    name = func._overloadpacket.__name__
+    if "reduce" in kwargs:
+        raise no_rule(name)
+
+    def zeroed(x: Any) -> Any:
+        """Zeros in the place of a constant addend."""
+        if isinstance(x, list | tuple):
+            return [zeroed(each) for each in x]
+        if not isinstance(x, Tensor) or not differentiable(x) or record.follows(x):
+            return x
+        return record.record(_ZEROS, (x,), {})
+
+    def later(args: Any) -> list[Any]:
+        numbers = _ADDENDS.get(name, ())
+        return [
+            0 if i in numbers and not isinstance(x, Tensor) else zeroed(x)
+            for i, x in enumerate(args)
+        ]
+
+    plus = name in ("add", "alias") or (name == "sub" and record.follows(args[0]))
+    return record.linear(func, args, kwargs, later, plus and not kwargs)
 
 
 def _bilinear(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     a, b, *rest = args
     if not (record.follows(a) and record.follows(b)):
-        return record.linear(func, args, kwargs, "value")
-    i, j = record.slot(a), record.slot(b)
+        return record.linear(func, args, kwargs, keeps=not isinstance(b, Tensor) and b == 1)
+    i, j, elementwise = record.slot(a), record.slot(b), func is _MUL
 
-    def compute(values: Values, n: int) -> Tensor:
-        a, b = values[i], values[j]
-        products = [func(a[k], b[n - k], *rest) for k in range(n + 1)]
-        return sum(products[1:], start=products[0])
+    square = elementwise and i == j  # of which each product stands twice
 
-    def elementwise(values: Values, n: int) -> Tensor:
+    def higher(values: Values, n: int) -> Tensor:
         a, b = values[i], values[j]
-        half = (n + 1) // 2 if i == j and n else n + 1  # of a square, each product stands twice
-        z = a[0] * b[n]
+        add = accumulation() if elementwise else lambda z, a, b: z + func(a, b, *rest)
+        half = (n + 1) // 2 if square else n + 1
+        z = func(a[0], b[n], *rest)
         for k in range(1, half):
-            z = torch.addcmul(z, a[k], b[n - k])
-        if half > n:
+            z = add(z, a[k], b[n - k])
+        if not square:
             return z
-        return z + z if n % 2 else torch.addcmul(z + z, a[half], a[half])
+        return z + z if n % 2 else add(z + z, a[half], a[half])
 
-    return record.add(func(*args), elementwise if func is _MUL else compute, args)
+    return record.extend(record.record(func, args, kwargs), higher)
 
 
 _ALIAS, _MUL = torch.ops.aten.alias.default, torch.ops.aten.mul.Tensor
+_ZEROS = torch.ops.aten.zeros_like.default
 
 
 def _div(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if kwargs.get("rounding_mode") is not None:
-        return record.constant(func, args, kwargs)
+        return record.record(func, args, kwargs)
     if not record.follows(args[1]):
-        return record.linear(func, args, kwargs, "value")
+        return record.linear(func, args, kwargs)
     return record.composed(lambda: args[0] * torch.reciprocal(args[1]))
 
 
@@ -156,42 +192,17 @@ def _softplus(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return record.elementary(func, args, kwargs, lambda x, _: torch.sigmoid(beta * x))
 
 
-def _extremum(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    x, dims, keep = [*args, (), False][:3] if len(args) == 1 else [*args, False][:3]
-    largest = record.constant(func, (x, dims, True), {})
-
-    def mean_of_largest() -> Tensor:
-        places = (x == largest).to(x.dtype)
-        return (x * (places / places.sum(dims, keepdim=True))).sum(dims, keepdim=keep)
-
-    return record.composed(mean_of_largest)
-
-
-def _sort(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    _, places = record.constant(func, args, kwargs)
-    place = 2 if func is torch.ops.aten.topk.default else 1
-    dim = kwargs.get("dim", args[place] if len(args) > place else -1)
-    return record.composed(torch.gather, args[0], dim, places), places
-
-
-def _var_mean(x: Tensor, dim: Any = None, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    keep = args[1] if len(args) > 1 else options.get("keepdim", False)
-    return torch.var(x, dim, *args, **options), x.mean(None if isinstance(dim, bool) else dim, keep)
-
-
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(_PLAIN.split(), Recorder.constant),
+    **dict.fromkeys(_SHARED.split(), _shared),
+    **dict.fromkeys(_PLAIN.split(), Recorder.record),
     **dict.fromkeys([*LINEAR, *_LINEAR.split()], _linear),
-    **dict.fromkeys(_JOINT.split(), Recorder.linear),
+    **dict.fromkeys(_JOINT.split(), _joint),
     **dict.fromkeys(["mul", "mm", "bmm", "mv", "dot"], _bilinear),
-    **dict.fromkeys(["amax", "amin"], _extremum),
-    **dict.fromkeys(["sort", "topk"], _sort),
     "convolution": _convolution,
     # No gradient is stopped, since autograd detaches what it saves.
-    "detach": lambda record, _, args, kwargs: record.linear(_ALIAS, args, kwargs),
+    "detach": lambda record, _, args, kwargs: _joint(record, _ALIAS, args, kwargs),
     "div": _div,
     "pow": _pow,
     "relu": _composed(lambda x: x * (x > 0)),
     "softplus": _softplus,
-    "var_mean": _composed(_var_mean),
 }

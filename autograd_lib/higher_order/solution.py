@@ -100,12 +100,18 @@ class RightHandSide:
         values: list[list[Tensor]] = [[] for _ in range(self._size)]
         for slot, x in [*enumerate(tensors_in((t, y, *args))), *self._outside.items()]:
             values[slot].append(x)
-        if order > 1:
-            values[0] += [torch.ones_like(t)] + [torch.zeros_like(t)] * (order - 2)
+        one, zero = torch.ones_like(t), torch.zeros_like(t)
         solution, slopes = values[1], values[self._result]
         for k in range(order):
-            for append in self._later if k else self._program:
-                append(values, k)
+            if k:
+                values[0].append(one if k == 1 else zero)
+            for compute, writes in self._later if k else self._program:
+                found = compute(values, k)
+                if isinstance(writes, int):
+                    values[writes].append(found)
+                else:
+                    for slot, x in zip(writes, found, strict=True):
+                        values[slot].append(x)
             slope = slopes[k] if k < len(slopes) else torch.zeros_like(y)
             solution.append(slope / (k + 1) if k else slope)
         return solution

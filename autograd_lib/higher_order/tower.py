@@ -14,12 +14,12 @@ from autograd_lib.core.batches import call, own_loss, read_batch
 from autograd_lib.higher_order.algebra import Taylor
 from autograd_lib.higher_order.dispatch import Jet, following, lift
 from autograd_lib.higher_order.inputs import (
-    check_recording,
     check_scalar,
     check_uncompiled,
     follow,
     map_tensors,
     sum_dtype,
+    trainable,
 )
 from autograd_lib.higher_order.series import derivative, pad
 from autograd_lib.report.tables import Row, Table
@@ -111,7 +111,7 @@ def derivative_tower(
     check_uncompiled("derivative_tower")
     if not isinstance(order, int) or order < 1:
         raise ValueError(f"derivative_tower: expected an order of 1 or more, got {order!r}")
-    check_recording("derivative_tower")
+    parameters = trainable("derivative_tower", model)
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.modules.batchnorm._NormBase)
@@ -123,9 +123,6 @@ def derivative_tower(
                 "forward changes its running statistics; call model.eval(), or give it "
                 "track_running_stats=False"
             )
-    parameters = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("derivative_tower: no parameter of the model requires a gradient")
 
     def loss() -> Tensor:
         if loss_fn is not None:

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from autograd_lib.higher_order.inputs import (
     check_tensor,
     follow,
     map_tensors,
-    ordered_like,
     tensors_of,
 )
+from autograd_lib.higher_order.operators import random_signs
 from autograd_lib.higher_order.taylor import jet
 from autograd_lib.report.tables import Row, Table
 
@@ -54,14 +54,12 @@ class DerivativeReport(Table):
 
     @property
     def first_wrong(self) -> dict[str, int | None]:
-        def first(report: DerivativeReport, name: str) -> list[int]:
-            found = report.values[name]
-            wrong = [k for k in range(len(found)) if report._verdict(found, k) == "wrong"]
-            return wrong[:1] or ([len(found)] if len(found) < len(report.fit) else [])
-
-        reports = [self, *self.others]
+        reports, orders = [self, *self.others], range(len(self.fit))
         return {
-            name: min([k for report in reports for k in first(report, name)], default=None)
+            name: next(
+                (k for k in orders if any(r._verdict(name, k) not in ("", "?") for r in reports)),
+                None,
+            )
             for name in self.values
         }
 
@@ -84,13 +82,17 @@ class DerivativeReport(Table):
         scale, largest = max(abs(self.fit[k]), abs(found)), np.nanmax(np.abs(self.fit))
         return 10 * self.uncertainty[k] <= max(1e-2 * scale, 1e-6 * largest)
 
-    def _verdict(self, found: list[float], k: int) -> str:
+    def _verdict(self, name: str, k: int) -> str:
+        """What is said of a way at an order: nothing where it is right, "?" if nobody can tell."""
+        if k >= len(self.values[name]):
+            return "raises" if name in self.errors else "missing"
+        found = self.values[name][k]
         if math.isinf(self.uncertainty[k]):
             return "?"
-        allowed = self.rtol * max(abs(self.fit[k]), abs(found[k])) + 10 * self.uncertainty[k]
-        if not abs(found[k] - self.fit[k]) <= allowed:
+        allowed = self.rtol * max(abs(self.fit[k]), abs(found)) + 10 * self.uncertainty[k]
+        if not abs(found - self.fit[k]) <= allowed:
             return "wrong"
-        return "" if self._resolved(k, found[k]) else "?"
+        return "" if self._resolved(k, found) else "?"
 
     def _table(self) -> tuple[str, Row, list[Row]]:
         wrong = [
@@ -105,12 +107,13 @@ class DerivativeReport(Table):
             title += f"; the fit does not resolve f from order {unknown[0]} on, scale v"
         rows: list[Row] = []
         for k, value in enumerate(self.fit):
-            row = [str(k), f"{value:.6g} ± {self.uncertainty[k]:.0e}"]
-            for name, found in self.values.items():
-                absent = "raises" if name in self.errors else "missing"
-                cell = f"{found[k]:.6g} {self._verdict(found, k)}" if k < len(found) else absent
-                row.append(cell.strip())
-            rows.append(row)
+            found = {
+                name: [f"{x:.6g}" for x in self.values[name][k : k + 1]] for name in self.values
+            }
+            cells = [
+                " ".join([*cell, self._verdict(name, k)]).strip() for name, cell in found.items()
+            ]
+            rows.append([str(k), f"{value:.6g} ± {self.uncertainty[k]:.0e}", *cells])
         return title, ["order", "fit", *self.values], rows
 
     def _notes(self) -> list[str]:
@@ -166,28 +169,23 @@ def verify_derivatives(
     """
     if not isinstance(order, int) or order < 1:
         raise ValueError(f"verify_derivatives: expected an order of 1 or more, got {order!r}")
-    follow("verify_derivatives", x, v, lambda x, v: x)
 
     def wide(t: Tensor) -> Tensor:
         return t.detach().to(torch.complex128 if t.is_complex() else torch.float64)
 
-    x, v = map_tensors(wide, x), map_tensors(wide, ordered_like(x, v))
-    weights: list[Tensor] = []
+    v = map_tensors(wide, follow("verify_derivatives", x, v))
+    x = map_tensors(wide, x)
 
     def one(x: Inputs) -> Tensor:
         y = check_tensor("verify_derivatives", f(x))
         y = torch.view_as_real(y) if y.is_complex() else y
-        if not y.ndim:
-            return y
-        if not weights:
-            generator = torch.Generator().manual_seed(0)
-            weights.append(
-                torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device)
-            )
-        return (y * weights[0]).sum()
+        same = torch.Generator().manual_seed(0)  # the combination is the same one each time
+        weights = torch.randn(y.shape, generator=same, dtype=torch.float64).to(y.device)
+        return (y * weights).sum() if y.ndim else y
 
     def along(v: Inputs) -> DerivativeReport:
-        fit, uncertainty = _fit(lambda t: one(_step(x, v, t)).item(), order)
+        on_line, _ = _line(one, x, v)
+        fit, uncertainty = _fit(lambda t: on_line(t).item(), order)
         values: dict[str, list[float]] = {}
         errors: dict[str, str] = {}
         for name, way in (_WAYS if ways is None else ways).items():
@@ -199,43 +197,31 @@ def verify_derivatives(
                 errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         return DerivativeReport(fit, uncertainty, values, errors, rtol)
 
-    report, generator = along(v), torch.Generator().manual_seed(0)
+    report = along(v)
+    generator = torch.Generator(tensors_of(x)[0].device).manual_seed(0)
     while report.disputed() and len(report.others) < _DIRECTIONS:
-        report.others.append(along(map_tensors(lambda t: t * _signs(t, generator), v)))
+        report.others.append(along(map_tensors(lambda t: t * random_signs(t, generator), v)))
     return report
 
 
-def _signs(t: Tensor, generator: torch.Generator) -> Tensor:
-    return (2 * torch.randint(0, 2, t.shape, generator=generator) - 1).to(t)
-
-
-def _step(x: Inputs, v: Inputs, t: Any) -> Inputs:
-    if isinstance(x, Mapping) and isinstance(v, Mapping):
-        return {k: x[k] + t * v[k] for k in x}
-    return cast(Tensor, x) + t * cast(Tensor, v)
+def _line(f: Scalar, x: Inputs, v: Inputs) -> tuple[Callable[[Any], Tensor], Tensor]:
+    """Return f(x + t v) as a function of t, and t = 0."""
+    zero = torch.zeros((), dtype=torch.float64, device=tensors_of(x)[0].device)
+    return lambda t: f(follow("verify_derivatives", x, v, lambda x, v: x + t * v)), zero
 
 
 def _reverse(f: Scalar, x: Inputs, v: Inputs, order: int) -> Iterator[Tensor]:
+    g, t = _line(f, x, v)
     with torch.enable_grad():
-        t = torch.zeros((), dtype=torch.float64, device=tensors_of(x)[0].device, requires_grad=True)
-        y = f(_step(x, v, t))
-        yield y.detach()
-        for _ in range(order):
-            if y.requires_grad:
-                (y,) = torch.autograd.grad(y, t, create_graph=True, materialize_grads=True)
-            else:
-                y = torch.zeros_like(y)
+        y = g(t.requires_grad_())
+        while True:
             yield y.detach()
+            (y,) = torch.autograd.grad(y + 0 * t, t, create_graph=True)
 
 
 def _forward(f: Scalar, x: Inputs, v: Inputs, order: int) -> Iterator[Tensor]:
-    t = torch.zeros((), dtype=torch.float64, device=tensors_of(x)[0].device)
-
-    def along(t: Tensor) -> Tensor:
-        return f(_step(x, v, t))
-
-    g: Callable[[Tensor], Tensor] = along
-    for _ in range(order + 1):
+    g, t = _line(f, x, v)
+    while True:
         yield g(t).detach()
         g = _slope(g)
 
@@ -252,7 +238,6 @@ _WIDTHS = (2.0, 1.0, 0.5, 0.25, 0.12, 0.06)
 
 def _fit(g: Callable[[float], float], order: int) -> tuple[list[float], list[float]]:
     """Derivatives at 0 by Chebyshev interpolation, and by how much two degrees differ."""
-    at_zero, finite = g(0.0), False
     # The last coefficients over a short interval are noise: of float64, or of what f computes in.
     noise = np.abs(_interpolate(g, _WIDTHS[-1], order + 16).coef[-3:]).max()
     samples = np.array([g(share * _WIDTHS[-1]) for share in _BETWEEN])
@@ -260,7 +245,7 @@ def _fit(g: Callable[[float], float], order: int) -> tuple[list[float], list[flo
         rounded = np.array_equal(samples, samples.astype(np.float32))
     if rounded:  # to steps, on which the samples may all be the same
         noise = np.nanmax([noise, np.finfo(np.float32).eps * np.abs(samples).max()])
-    best: list[tuple[float, float]] = []
+    best, finite = [(math.inf, math.nan)] * (order + 1), False
     for width, (low, high) in itertools.product(_WIDTHS, ((4, 6), (12, 16))):
         fits = [_interpolate(g, width, degree) for degree in (order + low, order + high)]
         largest = np.abs(fits[1].coef).sum()
@@ -272,19 +257,21 @@ def _fit(g: Callable[[float], float], order: int) -> tuple[list[float], list[flo
             continue  # too wide to resolve f
         error = np.finfo(np.float64).eps * largest + miss + (noise if math.isfinite(noise) else 0)
         for k in range(order + 1):
-            rough, fine = (float((series.deriv(k) if k else series)(0.0)) for series in fits)
+            rough, fine = (_at_zero(series, k) for series in fits)
             doubt = abs(fine - rough) + error * _amplification(order + high, k) / width**k
-            if k == len(best):
-                best.append((doubt, fine))
             best[k] = min(best[k], (doubt, fine))
     if not finite:
         raise ValueError(
             "verify_derivatives: expected f to be finite along v, got none of the widths from "
             f"{_WIDTHS[0]} to {_WIDTHS[-1]}; scale v down"
         )
-    if not best:  # nothing is known beyond the value
-        return [at_zero] + [math.nan] * order, [0.0] + [math.inf] * order
+    if math.isinf(best[0][0]):  # nothing is known beyond the value
+        best[0] = (0.0, g(0.0))
     return [value for _, value in best], [doubt for doubt, _ in best]
+
+
+def _at_zero(series: Chebyshev, k: int) -> float:
+    return float((series.deriv(k) if k else series)(0.0))
 
 
 def _interpolate(g: Callable[[float], float], width: float, degree: int) -> Chebyshev:
@@ -295,5 +282,4 @@ def _interpolate(g: Callable[[float], float], width: float, degree: int) -> Cheb
 @functools.cache
 def _amplification(degree: int, k: int) -> float:
     """By how much a k-th derivative at 0 enlarges an error of the samples: sum |T_n^(k)(0)|."""
-    basis = (Chebyshev.basis(n).deriv(k) if k else Chebyshev.basis(n) for n in range(degree + 1))
-    return sum(abs(float(series(0.0))) for series in basis)
+    return sum(abs(_at_zero(Chebyshev.basis(n), k)) for n in range(degree + 1))

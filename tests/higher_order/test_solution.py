@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -148,6 +149,11 @@ SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
     "extremum": lambda x: x.amax(-1, keepdim=True) * x - torch.maximum(x, -x).clamp(0.2, 0.4),
     "relu": lambda x: F.relu(x) * F.leaky_relu(x) + F.elu(x) - x.abs(),
     "matmul": lambda x: (x.mT @ x @ x.mT).mT,
+    "places": lambda x: x.sort(1).values * x.median(1, keepdim=True).values + x.cummax(1).values,
+    "largest": lambda x: x.max(1, keepdim=True).values * x + x.kthvalue(2, 1, True).values,
+    "median": lambda x: x * x.median() + torch.remainder(x, 0.3) * x.min(),
+    "hypot": lambda x: torch.hypot(x, 1 + x * x),
+    "moments": lambda x: torch.var_mean(x, -1, True, True)[1] * x + torch.var_mean(x)[0],
     "vector": lambda x: torch.outer(x[0] @ x.mT, x[1]) + torch.dot(x[0], x[1]),
     "bmm": lambda x: torch.bmm(x[None], (x.mT @ x)[None])[0],
     "einsum": lambda x: torch.einsum("ij,kj->ik", x, x) @ x,
@@ -384,7 +390,65 @@ def test_the_cost_grows_as_the_square_of_the_order() -> None:
     assert steps[0] <= 2 * 5 + 11
 
 
+class Tagged(Tensor):
+    """A subclass that changes nothing."""
+
+
+UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "Parameter": nn.Parameter,
+    "Buffer": nn.Buffer,
+    "data": lambda x: x.data,
+    "copy": lambda x: copy.copy(nn.Parameter(x)),
+    "deepcopy": lambda x: copy.deepcopy(nn.Parameter(x)),
+    "as_subclass": lambda x: x.as_subclass(Tagged),
+    "conj": lambda x: nn.Parameter(x.conj()),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_shares_the_memory_of_a_value_is_that_value(name: str) -> None:
+    """PyTorch makes these past its dispatcher."""
+    same = UNSEEN[name]
+    y0 = START + 1j if name == "conj" else START
+
+    def f(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        return (same(y) * y + same(y * p) * t).as_subclass(Tensor)
+
+    def plain(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        once, product = (y.conj(), (y * p).conj()) if name == "conj" else (y, y * p)
+        return once * y + product * t
+
+    p = wide(0.5, -2.0).requires_grad_()
+    got, expected = (taylor_solution(g, y0, 4, p) for g in (f, plain))
+    torch.testing.assert_close(got, expected)
+    assert type(got) is Tensor
+    slopes = [torch.autograd.grad(c.abs().sum(), p)[0] for c in (got, expected)]
+    torch.testing.assert_close(*slopes)
+    got = taylor_solution(lambda t, y: same(p) * y, START, 1, t=1)  # not of a value
+    torch.testing.assert_close(got[1], p * START)
+
+
+def test_a_tensor_that_f_closes_over_is_not_the_argument_whose_memory_it_shares() -> None:
+    start = START.clone()
+    got = taylor_solution(lambda t, y, p: y * start - p * start, start, 3, start)
+    torch.testing.assert_close(got, nested(lambda t, y: (y - START) * START, START, 3))
+    flat = wide(1.0, 1.2, 0.5, 2.0)
+    got = taylor_solution(lambda t, y: y * flat[2:], flat[:2], 3)
+    torch.testing.assert_close(got, nested(lambda t, y: y * wide(0.5, 2.0), START, 3))
+
+
 # ------------------------------------------------------------------ what is refused
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "repr": lambda y: float(repr(y)[8:10]),
+    "local_scalar_dense": lambda y: float(y[0]),
+    "deepcopy": copy.deepcopy,
+    "(reduce_ex|untyped_storage)": copy.copy,
+    "(dlpack|is_pinned)": torch.utils.dlpack.from_dlpack,
+    "untyped_storage": lambda y: torch.tensor(y.untyped_storage()[0]),
+    "tolist": lambda y: y.tolist()[0],
+}
 
 
 def test_values_that_leave_for_python_are_refused() -> None:
@@ -403,6 +467,12 @@ def test_values_that_leave_for_python_are_refused() -> None:
         taylor_solution(lambda t, y, p: y if p[0] > 0 else -y, START, 2, PARAMETERS)
     with pytest.raises(NotImplementedError, match="writes in place where PyTorch cannot"):
         taylor_solution(lambda t, y: nn.BatchNorm1d(2).double()(y.expand(3, 2))[0], START, 2)
+    for name, read in READERS.items():
+        with pytest.raises(NotImplementedError, match=rf"taylor_solution: {name} converts"):
+            taylor_solution(lambda t, y, read=read: y * read(y), START, 2)
+        if read not in (copy.copy, copy.deepcopy):  # of parameters they are followed
+            with pytest.raises(NotImplementedError, match="converts"):
+                taylor_solution(lambda t, y, read=read: y * read(nn.Parameter(2 * y)), START, 2)
     mask = torch.tensor([True, False])
     taylor_solution(lambda t, y: y * mask if mask.any() else y, START, 2)  # of no argument
 
@@ -410,7 +480,7 @@ def test_values_that_leave_for_python_are_refused() -> None:
 def test_operations_without_a_rule_are_named() -> None:
     cases: dict[str, Field] = {
         "polygamma": lambda t, y: torch.lgamma(y),
-        "median": lambda t, y: y * y.median(),
+        "igamma": lambda t, y: torch.special.gammainc(y, y),
         "scatter": lambda t, y: y.scatter(0, torch.tensor([0, 1]), y, reduce="multiply"),
         "bernoulli, which is random,": lambda t, y: F.dropout(y, 0.5),
         "rand, which is random,": lambda t, y: y + torch.rand(2),

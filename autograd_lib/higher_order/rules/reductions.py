@@ -33,7 +33,8 @@ jet_rule(torch.std)(lambda *args, **kwargs: torch.var(*args, **kwargs).sqrt())
 @jet_rule(torch.var_mean)
 def _var_mean(x: Jet, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     dims = None if isinstance(dim, bool) else dim
-    return torch.var(x, dim, *args, **kwargs), x.mean(dims, keepdim=kwargs.get("keepdim", False))
+    keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
+    return torch.var(x, dim, *args, **kwargs), x.mean(dims, keepdim=keepdim)
 
 
 @jet_rule(torch.prod)
