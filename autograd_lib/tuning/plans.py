@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import replace
 
-from autograd_lib.checkpointing.plan import CheckpointPlan, plan_checkpoints
+from autograd_lib.checkpointing.plan import plan_checkpoints
 from autograd_lib.config.records import Settings
 from autograd_lib.report.tables import readable_bytes
 from autograd_lib.tuning.candidates import Candidates
@@ -40,10 +40,15 @@ def _within_budget(
     By as much as that peak is above the predicted one, the next plan is made for less. Where
     nothing fits, the last one is the plan of the least peak: an error can then name that peak.
     """
-    plan, budget = _plan(candidates, settings), candidates.budget
-    if plan is None:
+    candidates.announce(f"checkpoint plan for {settings}")
+    bench, accumulate = candidates.bench, settings.micro_batch is not None
+    try:
+        blocks, loss = bench.blocks_for(settings), bench.loss(settings)
+        plan = plan_checkpoints(blocks, loss, sys.maxsize, accumulate=accumulate)
+    except Exception as error:  # a container's children need not be a chain
+        candidates.note(f"Plan for {settings} failed: {error}.")
         return None
-    model, last = candidates.bench.copy_for(settings).model, None
+    model, last, budget = bench.copy_for(settings).model, None, candidates.budget
     for left in reversed(range(_REVISIONS)):
         least = plan.curve[0][0]
         if budget < least and not nothing_fits:
@@ -62,16 +67,3 @@ def _within_budget(
             return None
         budget = min(budget - 1, candidates.budget - (peak - plan.predicted_bytes))
     return None
-
-
-def _plan(candidates: Candidates, settings: Settings) -> CheckpointPlan | None:
-    """Plans for one micro-batch, for any budget; None, with a note, if there are none."""
-    candidates.announce(f"checkpoint plan for {settings}")
-    bench = candidates.bench
-    accumulate = settings.micro_batch is not None
-    try:
-        blocks, loss = bench.blocks_for(settings), bench.loss(settings)
-        return plan_checkpoints(blocks, loss, sys.maxsize, accumulate=accumulate)
-    except Exception as error:  # a container's children need not be a chain
-        candidates.note(f"Plan for {settings} failed: {error}.")
-        return None
