@@ -150,13 +150,11 @@ class AutogradTrainingSystem:
         self._terms = batches.terms_of(loss_fn, weighted=False) if weighted else None
         fp16 = self.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        self.guard: NonFiniteGuard | None = None
-        if self.config.training.max_nonfinite:
-            self.guard = NonFiniteGuard(self.model, scaler=self.scaler)
+        most = self.config.training.max_nonfinite
+        self.guard = NonFiniteGuard(self.model, scaler=self.scaler) if most else None
         self.monitor = setup.monitor_of(self.config, self.module, optimizer, self.scaler)
         self.step = self.epoch = 0
         self.history: list[_Row] = []
-        most = self.config.training.max_nonfinite
         self._refusals = Refusals("train_step", "training.max_nonfinite", most)
         self.reports = self._refusals.reports
         self.gradient_norm: Tensor | None = None
@@ -438,6 +436,7 @@ class AutogradTrainingSystem:
         self.peers.broadcast(self.module.buffers())  # one set is kept, that of the first process
         loader = self._generator_states or [g.get_state() for g in self._generators]
         random = {"now": random_state(), "loader": loader, "epoch_start": self._epoch_start}
+        place = {"step": self.step, "epoch": self.epoch, "position": self._position}
         state = {
             "signature": self._signature(),
             "model": saving.full_tensors(self.module.state_dict(), first),
@@ -449,12 +448,7 @@ class AutogradTrainingSystem:
             "random": self.peers.gather_objects(random),
             "losses": torch.stack(self._losses) if self._losses else torch.empty(0),
             "history": list(self.history),
-            "progress": {
-                "step": self.step,
-                "epoch": self.epoch,
-                "position": self._position,
-                "failed": self._refusals.in_a_row,
-            },
+            "progress": place | {"failed": self._refusals.in_a_row},
         }
         if loop.has_modes(self.optimizer):
             state["trained"] = state["model"]
