@@ -116,10 +116,7 @@ class Ends:
             results[i] = _placeholder(results[i]) if through else results[i].clone()
         ends = [i for i in visit.own if i in visit.growing or i == visit.output]
         back = partial(self._backward, marks, index, ends)
-        inputs = x, *(given[i] for i in visit.others)
-        tensors = stand_in(back, [results[i] for i in ends], *inputs)
-        for i, tensor in zip(ends, tensors, strict=True):
-            results[i] = tensor
+        stand_in(back, results, ends, x, *(given[i] for i in visit.others))
         for i in visit.own:
             marks(f"{index} result {i}", results[i])
         block = self.blocks[index]

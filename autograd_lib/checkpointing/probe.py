@@ -40,10 +40,21 @@ class _StandIn(torch.autograd.Function):
         return None, None, None, *ctx.back(gradients)
 
 
-def stand_in(back: Any, values: Sequence[Tensor], *inputs: Tensor) -> Any:
-    """Return `values`, whose gradients `back` takes; it returns those of `inputs`."""
-    anchor = torch.ones((), device=values[0].device, requires_grad=True)
-    return _StandIn.apply(back, values, anchor, *inputs)
+def stand_in(back: Any, values: list[Any], which: list[int], *inputs: Tensor) -> list[Any]:
+    """Make some of `values` results of one node, in place.
+
+    Args:
+        back: Called in backward with their gradients; returns those of `inputs`.
+        values: Returned.
+        which: Indices in them.
+        *inputs: Tensors that the node depends on.
+    """
+    if which:
+        anchor = torch.ones((), device=values[which[0]].device, requires_grad=True)
+        made = _StandIn.apply(back, [values[i] for i in which], anchor, *inputs)
+        for i, x in zip(which, made, strict=True):
+            values[i] = x
+    return values
 
 
 class Outcome(NamedTuple):
@@ -176,7 +187,7 @@ class Probe:
 
         marks("begin")
         before = torch._C._autograd._get_sequence_nr()
-        leaves = self._arguments(arrived)
+        leaves = stand_in(arrived, copies(visit.given.leaves), visit.needing)
         for i in visit.given.tensors():
             marks(f"argument {i}", leaves[i])
         others = [leaves[i] for i in self.others]
@@ -195,7 +206,7 @@ class Probe:
         floats = [i for i in visit.own if results[i].is_floating_point() or results[i].is_complex()]
         values |= {f"result {i}": results[i].detach().clone() for i in floats}
         ends = [*(results[i] for i in self.gradients), *others]
-        loss = stand_in(start, [x.new_zeros((), dtype=torch.float32)], *ends)[0]
+        loss = stand_in(start, [x.new_zeros((), dtype=torch.float32)], [0], *ends)[0]
         if way == "save":
             self._check_graph(loss, before)
         del x, result, results, args, kwargs, ends, others
@@ -210,15 +221,6 @@ class Probe:
         values |= {f"the gradient of argument {i}": gradient for i, gradient in found.items()}
         self.times.setdefault(way, []).append(marks.times)
         return Outcome(values, found, overwrites)
-
-    def _arguments(self, arrived: Callable[[Sequence[Tensor | None]], Any]) -> list[Any]:
-        """Copy the leaves of the arguments; `arrived` is called with their gradients."""
-        leaves = copies(self.visit.given.leaves)
-        if self.visit.needing:
-            needing = [leaves[i] for i in self.visit.needing]
-            for i, x in zip(self.visit.needing, stand_in(arrived, needing), strict=True):
-                leaves[i] = x
-        return leaves
 
     def _seconds(self, way: str, start: str, end: str) -> float:
         return statistics.median(times[end] - times[start] for times in self.times[way])

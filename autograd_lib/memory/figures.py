@@ -185,7 +185,7 @@ class _Allocations(TorchDispatchMode):
         self.alive: list[Counter[str]] = []  # the same after each operation
         self.backward_at: int | None = None
         self.tracker = ModuleTracker()
-        self._known: set[int] = set()  # addresses of the storages that live
+        self._known = weakref.WeakSet[Any]()  # storages seen
         for name, module in model.named_modules():  # else it names modules by their type
             self.tracker._known_modules[module] = name
             self.tracker._seen_modules.add(module)
@@ -203,16 +203,11 @@ class _Allocations(TorchDispatchMode):
         running = max(self.tracker.parents - {"Global"}, key=len, default="")
         name = running.partition(".")[0] or _OUTSIDE
         for storage in storages(values):
-            if storage._cdata not in self._known:
-                self._known.add(storage._cdata)
-                nbytes = storage.nbytes() if is_new else 0
-                weakref.finalize(storage, self._freed, storage._cdata, name, nbytes)
-                if nbytes:
-                    self.now[name] += nbytes
-
-    def _freed(self, address: int, name: str, nbytes: int) -> None:
-        self._known.discard(address)
-        self.now[name] -= nbytes
+            nbytes = storage.nbytes() if is_new and storage not in self._known else 0
+            self._known.add(storage)
+            if nbytes:
+                self.now[name] += nbytes
+                weakref.finalize(storage, self.now.subtract, {name: nbytes})
 
 
 def _places(inputs: dict[Any, list[Any]]) -> dict[Any, tuple[int, int]]:
