@@ -117,6 +117,10 @@ class Recorder(TorchDispatchMode):
         self.known: dict[Any, Tensor] = {}  # results of elementary functions
         self.plain: set[Any] = set()  # operations of which a rule under way takes the value alone
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which would cost calls at each operation, and nothing is compiled here
+
     def enter_samples(self, values: Any) -> Any:
         """Enter the tensors among the arguments, as they look inside transforms of torch.func."""
         samples = tree_map(lambda x: _sample(x) if isinstance(x, Tensor) else x, values)

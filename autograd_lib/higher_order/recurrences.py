@@ -203,6 +203,5 @@ _RULES: dict[str, Rule] = {
     "detach": lambda record, _, args, kwargs: _joint(record, _ALIAS, args, kwargs),
     "div": _div,
     "pow": _pow,
-    "relu": _composed(lambda x: x * (x > 0)),
     "softplus": _softplus,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from autograd_lib.report.tables import Row, Table
 __all__ = ["DerivativeTower", "derivative_tower"]
 
 
+@dataclass(frozen=True, repr=False, eq=False)
 class DerivativeTower(Table, Sequence[dict[str, Tensor]]):
     r"""The derivatives of a loss along one direction: a sequence of dicts by parameter name.
 
@@ -39,12 +41,9 @@ class DerivativeTower(Table, Sequence[dict[str, Tensor]]):
         direction: the v that was used, by parameter name.
     """
 
-    def __init__(
-        self, vectors: list[dict[str, Tensor]], values: Tensor, direction: dict[str, Tensor]
-    ) -> None:
-        self._vectors = vectors
-        self.values = values
-        self.direction = direction
+    _vectors: list[dict[str, Tensor]]
+    values: Tensor
+    direction: dict[str, Tensor]
 
     def __len__(self) -> int:
         return len(self._vectors)

@@ -107,13 +107,11 @@ class DerivativeReport(Table):
             title += f"; the fit does not resolve f from order {unknown[0]} on, scale v"
         rows: list[Row] = []
         for k, value in enumerate(self.fit):
-            found = {
-                name: [f"{x:.6g}" for x in self.values[name][k : k + 1]] for name in self.values
-            }
-            cells = [
-                " ".join([*cell, self._verdict(name, k)]).strip() for name, cell in found.items()
-            ]
-            rows.append([str(k), f"{value:.6g} ± {self.uncertainty[k]:.0e}", *cells])
+            row = [str(k), f"{value:.6g} ± {self.uncertainty[k]:.0e}"]
+            for name, found in self.values.items():
+                number = f"{found[k]:.6g} " if k < len(found) else ""
+                row.append((number + self._verdict(name, k)).strip())
+            rows.append(row)
         return title, ["order", "fit", *self.values], rows
 
     def _notes(self) -> list[str]:

@@ -366,6 +366,21 @@ def test_the_function_of_an_autograd_function() -> None:
     torch.testing.assert_close(got, torch.ones(6).double())
 
 
+def test_a_compiled_module_runs_uncompiled() -> None:
+    """Its kernels would be unseen, and Dynamo would compile the recording of each operation."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    net = network(torch.tanh)
+    expected = taylor_solution(net, START, 4)
+    got = taylor_solution(torch.compile(net, backend=backend), START, 4)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert not graphs
+
+
 class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
