@@ -168,8 +168,8 @@ def _traits(probe: Probe, index: int) -> list[Any]:
 
 def _trait(value: Any, index: int) -> Any:
     if isinstance(value, Tensor):
-        size = value.untyped_storage().nbytes() if value.layout is torch.strided else 0
         strides = value.stride() if value.layout is torch.strided else None
+        size = nbytes([value])
         return value.shape, strides, size, value.dtype, value.device, value.requires_grad
     if type(value) is int:
         return _Number(value, index)

@@ -211,11 +211,9 @@ class Probe:
             self._check_graph(loss, before)
         del x, result, results, args, kwargs, ends, others
         marks("dropped")
-        if loss.requires_grad:
-            loss.backward()
-        for name in ("gradient", "arrived"):  # those that backward did not reach
-            if name not in marks.times:
-                marks(name)
+        loss.backward()
+        if "arrived" not in marks.times:  # backward did not reach the arguments
+            marks("arrived")
         named = self.module.named_parameters()
         values |= {name: p.grad for name, p in named if p.grad is not None}
         values |= {f"the gradient of argument {i}": gradient for i, gradient in found.items()}

@@ -48,16 +48,15 @@ def apply_checkpoints(
         ValueError: A name, or a number of steps, does not fit the model; nothing is changed.
     """
     found: dict[nn.Module, Step | Sequence[Step]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, step in steps.items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
+        if name not in modules:
             raise ValueError(
                 f"checkpoint: the model has no module {name!r}; expected qualified names as in "
                 "named_modules()"
-            ) from None
-        found[module] = step
-        _check(name, module, step)
+            )
+        _check(name, modules[name], step)
+        found[modules[name]] = step
     # Also undo steps given before to their parents and children.
     parents = [m for m in model.modules() if not found.keys().isdisjoint(m.children())]
     for module in [*found, *parents, *(child for m in found for child in m.children())]:

@@ -58,10 +58,8 @@ def place(x: Tensor) -> Place:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=5)
-        self.leaves: list[Any] = []
-        self.numbers: dict[int, int] = {}
+    leaves: list[Any]
+    numbers: dict[int, int]  # of the leaves, by identity
 
     def persistent_id(self, value: Any) -> int | None:
         if not isinstance(value, _WHOLE):
@@ -86,7 +84,8 @@ def flatten(value: Any) -> Tree:
         ValueError: `pickle` cannot (a lock, an iterator).
     """
     file = io.BytesIO()
-    pickler = _Pickler(file)
+    pickler = _Pickler(file, protocol=5)
+    pickler.leaves, pickler.numbers = [], {}
     try:
         pickler.dump(value)
     except Exception as err:
