@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import replace
 
-from autograd_lib.checkpointing.plan import plan_checkpoints
+from autograd_lib.checkpointing.plan import CheckpointPlan, plan_checkpoints
 from autograd_lib.config.records import Settings
 from autograd_lib.report.tables import readable_bytes
 from autograd_lib.tuning.candidates import Candidates
@@ -40,15 +40,9 @@ def _within_budget(
     By as much as that peak is above the predicted one, the next plan is made for less. Where
     nothing fits, the last one is the plan of the least peak: an error can then name that peak.
     """
-    candidates.announce(f"checkpoint plan for {settings}")
-    bench, accumulate = candidates.bench, settings.micro_batch is not None
-    try:
-        blocks, loss = bench.blocks_for(settings), bench.loss(settings)
-        plan = plan_checkpoints(blocks, loss, sys.maxsize, accumulate=accumulate)
-    except Exception as error:  # a container's children need not be a chain
-        candidates.note(f"Plan for {settings} failed: {error}.")
+    if (plan := _plan(candidates, settings)) is None:
         return None
-    model, last, budget = bench.copy_for(settings).model, None, candidates.budget
+    model, last, budget = candidates.bench.copy_for(settings).model, None, candidates.budget
     for left in reversed(range(_REVISIONS)):
         least = plan.curve[0][0]
         if budget < least and not nothing_fits:
@@ -66,4 +60,22 @@ def _within_budget(
         if peak is None:
             return None
         budget = min(budget - 1, candidates.budget - (peak - plan.predicted_bytes))
+    return None
+
+
+def _plan(candidates: Candidates, settings: Settings) -> CheckpointPlan | None:
+    """A plan of the first modules that are a chain; None, with notes, if there are none."""
+    candidates.announce(f"checkpoint plan for {settings}")
+    bench, accumulate = candidates.bench, settings.micro_batch is not None
+    try:
+        chains, loss = bench.chains_for(settings), bench.loss(settings)
+    except Exception as error:
+        candidates.note(f"Plan for {settings} failed: {error}.")
+        return None
+    for name, blocks in chains.items():
+        try:
+            return plan_checkpoints(blocks, loss, sys.maxsize, accumulate=accumulate)
+        except Exception as error:  # a container's children need not be a chain
+            other = f"pass other blocks= than {name}"
+            candidates.note(f"Plan for {settings} failed: {error}; {other}.")
     return None

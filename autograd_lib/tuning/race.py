@@ -96,6 +96,9 @@ class Race:
         best = min(ties, key=lambda s: self.trials[s].peak_bytes or 0)
         for s, ratio in ratios.items():
             scaled = Ratio(*(value / level for value in ratio))
+            if ratio == (1.0, 1.0, 1.0):  # the baseline: the interval is that of the fastest
+                low, high = ratios[order[0]][1:]
+                scaled = Ratio(1 / level, 1 / high, 1 / low)
             verdict = f"slower: {scaled} times the fastest"
             if s == best:
                 among = f": a tie of {len(ties)}, at the smallest peak" if len(ties) > 1 else ""
@@ -110,7 +113,7 @@ class Race:
     def compiled(self, eager: Settings) -> Settings:
         """Compile the winner; return what is best then."""
         candidates, compiled = self.candidates, replace(eager, compile=True)
-        ties = [s for s, trial in self.trials.items() if trial.verdict.startswith("tie")]
+        raced = [s for s in self.times if self.trials[s].verdict.startswith(("tie", "slower"))]
         candidates.bench.keep([eager, compiled])
         torch.compiler.reset()
         with warnings.catch_warnings():  # of Dynamo, of the inputs of the blocks it traces
@@ -124,7 +127,7 @@ class Race:
             return eager
         cost = max(0.0, first - self.times[compiled])
         candidates.note(f"{compiled}: compiling took {cost:.1f} s.")
-        for s in ties if best == compiled else ():
+        for s in raced if best == compiled else ():
             times = self.times[s] / self.times[best]
             candidates.record(s, verdict=f"slower: {times:.2f} times the best")
         return best

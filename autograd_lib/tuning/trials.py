@@ -70,7 +70,9 @@ class TuningReport(Table):
         def row(t: Trial) -> list[str]:
             times = ["", ""]
             if t.time is not None:
-                times = [f"{1e3 * t.time:.4g} ms", f"{t.time / least:.2f}"]
+                # A first look is one step, to be compared with other first looks alone.
+                raced = t.verdict.startswith(("best", "tie", "slower")) and "look" not in t.verdict
+                times = [f"{1e3 * t.time:.4g} ms", f"{t.time / least:.2f}" if raced else ""]
             peak = "" if t.peak_bytes is None else readable_bytes(t.peak_bytes)
             error = "" if t.gradient_error is None else f"{t.gradient_error:.1e}"
             return [str(t.settings), *times, peak, error, t.verdict]

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ def autotune(
             `loss_fn(output, batch)`; a mean over the samples, or over what `count` counts. None
             for the loss that the model itself computes.
         memory_budget: Bytes for the peak of one step above what stood before it; the step begins
-            and ends with every `.grad` None, and parameter gradients are part of it. A text such
-            as "80%" is a share of what the model's device has free. None for no limit.
+            and ends with every `.grad` None, and parameter gradients are part of it. A text is a
+            size such as "2GB" or "1.5 GiB", or a share such as "80%" of what the model's device has
+            free. None for no limit.
         tolerance: Largest gradient error.
         optimizer: Its step and its state then belong to time and peak: an optimizer of the model's
             parameters, its class, or another function that makes one of a list of parameters.
@@ -119,9 +121,11 @@ def autotune(
     _check(model, blocks)
     start = time.perf_counter()
     budget = _bytes_of(memory_budget, next(model.parameters()).device)
-    if not (tolerance > 0 and budget > 0):
+    real = all(isinstance(n, Real) and not isinstance(n, bool) for n in (budget, tolerance))
+    if not (real and tolerance > 0 and budget >= 1):
         raise ValueError(
-            "autotune: expected memory_budget and tolerance to be numbers above 0, or the budget a "
+            "autotune: expected memory_budget and tolerance to be numbers above 0, of bytes and of "
+            "a relative error such as 0.05, or the budget a size such as '2GB' or, up to '100%', a "
             f"share such as '80%', got {memory_budget!r} and {tolerance!r}"
         )
     stepping = _optimizer_of(model, loss_fn, optimizer)
@@ -140,10 +144,14 @@ def autotune(
 
 
 def _bytes_of(memory_budget: float | str | None, device: torch.device) -> float:
-    """The budget in bytes, a share of what is free where it is a text; NaN if it is neither."""
+    """The budget in bytes, of a text that is a size or a share of what is free; NaN of another."""
     if not isinstance(memory_budget, str):
         return sys.maxsize if memory_budget is None else memory_budget
-    if not (share := re.fullmatch(r"(\d+(?:\.\d+)?)%", memory_budget)):
+    text = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B)\s*", memory_budget)
+    amount, unit = (float(text[1]), text[2]) if text else (math.nan, "B")
+    if unit != "%":
+        return amount * (1024 if "i" in unit else 1000) ** "BKMGT".index(unit[0])
+    if amount > 100:
         return math.nan
     if device.type == "cpu":
         try:
@@ -158,7 +166,7 @@ def _bytes_of(memory_budget: float | str | None, device: torch.device) -> float:
         module = torch.get_device_module(device)  # what it caches is free as well
         cached = module.memory_reserved(device) - module.memory_allocated(device)
         free = module.mem_get_info(device)[0] + cached
-    return free * float(share[1]) / 100
+    return free * amount / 100
 
 
 def _optimizer_of(model: nn.Module, loss_fn: object, optimizer: Any) -> Optimizer | None:

@@ -31,6 +31,7 @@ from autograd_lib.training.step import ForwardBackward, micro_batches
 from autograd_lib.tuning.verify import gradient_of, relative_error, together, widened
 
 SEPARABLE = {None: 1e-6, Settings(): 2e-5}  # relative error, by the settings of the reference
+_CHAINS = 3  # containers tried, as the children of a container need not be a chain
 _SMALLEST_SCALE = 2.0**-24  # of the loss in fp16; below it even a gradient of 1 is rounded away
 # Relative, of a gradient that atomic additions sum in any order, by the settings of the reference.
 _ROUNDING = {None: 1e-10, Settings(): 1e-4}
@@ -259,16 +260,16 @@ class Workbench:
             )
         return 0.0
 
-    def blocks_for(self, settings: Settings) -> Any:
-        """The modules to plan for, on the copy where these settings run."""
+    def chains_for(self, settings: Settings) -> dict[str, Any]:
+        """Modules to plan for, on the copy where these settings run, by their names in errors."""
         made = self.copy_for(settings)
         if made.blocks is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of what it cannot see
                 with saved_tensors(made.model) as saved:
                     self.loss(settings)()
-            made.blocks = _widest_container(made.model, saved.by_module())
-        return made.blocks
+            return _containers(made.model, saved.by_module())
+        return {"those given": made.blocks}
 
 
 def _without_pieces(settings: Settings) -> Settings:
@@ -296,17 +297,18 @@ def _without_dropout(whole: nn.Module) -> Iterator[None]:
         yield
 
 
-def _widest_container(model: nn.Module, saved: dict[str, int]) -> nn.Module:
-    """The container whose children are many and save much: of two nested ones the finer."""
-    weights = dict[nn.Module, int]()
+def _containers(model: nn.Module, saved: dict[str, int]) -> dict[str, nn.Module]:
+    """Containers whose children are many and save much: of two nested ones the finer first."""
+    weights = dict[str, int]()
     for name, module in model.named_modules():
         if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1:
             start = f"{name}." if name else ""
             within = sum(n for source, n in saved.items() if f"{source}.".startswith(start))
-            weights[module] = len(module) * within
+            weights[name] = len(module) * within
     if not weights:
         raise ValueError(
             "no checkpoint plan, as the model has no nn.Sequential or nn.ModuleList of two modules "
             "or more; pass blocks"
         )
-    return max(weights, key=weights.__getitem__)
+    widest = sorted(weights, key=weights.__getitem__, reverse=True)[:_CHAINS]
+    return {f"model.{name}".strip("."): model.get_submodule(name) for name in widest}

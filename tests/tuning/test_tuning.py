@@ -22,7 +22,7 @@ from cases import DEVICES, TiedLanguageModel, cnn, encoder, mlp
 from torch import Tensor, nn
 
 from autograd_lib import benchmark
-from autograd_lib.benchmark import Comparison
+from autograd_lib.benchmark import Comparison, Ratio
 from autograd_lib.config import Settings
 from autograd_lib.core.batches import batch_size
 from autograd_lib.functions.losses import CustomLossFunction
@@ -30,6 +30,8 @@ from autograd_lib.memory import peak_bytes
 from autograd_lib.training.step import ForwardBackward
 from autograd_lib.tuning import plans as _plans
 from autograd_lib.tuning import race as _race
+from autograd_lib.tuning.candidates import Candidates
+from autograd_lib.tuning.race import Race
 from autograd_lib.tuning.tuner import Trial, TuningReport, autotune
 from autograd_lib.tuning.workbench import Copy, Workbench
 
@@ -748,6 +750,9 @@ def test_a_share_of_what_is_free(told, monkeypatch):
     )
     report = autotune(*problem("mlp"), "80%", compile=False)
     assert report.memory_budget == 0.8 * 2000 * 1024
+    texts = {" 80 % ": 0.8 * 2000 * 1024, "2GB": 2 * 10**9, "1.5 GiB": 3 * 2**29}
+    for text, expected in texts.items():
+        assert autotune(*problem("mlp"), text, compile=False).memory_budget == expected
     assert "budget 1.6 MiB" in repr(report)
 
     def absent(path, **_):
@@ -771,12 +776,42 @@ def test_why_plans_failed_is_in_the_error_and_in_the_report(told, monkeypatch):
         raise ValueError("block 2 fills a cache")
 
     monkeypatch.setattr(_plans, "plan_checkpoints", refused)
-    with pytest.raises(ValueError, match=r"\nPlan for fp32 failed: block 2 fills a cache\."):
+    with pytest.raises(ValueError, match=r"\nPlan for fp32 failed: block 2 fills a cache; pass"):
         autotune(chain(norm=True), WIDE, nn.MSELoss(), 1024, 1e-4, compile=False)
     budget = int(0.9 * measured(chain(), FP32, WIDE))
     told(lambda text: 3.0 if "micro-batch" in text else by_precision(text), real=True)
     report = autotune(chain(), WIDE, nn.MSELoss(), budget, 1e-5, compile=False)
-    assert "Plan for fp32 failed: block 2 fills a cache." in report.notes
+    failed = "Plan for fp32 failed: block 2 fills a cache; pass other blocks= than model."
+    assert failed in report.notes
+
+
+def test_a_container_that_is_no_chain_gives_way_to_the_next(told):
+    told(lambda text: 3.0 if "micro-batch" in text else by_precision(text), real=True)
+
+    class Branch(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).tanh()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList(Branch(32, 32) for _ in range(12))
+            self.blocks = chain(blocks=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(sum(branch(x) for branch in self.branches))
+
+    model = Model()
+    budget = int(0.97 * measured(model, FP32, WIDE))
+    run = partial(autotune, loss_fn=nn.MSELoss(), tolerance=1e-5, compile=False)
+    report = run(model, WIDE, memory_budget=budget)
+    planned = [trial.settings for trial in report.trials if trial.settings.checkpoint]
+    assert {name for settings in planned for name in settings.checkpoint} == {"blocks"}
+    failed = r"Plan for fp32.* failed: .* block 1 .*; pass other blocks= than model\.branches"
+    assert any(re.match(failed, note) for note in report.notes)
+    model.blocks = nn.Identity()
+    with pytest.raises(ValueError, match=rf"nothing fits [\s\S]*\n{failed}"):
+        run(model, WIDE, memory_budget=1024)
 
 
 def test_model_without_blocks_is_told_so(told):
@@ -1229,6 +1264,12 @@ def test_arguments_are_checked():
         ({"memory_budget": 0}, ValueError, "to be numbers above 0, .* got 0 and 0.05"),
         ({"memory_budget": "0.8"}, ValueError, "a share such as '80%', got '0.8' and 0.05"),
         ({"memory_budget": "0%"}, ValueError, "a share such as '80%', got '0%' and 0.05"),
+        ({"memory_budget": True}, ValueError, "of bytes and of a relative .* got True and 0.05"),
+        ({"memory_budget": 0.5}, ValueError, "such as '80%', got 0.5 and 0.05"),
+        ({"memory_budget": "150%"}, ValueError, "up to '100%', a share .* got '150%' and 0.05"),
+        ({"memory_budget": b"2GB"}, ValueError, "a size such as '2GB' .* got b'2GB' and 0.05"),
+        ({"tolerance": "5%"}, ValueError, "a relative error such as 0.05, .* got None and '5%'"),
+        ({"tolerance": True}, ValueError, "a relative error such as 0.05, .* got None and True"),
         ({"tolerance": math.nan}, ValueError, "to be numbers above 0, .* got None and nan"),
         ({"optimizer": "adamw"}, TypeError, "expected optimizer to be a torch.optim.Optimizer"),
         (
@@ -1376,6 +1417,26 @@ def report(told) -> TuningReport:
     model = chain()
     budget = int(0.7 * measured(model, FP32, WIDE))
     return autotune(model, WIDE, nn.MSELoss(), budget, 0.004, compile=False)
+
+
+def test_the_interval_of_the_first_candidate_is_that_of_the_fastest():
+    candidates = Candidates(Workbench(*problem("mlp")), 10**9, 1.0, print)
+    for settings in (FP32, BF16):
+        candidates.record(settings)
+    Race(candidates).settle({FP32: Ratio(1.0, 1.0, 1.0), BF16: Ratio(0.5, 0.4, 0.8)}, 1.1)
+    assert candidates.trials[FP32].verdict == "slower: 2.00 [1.25, 2.50] times the fastest"
+    assert candidates.trials[BF16].verdict == "best"
+
+
+def test_a_first_look_has_no_ratio_to_times_of_a_race():
+    best, race = Trial(FP32, 2.0, verdict="best"), Trial(BF16, 3.0, verdict="slower: 1.5 times")
+    looks = ["slower: 5.3 times the fastest in a first look", "peak 58.8 KiB over budget"]
+    trials = (best, race, *(Trial(Settings("fp16"), 1.26, verdict=look) for look in looks))
+    lines = repr(TuningReport(FP32, trials, Ratio(1, 1, 1), (), 1.0, None, 0.1)).splitlines()
+    assert lines[2].split()[:5] == ["fp32", "2000", "ms", "1.00", "best"]
+    assert lines[3].split()[:5] == ["bf16", "3000", "ms", "1.50", "slower:"]
+    assert lines[4].split()[:4] == ["fp16", "1260", "ms", "slower:"]
+    assert lines[5].split()[:4] == ["fp16", "1260", "ms", "peak"]
 
 
 def test_table(report):
