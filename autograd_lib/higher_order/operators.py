@@ -5,8 +5,8 @@ Each function takes a scalar function of one tensor or of a dict of tensors; non
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -258,8 +258,17 @@ def hessian_diagonal(
         >>> hessian_diagonal(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), 2).value
         tensor([ 6., 12.])
     """
-    found = _hutchinson("hessian_diagonal", f, x, samples, generator, lambda products: products)
-    return Estimate(*[structured_like(x, values) for values in found])
+    means: list[Any] = [0.0] * len(tensors_of(x))
+    squares: list[Any] = means  # of the deviations, summed (Welford 1962)
+    for n, found in enumerate(_signed("hessian_diagonal", f, x, samples, generator), start=1):
+        steps = [value - mean for value, mean in zip(found, means, strict=True)]
+        means = [mean + step / n for mean, step in zip(means, steps, strict=True)]
+        squares = [
+            square + step * (value - mean)
+            for square, step, value, mean in zip(squares, steps, found, means, strict=True)
+        ]
+    errors = [(square / (samples - 1) / samples).sqrt() for square in squares]
+    return Estimate(structured_like(x, means), structured_like(x, errors))
 
 
 def hessian_trace(
@@ -288,43 +297,30 @@ def hessian_trace(
         >>> hessian_trace(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), 2)
         18 ± 0
     """
+    sums = [
+        cast(Tensor, sum(value.sum() for value in found))
+        for found in _signed("hessian_trace", f, x, samples, generator)
+    ]
+    totals = torch.stack(sums)
+    return Estimate(totals.mean(), (totals.var() / samples).sqrt())
 
-    def total(products: list[Tensor]) -> list[Tensor]:
-        return [torch.stack([product.sum() for product in products]).sum()]
 
-    (mean,), (error,) = _hutchinson("hessian_trace", f, x, samples, generator, total)
-    return Estimate(mean, error)
-
-
-def _hutchinson(
-    operation: str,
-    f: Scalar,
-    x: Inputs,
-    samples: int,
-    generator: torch.Generator | None,
-    reduce: Callable[[list[Tensor]], list[Tensor]],
-) -> tuple[list[Any], list[Any]]:
-    """The means of what `reduce` makes of the products of random signs v and Hv, and the errors."""
+def _signed(
+    operation: str, f: Scalar, x: Inputs, samples: int, generator: torch.Generator | None
+) -> Iterator[list[Tensor]]:
+    """Yield the products of random signs v and of Hv, entry by entry."""
     if not isinstance(samples, int) or samples < 2:
         raise ValueError(
             f"{operation}: expected 2 samples or more, for there is an error to state, "
             f"got {samples!r}"
         )
     check_floating(operation, x, real=True)
-    product, means, squares = linearized_hvp(operation, f, x), [], []  # of deviations: Welford 1962
-    for n in range(1, samples + 1):
+    product = linearized_hvp(operation, f, x)
+    for _ in range(samples):
         v = map_tensors(lambda t: random_signs(t, generator), x)
         pairs = zip(tensors_of(v), tensors_of(product(v)), strict=True)
-        found = reduce([(signs * column).to(sum_dtype(column)) for signs, column in pairs])
-        if n == 1:
-            means, squares = found, [torch.zeros_like(value) for value in found]
-        for value, mean, square in zip(found, means, squares, strict=True):
-            step = value - mean
-            mean.add_(step / n)
-            square.add_(step * (value - mean))
-    return means, [(square / (samples - 1) / samples).sqrt() for square in squares]
+        yield [(signs * column).to(sum_dtype(column)) for signs, column in pairs]
 
 
 def random_signs(t: Tensor, generator: torch.Generator | None) -> Tensor:
-    bits = torch.randint(0, 2, t.shape, device=t.device, generator=generator)
-    return (bits * 2 - 1).to(t.dtype)
+    return (torch.randint(0, 2, t.shape, device=t.device, generator=generator) * 2 - 1).to(t.dtype)

@@ -184,21 +184,23 @@ class Recorder(TorchDispatchMode):
         with self:
             return function(*args, **kwargs)
 
-    def template(self, args: Any) -> list[Any]:
+    def template(self, args: Any, of: Callable[[Tensor], Tensor]) -> list[Any]:
         return [
-            _Slot(self.slot(x))
+            _Slot(self.slot(of(x)))
             if isinstance(x, Tensor)
-            else self.template(x)
+            else self.template(x, of)
             if isinstance(x, list | tuple)
             else x
             for x in args
         ]
 
-    def call(self, func: Any, args: Any, kwargs: Any) -> Compute:
-        """What calls an operation on the latest coefficients of its arguments."""
+    def call(
+        self, func: Any, args: Any, kwargs: Any, of: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> Compute:
+        """What calls an operation on the latest coefficients of what `of` makes of the tensors."""
         # PyTorch's own function of the name, which it calls faster than it does the operation.
         faster = getattr(torch._C._VariableFunctions, func._overloadpacket.__name__, func)
-        template = self.template(args)
+        template = self.template(args, of)
         return lambda values, n: faster(*_filled(template, values), **kwargs)
 
     def record(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -229,7 +231,7 @@ class Recorder(TorchDispatchMode):
     def linear(
         self, func: Any, args: Any, kwargs: Any, later: Any = None, keeps: bool = False
     ) -> Any:
-        """An operation linear in what is followed, of the arguments by `later` at higher orders.
+        """An operation linear in what is followed; `later` makes what computes higher orders.
 
         With `keeps` it changes no higher order of its only followed argument.
         """
@@ -241,9 +243,7 @@ class Recorder(TorchDispatchMode):
         if keeps and not others and (x.shape, x.dtype) == (result.shape, result.dtype):
             kept = self.slot(x)
             return self.extend(result, lambda values, n: values[kept][-1])
-        if later is not None:
-            compute = self.call(func, later(args), kwargs)
-        return self.extend(result, compute)
+        return self.extend(result, compute if later is None else later())
 
     def elementary(
         self, func: Any, args: Any, kwargs: Any, slope: Callable[[Tensor, Tensor], Tensor]

@@ -13,6 +13,7 @@ from torch._decomp import decomposition_table
 from autograd_lib.higher_order.algebra import ELEMENTARY, Recurrence
 from autograd_lib.higher_order.lookup import LINEAR, RULES
 from autograd_lib.higher_order.recording import (
+    Compute,
     Recorder,
     Values,
     accumulation,
@@ -116,20 +117,15 @@ def _joint(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if "reduce" in kwargs:
         raise no_rule(name)
 
-    def zeroed(x: Any) -> Any:
-        """Zeros in the place of a constant addend."""
-        if isinstance(x, list | tuple):
-            return [zeroed(each) for each in x]
-        if not isinstance(x, Tensor) or not differentiable(x) or record.follows(x):
-            return x
-        return record.record(_ZEROS, (x,), {})
+    def later() -> Compute:
+        places = _ADDENDS.get(name, ())
+        rest = [0 if i in places and not isinstance(x, Tensor) else x for i, x in enumerate(args)]
+        return record.call(func, rest, kwargs, zero)
 
-    def later(args: Any) -> list[Any]:
-        numbers = _ADDENDS.get(name, ())
-        return [
-            0 if i in numbers and not isinstance(x, Tensor) else zeroed(x)
-            for i, x in enumerate(args)
-        ]
+    def zero(x: Tensor) -> Tensor:
+        """Zeros in the place of a constant addend."""
+        constant = differentiable(x) and not record.follows(x)
+        return record.record(_ZEROS, (x,), {}) if constant else x
 
     plus = name in ("add", "alias") or (name == "sub" and record.follows(args[0]))
     return record.linear(func, args, kwargs, later, plus and not kwargs)
