@@ -102,7 +102,25 @@ def own_loss(operation: str, output: Any, batch: Batch) -> Tensor:
             f"tensor, got {came}; give the model what its loss needs, as labels in a batch that is "
             "a mapping, or give loss_fn, as `lambda output, targets: output[1]`"
         )
+    if isinstance(output, tuple) and not hasattr(output, "loss") and _is_apart(found, output[1:]):
+        raise ValueError(
+            f"{operation}: without loss_fn, expected one loss, got a tuple of scalars of which the "
+            "first does not include the others, and they require a gradient; return the sum first, "
+            "detach() what is only to be read, or give loss_fn, as `lambda output, targets: "
+            "output[0] + output[1]`"
+        )
     return found
+
+
+def _is_apart(loss: Tensor, others: Sequence[Any]) -> bool:
+    """Whether some of other outputs are scalars with a graph that is not within that of a loss."""
+    scalars = [other for other in others if isinstance(other, Tensor) and not other.dim()]
+    nodes, seen = {s.grad_fn for s in scalars if s.grad_fn is not None}, set()
+    left = [] if loss.grad_fn is None else [loss.grad_fn]
+    while left and not nodes <= seen:
+        left = list({n for node in left for n, _ in node.next_functions if n} - seen)
+        seen.update(left)
+    return not nodes <= seen
 
 
 def described(value: Any) -> str:

@@ -256,6 +256,46 @@ def test_where_no_loss_is_found(form: str, came: str) -> None:
         derivative_tower(model, None, batch)
 
 
+class TwoLosses(nn.Linear):
+    """Returns a part of its loss first, or the whole of it."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(3, 1, dtype=torch.float64)
+        self.form = form
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = super().forward(x)
+        first, second = y.square().mean(), y.abs().mean()
+        forms = {
+            "sum": (first + 0.5 * second, second),
+            "read": (first, second.detach()),
+            "apart": (first, second),
+            "split": torch.stack([first, second]).unbind(),  # two outputs of one operation
+        }
+        return forms[self.form]
+
+
+@pytest.mark.parametrize("form", ["sum", "read", "apart", "split"])
+def test_a_second_loss_in_a_tuple_is_not_left_out(form: str) -> None:
+    torch.manual_seed(0)
+    model, x = TwoLosses(form), torch.randn(4, 3).double()
+    system = system_of(model)
+    if form in ("sum", "read"):
+        (expected,) = torch.autograd.grad(model(x)[0], model.weight)
+        system.train_step({"x": x})
+        torch.testing.assert_close(model.weight.grad, expected)
+        return
+    message = r"^train_step: without loss_fn, expected one loss, got a tuple .* output\[1\]`$"
+    with pytest.raises(ValueError, match=message):
+        system.train_step({"x": x})
+    assert model.weight.grad is None
+    with torch.no_grad():
+        expected = sum(model(x))
+    system = system_of(model)
+    system.loss_fn = lambda output, _: output[0] + output[1]
+    assert system.train_step({"x": x}).item() == pytest.approx(expected.item())
+
+
 def test_targets_that_no_loss_takes() -> None:
     model, batch = labelled()
     message = r"got a pair with targets, which the model is not given; give the model what its loss"
