@@ -69,9 +69,8 @@ def averaged(optimizer: Optimizer) -> Iterator[None]:
     finally:
         if not all(map(torch.equal, weights, before)):  # else it was in evaluation mode before
             modal.train()
-            with torch.no_grad():
-                for weight, value in zip(weights, before, strict=True):
-                    weight.copy_(value)
+            for weight, value in zip(weights, before, strict=True):
+                weight.data.copy_(value)
 
 
 @contextlib.contextmanager
