@@ -112,6 +112,15 @@ def _linear(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return record.linear(func, args, kwargs)
 
 
+def _identity(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation whose result is its first argument, except perhaps in another dtype."""
+    result = func(*args, **kwargs)
+    if result.dtype != args[0].dtype:
+        return record.linear(func, args, kwargs)
+    record.enter(result, record.slot(args[0]))
+    return result
+
+
 def _joint(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     name = func._overloadpacket.__name__
     if "reduce" in kwargs:
@@ -127,16 +136,16 @@ def _joint(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         constant = differentiable(x) and not record.follows(x)
         return record.record(_ZEROS, (x,), {}) if constant else x
 
-    plus = name in ("add", "alias") or (name == "sub" and record.follows(args[0]))
+    plus = name == "add" or (name == "sub" and record.follows(args[0]))
     return record.linear(func, args, kwargs, later, plus and not kwargs)
 
 
 def _bilinear(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     a, b, *rest = args
     if not (record.follows(a) and record.follows(b)):
-        return record.linear(func, args, kwargs, keeps=not isinstance(b, Tensor) and b == 1)
+        one = not isinstance(b, Tensor) and b == 1
+        return _identity(record, func, args, kwargs) if one else record.linear(func, args, kwargs)
     i, j, elementwise = record.slot(a), record.slot(b), func is _MUL
-
     square = elementwise and i == j  # of which each product stands twice
 
     def higher(values: Values, n: int) -> Tensor:
@@ -153,8 +162,7 @@ def _bilinear(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return record.extend(record.record(func, args, kwargs), higher)
 
 
-_ALIAS, _MUL = torch.ops.aten.alias.default, torch.ops.aten.mul.Tensor
-_ZEROS = torch.ops.aten.zeros_like.default
+_MUL, _ZEROS = torch.ops.aten.mul.Tensor, torch.ops.aten.zeros_like.default
 
 
 def _div(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
@@ -194,9 +202,9 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys([*LINEAR, *_LINEAR.split()], _linear),
     **dict.fromkeys(_JOINT.split(), _joint),
     **dict.fromkeys(["mul", "mm", "bmm", "mv", "dot"], _bilinear),
+    # By `detach` no gradient is stopped, since autograd detaches what it saves.
+    **dict.fromkeys(["alias", "clone", "detach"], _identity),
     "convolution": _convolution,
-    # No gradient is stopped, since autograd detaches what it saves.
-    "detach": lambda record, _, args, kwargs: _joint(record, _ALIAS, args, kwargs),
     "div": _div,
     "pow": _pow,
     "softplus": _softplus,
