@@ -41,16 +41,18 @@ class Piece(NamedTuple):
 
 def read_batch(operation: str, batch: Any) -> Batch:
     """Plain dicts, tuples and tensors, from what a loader or a tokenizer gives."""
-    if isinstance(batch, Mapping):
+    if isinstance(batch, Mapping) and batch:
         return plain(batch)
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        of = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        of = f" of {len(batch)}" if isinstance(batch, (tuple, list, Mapping)) else ""
         raise ValueError(
             f"{operation}: expected a batch to be a mapping of the model's arguments or a pair "
             f"(inputs, targets), got {type(batch).__name__}{of}; set collate_fn of the loader, "
             "with several inputs in a tuple of their own and None for targets that there are not"
         )
     inputs, targets = map(plain, batch)
+    if inputs is None or (isinstance(inputs, dict) and not inputs):
+        raise ValueError(f"{operation}: expected inputs of the model in a batch, got {inputs}")
     if isinstance(inputs, dict) and targets is None:
         return inputs
     # The collate_fn of a loader makes a list of a tuple.
@@ -115,7 +117,8 @@ def own_loss(operation: str, output: Any, batch: Batch) -> Tensor:
 def _is_apart(loss: Tensor, others: Sequence[Any]) -> bool:
     """Whether some of other outputs are scalars with a graph that is not within that of a loss."""
     scalars = [other for other in others if isinstance(other, Tensor) and not other.dim()]
-    nodes, seen = {s.grad_fn for s in scalars if s.grad_fn is not None}, set()
+    nodes = {s.grad_fn for s in scalars if s.grad_fn is not None}
+    seen: set[Any] = set()
     left = [] if loss.grad_fn is None else [loss.grad_fn]
     while left and not nodes <= seen:
         left = list({n for node in left for n, _ in node.next_functions if n} - seen)
@@ -193,8 +196,8 @@ def split(operation: str, batch: Any, size: int | None, count: Count | None) -> 
     return [Piece(part, float(n), float(n)) for part, n in zip(parts, counts, strict=True)]
 
 
-def check_counted(operation: str, total: float) -> None:
-    """Raise if a mean is over nothing, or over nobody knows what."""
+def check_counted(operation: str, total: float, batch: Any = None) -> None:
+    """Raise if the mean over a batch is over nothing, or over nobody knows what."""
     if math.isnan(total):
         system = "" if operation == "autotune" else "the system "
         raise ValueError(
@@ -204,9 +207,13 @@ def check_counted(operation: str, total: float) -> None:
             "contrastive loss, as CLIP's, cannot be divided into micro-batches at all"
         )
     if not total > 0:
+        shapes = _shapes(batch)
+        if any(shape[:1] == (0,) for shape in shapes):
+            raise ValueError(f"{operation}: the batch is empty, its tensors have shapes {shapes}")
         raise ValueError(
-            f"{operation}: count gives {total:g} for the whole batch; expected how many terms the "
-            "mean in loss_fn has, as `(targets != -100).sum()`"
+            f"{operation}: nothing in the batch counts: every label is -100 (ignored), or the "
+            f"count that was given gives {total:g}; leave such batches out of the loader, or let "
+            "count give how many terms the mean in loss_fn has, as `(targets != -100).sum()`"
         )
 
 

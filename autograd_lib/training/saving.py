@@ -138,9 +138,9 @@ def check_signature(expected: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise if a checkpoint is of another system; PyTorch would load a part of it."""
     other = [name for name in expected | found if expected.get(name) != found.get(name)]
     if other:
-        name, more = other[0], len(other) - 1
+        name, more = other[0], f", and {len(other) - 1} more" if other[1:] else ""
         raise ValueError(
             f"load: the checkpoint is of another system: expected {name} to be "
-            f"{expected.get(name)}, got {found.get(name)}, and {more} more; nothing was changed. "
+            f"{expected.get(name)}, got {found.get(name)}{more}; nothing was changed. "
             "Make the system as it was when it was saved"
         )

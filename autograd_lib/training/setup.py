@@ -18,11 +18,12 @@ from autograd_lib.core.shards import is_distributed
 from autograd_lib.monitor.monitor import GradientMonitor
 from autograd_lib.training.distributed import optimized
 
-_ONE_OPTIMIZER = (
-    "; of a wrapper pass the optimizer inside. With several, make a system of each and write the "
-    "loop: for inputs, targets in loader: first.train_step(inputs, targets); "
-    "second.train_step(...)"
-)
+_REMEDIES: dict[Any, str] = {
+    Optimizer: "; of a wrapper pass the optimizer inside. With several, make a system of each and "
+    "write the loop: for inputs, targets in loader: first.train_step(inputs, targets); "
+    "second.train_step(...)",
+    AutogradConfig: "; load_config makes one of a dict or of the path of a YAML file",
+}
 
 
 def check_arguments(
@@ -42,7 +43,7 @@ def check_arguments(
         if not isinstance(value, kind):
             raise TypeError(
                 f"AutogradTrainingSystem: expected {kind.__name__}, got {type(value).__name__}"
-                + (_ONE_OPTIMIZER if kind is Optimizer else "")
+                + _REMEDIES.get(kind, "")
             )
     if (reduction := getattr(loss_fn, "reduction", "mean")) != "mean":
         raise ValueError(
@@ -109,6 +110,14 @@ def check_trains(operation: str, config: AutogradConfig) -> None:
         raise RuntimeError(
             f"{operation}: the configuration says autograd_system.enable_gradients: false, which "
             "is for evaluation only; set it to true to train"
+        )
+
+
+def check_loader(operation: str, loader: object) -> None:
+    """Raise for what gives no batches."""
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise TypeError(
+            f"{operation}: expected a loader, which gives batches, got {type(loader).__name__}"
         )
 
 

@@ -158,7 +158,7 @@ def micro_batches(
     own = [sum(piece.share for piece in pieces), len(pieces)]
     gathered = [own] if peers is None else peers.gather(*own)
     total = sum(terms for terms, _ in gathered)
-    batches.check_counted(operation, total)
+    batches.check_counted(operation, total, batch)
     if len(gathered) == 1:
         pieces = [piece for piece in pieces if piece.share]
     else:

@@ -301,6 +301,10 @@ class AutogradTrainingSystem:
             KeyboardInterrupt: Ctrl-C; SIGTERM is a SystemExit.
         """
         with self.peers.raise_on_all():
+            for given in (loader,) if validation is None else (loader, validation):
+                setup.check_loader("fit", given)
+            if not hasattr(epochs, "__index__"):  # which NumPy's integers have too
+                raise TypeError(f"fit: expected an integer for epochs, got {epochs!r}")
             setup.check_fit(self.config, None if self._owns_files else self.directory)
             if self.directory is not None and self.peers.rank == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -401,6 +405,7 @@ class AutogradTrainingSystem:
         Raises:
             ValueError: There is no batch, or nothing in them counts.
         """
+        setup.check_loader("evaluate", loader)
         run = self._run("evaluate", self.module)
         sums = [torch.zeros(len(self.metrics) + 3, device=self.device)]
         self.peers.broadcast(self.module.buffers())

@@ -200,7 +200,7 @@ def test_count_says_what_the_mean_of_another_loss_is_over():
     for parameter, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(loss, loss_fn(model(inputs), targets).detach(), rtol=1e-13, atol=0)
-    with pytest.raises(ValueError, match="count gives 0 for the whole batch; expected how many"):
+    with pytest.raises(ValueError, match=r"every label is -100 .* count that was given gives 0;"):
         system.train_step(inputs, torch.full((6, 1), -100.0).double())
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"the batch is empty, its tensors have shapes \[\(0, 3\)"):
@@ -518,7 +518,7 @@ def test_what_does_not_fit_is_refused():
         make(mlp, optimizer, nn.MSELoss())
     with pytest.raises(TypeError, match=r"expected Optimizer, got generator"):
         make(model, model.parameters(), nn.MSELoss())
-    with pytest.raises(TypeError, match="expected AutogradConfig, got dict"):
+    with pytest.raises(TypeError, match="expected AutogradConfig, got dict; load_config makes"):
         make(model, optimizer, nn.MSELoss(), {})
     with pytest.raises(TypeError, match=r"System: expected Callable, got AutogradConfig"):
         make(model, optimizer, configured())
@@ -812,8 +812,27 @@ def test_loaders_without_batches_and_with_wrong_ones():
     with pytest.raises(ValueError, match=r"^the validation loader of rank 0 gives no batch"):
         system.evaluate(iter(()))
     ignored = [(x, torch.full_like(y, -100)) for x, y in good]
-    with pytest.raises(ValueError, match=r"^evaluate: count gives 0 for the whole batch"):
+    with pytest.raises(ValueError, match=r"^evaluate: .* every label is -100 \(ignored\)"):
         system.evaluate(ignored)
+    with pytest.raises(ValueError, match=r"^train_step: .* every label is -100 \(ignored\)"):
+        system.train_step(*ignored[0])
+    with pytest.raises(ValueError, match=r"^train_step: the batch is empty, .* \[\(0, 8\), \(0,\)"):
+        system.train_step(*(each[:0] for each in good[0]))
+    for nothing in (None, {}):
+        with pytest.raises(ValueError, match=f"^train_step: expected inputs .*, got {nothing}$"):
+            system.train_step(nothing)
+    with pytest.raises(ValueError, match=r"^train_step: expected a batch to be .*got dict of 0;"):
+        system.fit([{}], 1)
+    with pytest.raises(TypeError, match=r"^fit: expected an integer for epochs, got 1\.5$"):
+        system.fit(good, 1.5)
+    for wrong in (2, None):
+        came = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"^fit: expected a loader, .* got {came}$"):
+            system.fit(wrong, good)
+        with pytest.raises(TypeError, match=f"^evaluate: expected a loader, .* got {came}$"):
+            system.evaluate(wrong)
+    with pytest.raises(TypeError, match=r"^fit: expected a loader, .* got int$"):
+        system.fit(good, 1, 2)
     with pytest.raises(ValueError, match=r"^train_step: expected a batch to be .*got Tensor"):
         system.fit([torch.ones(2, 8)], 1)
     with pytest.raises(ValueError, match=r"a pair \(inputs, targets\), got tuple of 3; set"):
@@ -1446,7 +1465,7 @@ def two_groups(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
             r"model 0.weight to be \(9, 8\), got \(8, 8\), and 11 more",
         ),
         ({"model": mlp(4)}, r"model 6.weight to be \(8, 8\), got None, and 3 more"),
-        ({"optimizer": torch.optim.Adam}, "expected optimizer to be Adam, got AdamW, and 0 more"),
+        ({"optimizer": torch.optim.Adam}, "expected optimizer to be Adam, got AdamW; nothing"),
         (
             {"optimizer": two_groups},
             r"parameter 0 in group 1 of the optimizer to be \(8,\), got None, and 9 more",

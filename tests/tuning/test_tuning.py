@@ -1280,7 +1280,7 @@ def test_arguments_are_checked():
         ({"batch": (batch[0], batch[1][:3])}, ValueError, r"got shapes \[\(8, 8\), \(3, 8\)\]"),
         ({"batch": (batch[0][:0], batch[1][:0])}, ValueError, "the batch is empty"),
         ({"batch": (batch[0], torch.tensor(1.0))}, ValueError, "first dimension is the batch"),
-        ({"count": lambda t: 0}, ValueError, "count gives 0 for the whole batch"),
+        ({"count": lambda t: 0}, ValueError, "count that was given gives 0;"),
         ({"loss_fn": lambda out, y: out}, ValueError, r"return a scalar, got shape \(8, 8\)"),
         ({"loss_fn": lambda out, y: out.mean().item()}, ValueError, "got float"),
         ({"loss_fn": lambda out, y: 0 * out.mean()}, ValueError, r"has norm 0\.0"),
