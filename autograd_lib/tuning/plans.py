@@ -67,11 +67,10 @@ def _plan(candidates: Candidates, settings: Settings) -> CheckpointPlan | None:
     """A plan of the first modules that are a chain; None, with notes, if there are none."""
     candidates.announce(f"checkpoint plan for {settings}")
     bench, accumulate = candidates.bench, settings.micro_batch is not None
-    try:
-        chains, loss = bench.chains_for(settings), bench.loss(settings)
-    except Exception as error:
-        candidates.note(f"Plan for {settings} failed: {error}.")
-        return None
+    chains, loss = bench.chains_for(settings), bench.loss(settings)
+    none = "the model has no nn.Sequential or nn.ModuleList of two modules or more; pass blocks="
+    if not chains:
+        candidates.note(f"Plan for {settings} failed: {none}.")
     for name, blocks in chains.items():
         try:
             return plan_checkpoints(blocks, loss, sys.maxsize, accumulate=accumulate)

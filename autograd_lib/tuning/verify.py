@@ -190,7 +190,7 @@ class _Form:
         for scale in (1.0, 3.0):  # beside a jump slopes agree by chance, but hardly twice
             slope, doubt = self.slope(direction, scale)
             off = abs(float(self.gradient @ direction) - slope)
-            if not 10 * doubt <= norm:  # NaN is not
+            if not 10 * doubt <= max(norm, abs(slope)):  # NaN is not
                 return None
             if right := off <= rtol * norm + 10 * doubt:
                 break
@@ -385,16 +385,10 @@ def _compare(
     refuted_forms = tuple(form.name for form in forms if form.wrong)
     referee, as_it_runs = (forms[0].referee, forms[1].referee), relative_error(given, exact)
     if as_it_runs > rtol and not narrow and forms[1].draws():
-        notes.append(
-            "The candidate draws random numbers. In float64 they may be others than as it runs, "
-            "and as_it_runs may be due to that."
-        )
+        notes.append("as_it_runs may be due to other random numbers in float32 than in float64.")
     if any(undecided):
-        notes.append(
-            f"Not decided: finite differences are too coarse along {sum(undecided)} of "
-            f"{len(undecided)} directions. The loss is rounded, as by .float(), or jumps, as where "
-            "experts are chosen."
-        )
+        why = "finite differences see the loss rounded, or jump, as where experts are chosen"
+        notes.append(f"Not decided along {sum(undecided)} of {len(undecided)} directions: {why}.")
     return GradientReport(
         refuted_forms, parameters, losses, referee, as_it_runs, precision, tuple(notes)
     )

@@ -305,10 +305,5 @@ def _containers(model: nn.Module, saved: dict[str, int]) -> dict[str, nn.Module]
             start = f"{name}." if name else ""
             within = sum(n for source, n in saved.items() if f"{source}.".startswith(start))
             weights[name] = len(module) * within
-    if not weights:
-        raise ValueError(
-            "no checkpoint plan, as the model has no nn.Sequential or nn.ModuleList of two modules "
-            "or more; pass blocks"
-        )
     widest = sorted(weights, key=weights.__getitem__, reverse=True)[:_CHAINS]
     return {f"model.{name}".strip("."): model.get_submodule(name) for name in widest}

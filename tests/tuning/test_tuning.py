@@ -820,7 +820,7 @@ def test_model_without_blocks_is_told_so(told):
     batch = torch.randn(64, 16), torch.randn(64, 256)
     budget = int(0.6 * measured(model, FP32, batch))
     report = autotune(model, batch, nn.MSELoss(), budget, 1e-5, compile=False)
-    assert re.search("fp32.*: no checkpoint plan, as the model has no nn.Seq", report.notes[0])
+    assert re.search("fp32.* failed: the model has no nn.Sequential or nn.Mod", report.notes[0])
 
 
 # Failures of candidates

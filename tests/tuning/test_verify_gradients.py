@@ -370,7 +370,7 @@ def test_noise_of_another_precision_is_not_taken_for_rounding():
     report = verify_gradients(model, model, pairs(), MSE)
     assert report.ok
     assert report.as_it_runs > 0.1  # of a gradient with itself
-    assert "as_it_runs may be due to that" in report.notes[0]
+    assert "as_it_runs may be due to other random numbers" in report.notes[0]
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))  # the same for both
     assert verify_gradients(model, model, pairs(), MSE).notes == ()
 
@@ -442,11 +442,29 @@ def test_experts_are_not_called_wrong_by_a_loss_that_is_rounded_and_jumps(sample
         report = verify_gradients(right, other, pairs(samples), rounded, seed=seed)
         assert report.ok
         assert not max(report.referee) > 1e-1
-        undecided += any(note.startswith("Not decided: ") for note in report.notes)
+        undecided += any(note.startswith("Not decided along ") for note in report.notes)
     assert undecided
     report = verify_gradients(right, wrong, pairs(samples), rounded)
     assert not report.ok
     assert "reference" not in report.wrong
+
+
+def test_a_gradient_that_is_missing_is_wrong_by_a_rounded_loss_too():
+    class Detached(nn.Module):
+        def __init__(self, detach: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.scale = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+            self.detach = detach
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * (self.scale.detach() if self.detach else self.scale)
+
+    report = verify_gradients(
+        Detached(False), Detached(True), pairs(), lambda out, y: MSE(out, y).float()
+    )
+    assert report.wrong == ("candidate",)
+    assert report.parameters["scale"].verdict == "candidate wrong, no gradient in the candidate"
 
 
 # What is left behind, and what is refused
