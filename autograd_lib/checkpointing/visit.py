@@ -74,9 +74,10 @@ def intercept(blocks: Blocks, handler: Callable[..., Any]) -> Iterator[None]:
             setattr(module, slot(module), function)
         yield
     if position != len(blocks):
+        absent = "" if position else "These modules are not in the model that it runs, or skipped. "
         raise ValueError(
             f"plan_checkpoints: the step ran {position} of {len(blocks)} blocks; expected all of "
-            f"them, once each. {_SKIPPED}"
+            f"them, once each. {absent}{_SKIPPED}"
         )
 
 

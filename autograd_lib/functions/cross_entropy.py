@@ -90,7 +90,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of F.cross_entropy
         `reduction="none"` 1 or 0 for each target.
 
     Raises:
-        TypeError: A dtype does not fit.
+        TypeError: What is no tensor, or a dtype that does not fit.
         ValueError: A shape, a device or an option does not fit.
         IndexError: A target is out of range.
         NotImplementedError: Forward over reverse mode, see above.
@@ -150,6 +150,10 @@ def _requirements(
 ) -> Iterator[_Requirement]:
     """What tensors must be, the shapes of matrices before those of vectors."""
     input, weight, *vectors = operands if class_weight is None else (*operands, class_weight)
+    given = (input, weight, target, *vectors)
+    kinds = [type(p).__name__ for p in given]
+    tensors = all(isinstance(p, Tensor) for p in given)
+    yield tensors, TypeError, "tensors (of an nn.Linear its weight and bias)", kinds
     floats = [p.dtype for p in (input, weight, *vectors)]
     real = all(dtype.is_floating_point for dtype in floats)
     yield real, TypeError, "real floating-point tensors", floats
@@ -157,7 +161,7 @@ def _requirements(
     yield same, TypeError, "one dtype, or torch.autocast", floats
     indices = "class indices of torch.int64 (F.cross_entropy takes probabilities)"
     yield target.dtype == torch.int64, TypeError, indices, f"target of {target.dtype}"
-    shapes = [(*p.shape,) for p in (input, weight, target, *vectors)]
+    shapes = [(*p.shape,) for p in given]
     fit = weight.dim() == 2 and input.shape == (*target.shape, weight.shape[1])
     fit = fit and all(v.shape == weight.shape[:1] for v in vectors)
     layout = "input (..., in), weight (classes, in), target (...), bias and class_weight (classes,)"

@@ -74,7 +74,9 @@ class AutogradTrainingSystem:
         scheduler: Steps after each step of the optimizer.
         count: ``count(targets)`` is how many terms that mean has. By default the number of
             samples; for `nn.CrossEntropyLoss` and `nn.NLLLoss` the targets that are not ignored,
-            by their weights; for the model's own loss its labels.
+            by their weights; for the model's own loss its labels. What is given here, and that
+            `loss_fn` is such a mean, is not checked: a loss over pairs of samples (contrastive, as
+            InfoNCE) is another one in micro-batches.
         metrics: Functions ``(output, targets)`` by name. `evaluate` averages them like the loss,
             but without weights of classes.
 

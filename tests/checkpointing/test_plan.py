@@ -1045,7 +1045,11 @@ CHAINS: dict[str, tuple[Callable[[nn.ModuleList, Tensor], Any], str]] = {
     "out of order": (lambda b, x: b[0](b[1](x)).sum(), "block 1 (Sequential) ran as number 0"),
     "twice": (lambda b, x: b[1](b[0](b[1](b[0](x)))).sum(), "block 0 (Sequential) ran as number 2"),
     "too few": (lambda b, x: b[0](x).sum(), "the step ran 1 of 2 blocks; expected all of them"),
-    "none": (lambda _, x: x.sum(), "the step ran 0 of 2 blocks"),
+    "none": (
+        lambda _, x: x.sum(),
+        "the step ran 0 of 2 blocks; expected all of them, once each. These modules are not in the "
+        "model that it runs, or skipped. Where",
+    ),
     "between": (lambda b, x: b[1](b[0](x) + 1).sum(), "expected block 1 (Sequential) to take the"),
     "no scalar": (lambda b, x: b[1](b[0](x)), "got a tensor of shape [8, 32], requires_grad=True"),
     "no graph": (lambda b, x: b[1](b[0](x)).sum().detach(), "of shape [], requires_grad=False"),

@@ -625,6 +625,8 @@ def test_targets_out_of_range(bad: int, dtype: torch.dtype, device: str) -> None
         ({"bias": torch.ones(4)}, ValueError, r"bias.* \(classes,\), got .*\(4,\)\]"),
         ({"class_weight": torch.ones(4)}, ValueError, r"class_weight.*, got .*\(4,\)\]"),
         ({"class_weight": torch.ones(6).requires_grad_()}, ValueError, "detach"),
+        ({"input": None}, TypeError, r"tensors .* got \['NoneType', 'Tensor', 'Tensor'"),
+        ({"weight": nn.Linear(4, 6)}, TypeError, r"of an nn.Linear its weight and bias.*'Linear'"),
         ({"input": torch.ones(7, 4, dtype=torch.complex64)}, TypeError, "real floating-point"),
         ({"weight": torch.ones(6, 4, dtype=torch.float64)}, TypeError, "one dtype.*autocast"),
         ({"reduction": "max"}, ValueError, "'mean', 'sum' or 'none', .* got 'max', 0.0 and 256"),
