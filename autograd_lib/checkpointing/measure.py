@@ -80,7 +80,8 @@ def _untouched(blocks: Blocks) -> Iterator[Callable[[Iterable[Tensor]], None]]:
     attributes, and gradients, which are None in the block. Yields a function that keeps the
     gradients of other tensors too.
     """
-    known: set[nn.Module | Tensor] = set()
+    known = set[Tensor]()
+    states: dict[nn.Module, ModuleState] = {}  # Dynamo traces `note`, and knows such a dict
     with contextlib.ExitStack() as restore:
 
         def keep(tensors: Iterable[Tensor]) -> None:
@@ -90,10 +91,10 @@ def _untouched(blocks: Blocks) -> Iterator[Callable[[Iterable[Tensor]], None]]:
                 tensor.grad = None
 
         def note(module: nn.Module, _: Any = None) -> None:
-            if module not in known:
-                known.add(module)
+            if module not in states:
+                states[module] = ModuleState([module])
                 restore.callback(put_back, [module], tensor_attributes([module]))
-                restore.callback(ModuleState([module]).restore)
+                restore.callback(states[module].restore)
                 keep(p for p in module._parameters.values() if p is not None)
 
         for block in blocks:
@@ -169,8 +170,7 @@ def _traits(probe: Probe, index: int) -> list[Any]:
 def _trait(value: Any, index: int) -> Any:
     if isinstance(value, Tensor):
         strides = value.stride() if value.layout is torch.strided else None
-        size = nbytes([value])
-        return value.shape, strides, size, value.dtype, value.device, value.requires_grad
+        return value.shape, strides, nbytes([value]), value.dtype, value.device, value.requires_grad
     if type(value) is int:
         return _Number(value, index)
     if isinstance(value, _PLAIN):

@@ -8,7 +8,7 @@ then applied with PyTorch's own checkpoints.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,7 +145,7 @@ class CheckpointPlan(Table):
         return lines
 
 
-def _name(blocks: Sequence[nn.Module], index: int) -> str:
+def _name(blocks: Blocks, index: int) -> str:
     return f"{index} {type(blocks[index]).__name__}"
 
 
@@ -234,17 +234,16 @@ def plan_checkpoints(
         show("solving")
         # A run under one checkpoint takes one tensor, not others that go from block to block.
         found = frontier(chain, runs_its_children(blocks) and not chain.shared)
-    modules = tuple(blocks)
     for index, why in refused.items():
         warnings.warn(
-            f"plan_checkpoints: block {_name(modules, index)} {why}; every plan saves it",
+            f"plan_checkpoints: block {_name(blocks, index)} {why}; every plan saves it",
             UserWarning,
             stacklevel=2,
         )
     nbytes, seconds, steps = _fastest(found, budget)
     curve = [(peak, time) for peak, time, _ in found]
     return CheckpointPlan(
-        steps, budget, nbytes, seconds, *plain(chain), curve, refused, found, modules
+        steps, budget, nbytes, seconds, *plain(chain), curve, refused, found, tuple(blocks)
     )
 
 

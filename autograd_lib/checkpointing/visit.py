@@ -23,7 +23,7 @@ from autograd_lib.checkpointing.recompute import (
     slot,
     tensor_attributes,
 )
-from autograd_lib.checkpointing.trees import Place, Tree, flatten, place
+from autograd_lib.checkpointing.trees import Tree, flatten, place
 from autograd_lib.core.snapshot import GLOBAL_GENERATORS, own_generators
 from autograd_lib.memory.peak import Marks, Trace
 
@@ -63,12 +63,10 @@ def intercept(blocks: Blocks, handler: Callable[..., Any]) -> Iterator[None]:
             x = forward(child, child, x)
         return x
 
-    overridden: dict[nn.Module, Callable[..., Any]] = {}
+    overridden: dict[nn.Module, Callable[..., Any]]
+    overridden = {block: partial(forward, block, getattr(block, slot(block))) for block in blocks}
     if isinstance(blocks, nn.Sequential) and runs_its_children(blocks):
-        overridden[blocks] = sequence
-    else:
-        for block in blocks:
-            overridden[block] = partial(forward, block, getattr(block, slot(block)))
+        overridden = {blocks: sequence}
     with kept_forwards(overridden):
         for module, function in overridden.items():
             setattr(module, slot(module), function)
@@ -220,9 +218,7 @@ def visit_blocks(blocks: Blocks, step: Callable[[], Tensor]) -> tuple[list[Visit
 def _follows(name: str, given: Tree, visits: list[Visit]) -> int:
     """Find the leaf of the arguments that comes from the block before, and note it there."""
     made = visits[-1].made if visits else given
-    places: dict[Place, int] = {}
-    for i in made.tensors():
-        places.setdefault(place(made.leaves[i]), i)
+    places = {place(made.leaves[i]): i for i in reversed(made.tensors())}  # the first counts
     for i in given.tensors():
         if place(given.leaves[i]) in places:
             if visits:

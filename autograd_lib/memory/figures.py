@@ -9,6 +9,7 @@ from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
@@ -185,7 +186,7 @@ class _Allocations(TorchDispatchMode):
         self.alive: list[Counter[str]] = []  # the same after each operation
         self.backward_at: int | None = None
         self.tracker = ModuleTracker()
-        self._known = weakref.WeakSet[Any]()  # storages seen
+        self._known = weakref.WeakSet[torch.UntypedStorage]()
         for name, module in model.named_modules():  # else it names modules by their type
             self.tracker._known_modules[module] = name
             self.tracker._seen_modules.add(module)
@@ -219,11 +220,11 @@ def _places(inputs: dict[Any, list[Any]]) -> dict[Any, tuple[int, int]]:
     for node in reversed(inputs):
         heights[node] = max((heights[following] + 1 for following in inputs[node]), default=0)
     taken: Counter[int] = Counter()
-    places = {}
+    places = dict.fromkeys(inputs, (0, 0))  # keeps the order of the nodes
     for node in sorted(inputs, key=lambda node: -heights[node]):
         places[node] = taken[rows[node]], rows[node]
         taken[rows[node]] += 1
-    return {node: places[node] for node in inputs}
+    return places
 
 
 def _saved_bytes(node: Any, counted: set[int]) -> int:

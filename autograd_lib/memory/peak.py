@@ -243,11 +243,10 @@ def _silent_stderr() -> Iterator[None]:
     # would end up in the stored output of a notebook; KINETO_LOG_LEVEL is read only once.
     sys.stderr.flush()
     kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)

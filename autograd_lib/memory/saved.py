@@ -79,9 +79,7 @@ class SavedTensors(Table):
         # A weak reference prevents reuse of a storage's address, so that the address identifies
         # it; its bytes are freed all the same.
         self._references: dict[int, StorageWeakRef] = {}
-        self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary(
-            {module: name for name, module in model.named_modules()}
-        )
+        self._names = WeakKeyDictionary({m: name for name, m in model.named_modules()})
         self._thread = threading.get_ident()
         self._mark_parameters(model)
 
