@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +14,27 @@ from torch.func import jvp
 ORDER = 4
 # Values move by at most REACH times a direction whose entries lie between -1 and 1.
 REACH = 0.2
+
+
+class Points:
+    """Where functions are looked at: float64 tensors from a generator of their own."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def real(self, *shape: int) -> Tensor:
+        """Between -1 and 1."""
+        return 2 * torch.rand(shape, generator=self.generator, dtype=torch.float64) - 1
+
+    def positive(self, *shape: int) -> Tensor:
+        """Between 0.6 and 1.6."""
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64) + 0.6
+
+    def apart(self, *shape: int) -> Tensor:
+        """A quarter above an integer each, so that no step reaches an integer or a tie."""
+        n = math.prod(shape)
+        places = torch.randperm(n, generator=self.generator).reshape(shape)
+        return places.double() - n // 2 + 0.25
 
 
 def fit_weights(order: int, points: int, reach: float) -> tuple[np.ndarray, np.ndarray]:

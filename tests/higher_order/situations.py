@@ -11,26 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from oracles import Points
 from torch import Tensor, nn
 
-DRAWS = torch.Generator().manual_seed(1)
+POINTS = Points(1)
+real, positive, apart = POINTS.real, POINTS.positive, POINTS.apart
 Function = Callable[..., Tensor]
-
-
-def real(*shape: int) -> Tensor:
-    """Between -1 and 1."""
-    return 2 * torch.rand(shape, generator=DRAWS, dtype=torch.float64) - 1
-
-
-def positive(*shape: int) -> Tensor:
-    """Between 0.6 and 1.6."""
-    return torch.rand(shape, generator=DRAWS, dtype=torch.float64) + 0.6
-
-
-def apart(*shape: int) -> Tensor:
-    """A quarter above an integer each, so that no step reaches an integer or a tie."""
-    n = math.prod(shape)
-    return torch.randperm(n, generator=DRAWS).reshape(shape).double() - n // 2 + 0.25
 
 
 def definite(n: int) -> Tensor:

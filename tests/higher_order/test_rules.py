@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from cases import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import ORDER, REACH, SMALL_FIT, assert_near, fitted, nested
+from oracles import ORDER, REACH, SMALL_FIT, Points, assert_near, fitted, nested
 from situations import SITUATIONS
 from test_coverage import REFUSED
 from torch import Tensor, nn
@@ -47,28 +47,12 @@ pytestmark = [
 ]
 
 Function = Callable[..., Tensor]
-DRAWS = torch.Generator().manual_seed(0)
-
-
-def real(*shape: int) -> Tensor:
-    """Between -1 and 1."""
-    return 2 * torch.rand(shape, generator=DRAWS, dtype=torch.float64) - 1
-
-
-def positive(*shape: int) -> Tensor:
-    """Between 0.6 and 1.6."""
-    return torch.rand(shape, generator=DRAWS, dtype=torch.float64) + 0.6
-
-
-def apart(*shape: int) -> Tensor:
-    """A quarter above an integer each, so that no step reaches an integer, a tie or a negative."""
-    n = math.prod(shape)
-    places = torch.randperm(n, generator=DRAWS).reshape(shape)
-    return places.double() - n // 2 + 0.25
+POINTS = Points(0)
+real, positive, apart = POINTS.real, POINTS.positive, POINTS.apart
 
 
 def whole(*shape: int, high: int) -> Tensor:
-    return torch.randint(0, high, shape, generator=DRAWS)
+    return torch.randint(0, high, shape, generator=POINTS.generator)
 
 
 def flat(*parts: Tensor) -> Tensor:
@@ -2074,7 +2058,7 @@ def test_options_without_a_rule_are_named(f: Function, text: str) -> None:
 
 
 def test_layer_norm_is_wrong_upstream_at_order_three_and_not_here() -> None:
-    x, v = torch.randn(2, 6, generator=DRAWS, dtype=torch.float64).unbind()
+    x, v = torch.randn(2, 6, generator=POINTS.generator, dtype=torch.float64).unbind()
 
     def reverse(f: Function, order: int) -> Tensor:
         t = torch.zeros((), dtype=torch.float64, requires_grad=True)
