@@ -7,19 +7,23 @@ rule, and every rule to a chapter that was broken on purpose, so that no rule ca
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
 import nbformat
 import pytest
 import yaml
+from myst_parser.mdit_to_docutils.base import default_slugify
 from nbformat import NotebookNode
-
-import autograd_lib
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -279,6 +283,9 @@ def no_assertion_on_the_clock(notebook: NotebookNode) -> Iterator[str]:
 # What a reader sees.
 
 
+FIGURE = re.compile(r"<Figure size|<!-- frames -->|<figure class=.dashboard")
+
+
 def figures_have_alt_text(notebook: NotebookNode) -> Iterator[str]:
     """A person's words, twenty characters at least, no file name, on every picture."""
 
@@ -290,68 +297,183 @@ def figures_have_alt_text(notebook: NotebookNode) -> Iterator[str]:
             for alt in re.findall(r"!\[(.*?)\]\(", cell.source):
                 if bad(alt):
                     yield f"alt text {alt!r}: {opening(cell)}"
-        elif "<Figure size" in str(cell.outputs):
-            own = cell.metadata.get("mystnb", {})
-            if bad(own.get("image", {}).get("alt", "")):
-                yield f"a figure without alt text: {opening(cell)}"
-            if not own.get("figure", {}).get("caption"):
+        elif "<Figure size" in str(cell.outputs) and bad(
+            cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        ):
+            yield f"a figure without alt text: {opening(cell)}"
+
+
+def figures_have_captions(notebook: NotebookNode) -> Iterator[str]:
+    """Below each picture and each interactive figure stands a paragraph `*Figure. …*`."""
+    for cell, following in pairwise(notebook.cells):
+        if cell.cell_type == "code" and FIGURE.search(str(cell.outputs)):
+            if not following.source.startswith("*Figure. "):
                 yield f"a figure without a caption: {opening(cell)}"
-
-
-def imports_the_library(notebook: NotebookNode) -> Iterator[str]:
-    if not re.search(
-        r"^(?:from|import) autograd_lib", code_cells(notebook)[0].source, re.MULTILINE
-    ):
-        yield "the first code cell does not import autograd_lib"
+        elif following.source.startswith("*Figure. "):
+            yield f"a caption without a figure: {opening(following)}"
 
 
 def opens_and_ends_as_a_chapter(notebook: NotebookNode) -> Iterator[str]:
-    first, last = notebook.cells[0], notebook.cells[-1]
+    first, headings = notebook.cells[0], []
     for part in ("# ", "**You will be able to**", "**You need**", "**It takes**"):
         if part not in first.source:
             yield f"the first cell lacks {part!r}"
-    headings = re.findall(r"^## .*", last.source, re.MULTILINE)
-    if headings != ["## What to remember", "## Sources"]:
-        yield f"the last cell has the headings {headings}"
-    if "{cite" not in last.source.partition("## Sources")[2]:
-        yield "the sources cite nothing from the bibliography"
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            headings += re.findall(r"^## .*", cell.source, re.MULTILINE)
+    if headings[-4:] != ["## Exercises", "## What to remember", "## Sources", "## Solutions"]:
+        yield f"the last sections are {headings[-4:]}"
+    sources = "".join(c.source for c in notebook.cells if "## Sources" in c.source)
+    if "](references.md#" not in sources.partition("## Sources")[2]:
+        yield "the sources cite nothing from references.md"
 
 
 def short_cells(notebook: NotebookNode) -> Iterator[str]:
     """At most fifteen lines of code; the imports at the top may be more."""
-    for cell in code_cells(notebook)[1:]:
+    for cell in code_cells(notebook)[2:]:
         lines = [line for line in cell.source.splitlines() if line.strip()]
         if len(lines) > 15:
             yield f"{len(lines)} lines of code: {opening(cell)}"
 
 
+# A chapter reads and runs anywhere.
+
+
+def plain_markdown(notebook: NotebookNode) -> Iterator[str]:
+    """No role, no directive, no target, no substitution: programs that are not Sphinx show them."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            source = re.sub(
+                r"(`{3,}).*?\n(.*?)\1|(?<!\})`[^`\n]+`", "", cell.source, flags=re.DOTALL
+            )
+            for markup in MYST.findall(source) + re.findall(r"^`{3,}\{\S*", cell.source, re.M):
+                yield f"only Sphinx reads {markup!r}: {opening(cell)}"
+        elif "myst_nb" in cell.source or re.search(r"\bglue\(", cell.source):
+            yield f"glue: {opening(cell)}"
+
+
+MYST = re.compile(r"\{[\w:+-]+\}`[^`]*`|^:{3,}\{.*|^\([\w-]+\)=$|\{\{.*?\}\}|^%.*", re.MULTILINE)
+
+
+def installs_and_imports_first(notebook: NotebookNode) -> Iterator[str]:
+    """First the line that installs, then the folded imports, all of packages that it installs."""
+    install, imports = code_cells(notebook)[:2]
+    if install.source != notebooks.install_line(notebooks.repository()):
+        yield "the first cell of code is not the line that installs"
+    if "hide-input" not in tags(imports):
+        yield "the imports are not folded"
+    if not re.search(r"^(?:from|import) autograd_lib", imports.source, re.MULTILINE):
+        yield "the second cell of code does not import autograd_lib"
+    for cell in code_cells(notebook):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            else:
+                continue
+            for package in {name.partition(".")[0] for name in names}:
+                written = any(f'"{package}.py"' in c.source for c in code_cells(notebook))
+                if (
+                    not written
+                    and package not in sys.stdlib_module_names | installed_for_chapters()
+                ):
+                    yield f"the line that installs does not install {package}"
+
+
+@cache
+def installed_for_chapters() -> frozenset[str]:
+    """The packages that the extra `chapters` brings, by the names that one imports."""
+    found = {"autograd_lib", "IPython", "ipykernel"}  # the latter are there where a notebook runs
+    waiting, seen = ["autograd-by-experiment[chapters]"], set()
+    while waiting:
+        wanted = Requirement(waiting.pop())
+        if str(wanted) in seen:
+            continue
+        seen.add(str(wanted))
+        found |= {name for name, owners in IMPORTED.items() if wanted.name in owners}
+        if wanted.name == "autograd-by-experiment":
+            for line in importlib.metadata.requires(wanted.name) or []:
+                needed = Requirement(line)
+                for extra in {"", *wanted.extras}:
+                    if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                        waiting.append(f"{needed.name}[{','.join(needed.extras)}]")
+    return frozenset(found)
+
+
+IMPORTED = importlib.metadata.packages_distributions()
+
+
+def reads_no_file_beside_it(notebook: NotebookNode) -> Iterator[str]:
+    """The style of the figures comes from the package; nothing is read that no cell wrote."""
+    for cell in code_cells(notebook):
+        for style in re.findall(r"style\.use\(([^)]*)\)", cell.source):
+            if style != '"autograd_lib.report.book"':
+                yield f"a style that is not in the package: {style}"
+        if found := re.search(r"[\w./-]+\.mplstyle|\bsys\.path\.\w+\(\"|__file__", cell.source):
+            yield f"{found.group()} beside the notebook: {opening(cell)}"
+
+
+def links_lead_somewhere(notebook: NotebookNode) -> Iterator[str]:
+    """Another chapter, a heading, or an anchor of references.md that exists."""
+    for cell in notebook.cells:
+        if cell.cell_type != "markdown":
+            continue
+        for link in re.findall(r"(?<!`)\]\(([^)\s]+)\)", cell.source):
+            if link.startswith("https://"):
+                continue
+            file, _, anchor = link.partition("#")
+            if file and not (BOOK / file).is_file():
+                yield f"no file {file}: {opening(cell)}"
+            elif anchor and anchor not in anchors_of(file, notebook):
+                yield f"no anchor {anchor} in {file or 'this chapter'}: {opening(cell)}"
+
+
+def anchors_of(file: str, notebook: NotebookNode) -> set[str]:
+    if file.endswith(".md"):
+        return set(re.findall(r'<a id="([\w-]+)">', (BOOK / file).read_text(encoding="utf-8")))
+    cells = (read(BOOK / file) if file else notebook).cells
+    text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    return {default_slugify(re.sub("[`*]", "", t)) for t in re.findall(r"^#+ (.*)", text, re.M)}
+
+
+def folds_are_answered(notebook: NotebookNode) -> Iterator[str]:
+    """An answer is folded below a question, and the next sentence gives it."""
+    for before, cell, after in zip(
+        notebook.cells, notebook.cells[1:], notebook.cells[2:], strict=False
+    ):
+        if "hide-output" not in tags(cell):
+            continue
+        if before.cell_type != "markdown" or "?" not in before.source:
+            yield f"a folded answer without a question above it: {opening(cell)}"
+        answer = re.sub(r"^\*Figure\. .*\*\s*", "", after.source)
+        if after.cell_type != "markdown" or not answer or answer.startswith(("#", ">", "|")):
+            yield f"a folded answer that no sentence below gives: {opening(cell)}"
+        elif re.match(r"[^.:!]*\?", answer):
+            yield f"a folded answer followed by another question: {opening(after)}"
+
+
 CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1|(?<!`)`[^`\n]+`(?!`)|\$\$.*?\$\$|\$[^$\n]+\$", re.S | re.M)
-ROLE = re.compile(r"\{[\w:]+\}`[^`]*`")
+CITED = re.compile(r"\[[^\]]*\]\(references\.md#[^)]*\)")
 
 
 def numbers_are_claims(notebook: NotebookNode) -> Iterator[str]:
-    """A number in prose is glued in, or stands beside an assertion that holds it."""
+    """A number in prose stands beside an assertion that holds it."""
     cells = notebook.cells
     for i, cell in enumerate(cells):
         if cell.cell_type != "markdown" or i == 0:
             continue
-        prose = ROLE.sub("", cell.source)
+        prose = CITED.sub("", cell.source)
         prose = re.sub(r"^#+ .*|^\s*:?\w+: .*|\]\([^)]*\)", "", CODE.sub("", prose), flags=re.M)
         beside = [c for c in cells[max(0, i - 2) : i + 3] if c.cell_type == "code"]
         asserted = "\n".join(c.source for c in beside if "assert" in c.source)
-        versions = re.compile(r"(?:PyTorch|torch|Python) \d+(?:\.\d+)*")
-        for number in re.findall(r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d", versions.sub("", prose)):
-            if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", asserted):
+        versions = re.compile(r"(?:PyTorch|torch|Python) \d+(?:\.\d+)*|95 % interval")
+        for number, percent in re.findall(
+            r"(?<![\w.])(\d[\d.,]*\d|\d)( %)?", versions.sub("", prose)
+        ):
+            forms = [number, f"{float(number) / 100:g}"] if percent else [number]
+            if not any(re.search(rf"(?<![\d.]){re.escape(f)}(?!\d)", asserted) for f in forms):
                 yield f"{number} is asserted by no cell beside: {opening(cell)}"
-
-
-def names_link_to_the_reference(notebook: NotebookNode) -> Iterator[str]:
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            prose = ROLE.sub("", cell.source)
-            for name in re.findall(r"(?<!`)`([A-Za-z_]+)[^`\n]*`(?!`)", prose):
-                if name in autograd_lib.__all__:
-                    yield f"{name} in prose without a link to its reference: {opening(cell)}"
 
 
 # Exercises: stub, check, solution.
@@ -374,11 +496,21 @@ def three_exercises_with_hidden_solutions(notebook: NotebookNode) -> Iterator[st
     for _, _, solution in exercises(notebook):
         if "hide-cell" not in tags(solution):
             yield f"a solution in plain sight: {opening(solution)}"
+    start = next((i for i, c in enumerate(notebook.cells) if c.source == "## Solutions"), None)
+    for i, cell in enumerate(notebook.cells):
+        if (start is not None and i > start) != is_solution(notebook.cells[i]):
+            yield f"solutions stand in the last section and alone: {opening(cell)}"
+
+
+def is_solution(cell: NotebookNode) -> bool:
+    if cell.cell_type == "code":
+        return "solution" in tags(cell)
+    return cell.source.startswith("### Solution")
 
 
 def checks_bite(notebook: NotebookNode) -> Iterator[str]:
     """A check fails on the stub and passes on the solution, from the imports alone."""
-    imports = code_cells(notebook)[0].source
+    imports = code_cells(notebook)[1].source
     for stub, check, solution in exercises(notebook):
         name = re.search(r"^def (\w+)", stub.source, re.M).group(1)
         scope: dict = {}
@@ -405,11 +537,15 @@ RULES: list[Rule] = [
     outputs_are_compared,
     no_assertion_on_the_clock,
     figures_have_alt_text,
-    imports_the_library,
+    figures_have_captions,
     opens_and_ends_as_a_chapter,
     short_cells,
+    plain_markdown,
+    installs_and_imports_first,
+    reads_no_file_beside_it,
+    links_lead_somewhere,
+    folds_are_answered,
     numbers_are_claims,
-    names_link_to_the_reference,
     three_exercises_with_hidden_solutions,
     checks_bite,
 ]
@@ -554,8 +690,95 @@ def markdown_image(notebook: NotebookNode) -> None:
     add_markdown(notebook, "![](picture.png)")
 
 
+def no_caption(notebook: NotebookNode) -> None:
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("*Figure. ", "*")
+
+
+def caption_in_the_air(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "*Figure. Nothing to be seen.*")
+
+
 def no_library(notebook: NotebookNode) -> None:
-    code_cells(notebook)[0].source = "import torch"
+    code_cells(notebook)[1].source = "import torch"
+
+
+def no_line_that_installs(notebook: NotebookNode) -> None:
+    code_cells(notebook)[0].source = "# pip install autograd_lib"
+
+
+def imports_in_sight(notebook: NotebookNode) -> None:
+    code_cells(notebook)[1].metadata.tags = []
+
+
+def package_of_the_tests(notebook: NotebookNode) -> None:
+    add_code(notebook, "import hypothesis")
+
+
+def role(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "See {py:func}`~autograd_lib.compare`.")
+
+
+def directive(notebook: NotebookNode) -> None:
+    add_markdown(notebook, ":::{note}\nMind the gap.\n:::")
+
+
+def fenced_directive(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "```{note}\nMind the gap.\n```")
+
+
+def target(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "(a-target)=\n## A heading")
+
+
+def substitution(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "Download {{ wheel }}.")
+
+
+def glued_number(notebook: NotebookNode) -> None:
+    add_code(notebook, "from myst_nb import glue")
+
+
+def style_file(notebook: NotebookNode) -> None:
+    add_code(notebook, 'plt.style.use("book.mplstyle")')
+
+
+def module_beside_it(notebook: NotebookNode) -> None:
+    add_code(notebook, 'sys.path.append("..")')
+
+
+def lost_anchor(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "It is known ([Nobody 1900](references.md#nobody1900known)).")
+
+
+def lost_chapter(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "See [another chapter](another.ipynb).")
+
+
+def lost_heading(notebook: NotebookNode) -> None:
+    add_markdown(notebook, "See [above](#no-such-heading).")
+
+
+def fold(notebook: NotebookNode, question: str, answer: str) -> None:
+    cells = [nbformat.v4.new_markdown_cell(text) for text in (question, answer)]
+    folded = nbformat.v4.new_code_cell("print(1)", metadata={"tags": ["hide-output"]})
+    notebook.cells[3:3] = [cells[0], folded, cells[1]]
+
+
+def fold_without_question(notebook: NotebookNode) -> None:
+    fold(notebook, "Now print it.", "It is one.")
+
+
+def unanswered_fold(notebook: NotebookNode) -> None:
+    fold(notebook, "What does it print?", "## The next section")
+
+
+def fold_answered_by_a_question(notebook: NotebookNode) -> None:
+    fold(notebook, "What does it print?", "And what if you print two?")
+
+
+def solution_among_the_exercises(notebook: NotebookNode) -> None:
+    notebook.cells.insert(-15, notebook.cells.pop())
 
 
 def no_opening(notebook: NotebookNode) -> None:
@@ -563,11 +786,11 @@ def no_opening(notebook: NotebookNode) -> None:
 
 
 def no_ending(notebook: NotebookNode) -> None:
-    del notebook.cells[-1]
+    notebook.cells = [c for c in notebook.cells if "## Sources" not in c.source]
 
 
 def long_cell(notebook: NotebookNode) -> None:
-    code_cells(notebook)[1].source = "x = 1\n" * 21
+    code_cells(notebook)[2].source = "x = 1\n" * 21
 
 
 def number_in_prose(notebook: NotebookNode) -> None:
@@ -576,10 +799,6 @@ def number_in_prose(notebook: NotebookNode) -> None:
 
 def percentage_in_prose(notebook: NotebookNode) -> None:
     add_markdown(notebook, "It reaches 98.4 % of the digits.")
-
-
-def bare_name(notebook: NotebookNode) -> None:
-    add_markdown(notebook, "Call `compute_gradient_statistics(model)` after `backward()`.")
 
 
 def solution_in_sight(notebook: NotebookNode) -> None:
@@ -622,15 +841,34 @@ def check_refuses_the_solution(notebook: NotebookNode) -> None:
         (figures_have_alt_text, alt_text_of_spaces),
         (figures_have_alt_text, file_name_as_alt_text),
         (figures_have_alt_text, markdown_image),
-        (imports_the_library, no_library),
+        (figures_have_captions, no_caption),
+        (figures_have_captions, caption_in_the_air),
+        (installs_and_imports_first, no_library),
+        (installs_and_imports_first, no_line_that_installs),
+        (installs_and_imports_first, imports_in_sight),
+        (installs_and_imports_first, package_of_the_tests),
+        (plain_markdown, role),
+        (plain_markdown, directive),
+        (plain_markdown, fenced_directive),
+        (plain_markdown, target),
+        (plain_markdown, substitution),
+        (plain_markdown, glued_number),
+        (reads_no_file_beside_it, style_file),
+        (reads_no_file_beside_it, module_beside_it),
+        (links_lead_somewhere, lost_anchor),
+        (links_lead_somewhere, lost_chapter),
+        (links_lead_somewhere, lost_heading),
+        (folds_are_answered, fold_without_question),
+        (folds_are_answered, unanswered_fold),
+        (folds_are_answered, fold_answered_by_a_question),
         (opens_and_ends_as_a_chapter, no_opening),
         (opens_and_ends_as_a_chapter, no_ending),
         (short_cells, long_cell),
         (numbers_are_claims, number_in_prose),
         (numbers_are_claims, percentage_in_prose),
-        (names_link_to_the_reference, bare_name),
         (three_exercises_with_hidden_solutions, solution_in_sight),
         (three_exercises_with_hidden_solutions, exercise_without_check),
+        (three_exercises_with_hidden_solutions, solution_among_the_exercises),
         (checks_bite, check_accepts_the_stub),
     ],
     ids=lambda value: value.__name__,

@@ -19,7 +19,7 @@
     bfloat16: "(?:bfloat16|bf16)",
     gpu: "(?:gpu|cuda)",
   };
-  const REPEATS = /^(exercise|sources|what to remember)/i;
+  const REPEATS = /^(exercise|solution|sources|what to remember)/i;
   const COMMON = new Set(
     "a an and are as at be by can do does for from how i in is it my of on or that the this to was what when where which why with".split(" "),
   );

@@ -57,12 +57,10 @@ def _own_text(part: nodes.Element, *, outputs: bool = False, inside: bool = Fals
 
 
 def _words(element: nodes.Element) -> str:
-    """Text as one reads it: formulas lose their commands, citations their keys."""
+    """Text as one reads it: formulas lose their commands."""
     found = []
     for node in element.findall(nodes.Text):
-        parents = list(_parents(node, element))
-        if any(parent.get("refdomain") == "cite" for parent in parents):
-            continue
+        parents = _parents(node, element)
         is_formula = any(isinstance(parent, nodes.math | nodes.math_block) for parent in parents)
         found.append(COMMANDS.sub(" ", node) if is_formula else node)
     return "".join(found)

@@ -109,6 +109,8 @@ def fill_context(app: Sphinx, name: str, template: str, context: Any, doctree: A
         raise ExtensionError(message)
     if name in app.env.all_docs and app.env.doc2path(name).endswith(".ipynb"):
         context["notebook"] = Path(name).name + ".ipynb"
+    if app.config.html_theme_options.get("repository_url") and name in app.env.all_docs:
+        context["published"] = published(app, name)
     found = app.env.__dict__["book_sections"].get(name)
     context["description"] = found[0][2][:160].rpartition(" ")[0] if found else ""
 
@@ -119,6 +121,18 @@ def fill_context(app: Sphinx, name: str, template: str, context: Any, doctree: A
         return context["pathto"](f"_static/{file}", 1) + (f"?v={mark}" if mark else "")
 
     context["asset"] = asset
+
+
+def published(app: Sphinx, name: str) -> dict[str, str]:
+    """Return where a page can be read, run and discussed once the book has an address."""
+    options = app.config.html_theme_options
+    url, branch = options["repository_url"].rstrip("/"), options.get("repository_branch", "main")
+    file = Path(app.env.doc2path(name)).relative_to(app.srcdir).as_posix()
+    links = {"Source": f"{url}/blob/{branch}/{file}", "Report a mistake": f"{url}/issues/new"}
+    if file.endswith(".ipynb") and (found := re.match(r"https://github\.com/(.+)", url)):
+        place = f"{found[1]}/blob/{branch}/{file}"
+        links["Open in Colab"] = f"https://colab.research.google.com/github/{place}"
+    return links
 
 
 class folded(nodes.General, nodes.Element):  # noqa: N801 (docutils names its nodes so)
@@ -150,8 +164,8 @@ class FoldAdmonitions(SphinxPostTransform):
             node.replace_self(new)
 
 
-class NameSolutions(SphinxPostTransform):
-    """Let the line that unfolds an exercise's solution say so."""
+class NamePrompts(SphinxPostTransform):
+    """Let the line that unfolds a part of a cell say what it shows."""
 
     default_priority = 198  # before myst-nb folds the cells
     formats = ("html",)
@@ -159,9 +173,18 @@ class NameSolutions(SphinxPostTransform):
     def run(self, **kwargs: Any) -> None:
         """Rename the prompts of the page at hand."""
         for node in self.document.findall(nodes.container):
+            if "hide_mode" not in node:
+                continue
+            code = node.astext()
             if "tag_solution" in node["classes"]:
-                node["prompt_show"] = "Show the solution"
-                node["prompt_hide"] = "Hide the solution"
+                what = "solution"
+            elif node["hide_mode"] == "output":
+                what = "answer"
+            elif re.match(r"(import|from) ", code) and "autograd_lib" in code:
+                what = "imports"
+            else:
+                continue
+            node["prompt_show"], node["prompt_hide"] = f"Show the {what}", f"Hide the {what}"
 
 
 def parse_property(self: GoogleDocstring) -> list[str]:
@@ -188,7 +211,7 @@ def write_folded(app: Sphinx) -> None:
     app.add_node(folded, html=tag("details"))
     app.add_node(folded_title, html=tag("summary"))
     app.add_post_transform(FoldAdmonitions)
-    app.add_post_transform(NameSolutions)
+    app.add_post_transform(NamePrompts)
 
 
 def read_formulas(*event: Any) -> None:
