@@ -60,6 +60,11 @@ def is_foreign(url: str) -> bool:
 
 def open_chapter(tab: Any, address: str, name: str) -> None:
     tab.goto(address.partition("/book/")[0] + f"/book/{name}.html")
+    unfold(tab)
+
+
+def unfold(tab: Any) -> None:
+    tab.evaluate("document.querySelectorAll('article details').forEach(d => (d.open = true))")
 
 
 def press(tab: Any, button: str, cell: int) -> None:
@@ -87,7 +92,6 @@ def test_all_cells_of_a_chapter_run_in_the_page(name: str, tab: Any, address: st
     expect(tab.locator(".live-status")).to_have_text(finished, timeout=10 * MINUTES)
     assert tab.locator(".live-error").all_inner_texts() == []
     assert tab.locator(".live-done").count() == tab.locator(".live-bar").count() > 5
-    tab.evaluate("document.querySelectorAll('article details').forEach(d => (d.open = true))")
     broken = tab.evaluate("[...document.images].filter(i => !i.naturalWidth).length")
     assert broken == 0
     assert not axe.Axe().run(tab).response["violations"]
@@ -126,6 +130,21 @@ def test_the_cells_above_run_first(tab: Any, address: str) -> None:
     expect(tab.locator(".live-status")).to_have_text("2 cells are done.", timeout=MINUTES)
     cell = run(tab, 2, "print(here)")
     assert cell.locator(".cell_output").inner_text().strip() == "second"
+
+
+def test_folded_code_runs_and_a_folded_answer_unfolds(tab: Any, address: str) -> None:
+    open_chapter(tab, address, "basics")
+    tab.reload()
+    imports = tab.locator(".cell", has=tab.locator("details.above-input")).first
+    imports.get_by_role("button", name="Run", exact=True).click()
+    expect(imports.locator(".live-state")).to_have_text("done", timeout=MINUTES)
+    assert not imports.locator(".cell_input pre").is_visible()
+    question = tab.locator(".cell", has=tab.locator("details.below-input")).first
+    assert not question.locator(".cell_output").is_visible()
+    assert question.locator("summary .collapsed").inner_text() == "Show the answer"
+    question.get_by_role("button", name="Run", exact=True).click()
+    expect(question.locator(".live-state")).to_have_text("done", timeout=MINUTES)
+    assert question.locator(".cell_output").is_visible()
 
 
 def test_what_a_cell_shows_is_renewed(tab: Any, address: str) -> None:

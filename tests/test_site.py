@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import types
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -172,10 +173,81 @@ def test_every_public_name_stands_in_the_reference() -> None:
     assert {f"autograd_lib.{name}" for name in autograd_lib.__all__} <= documented
 
 
+# --- what the build makes of plain Markdown -------------------------------------------------------
+
+
+def chapters() -> list[str]:
+    return [name for name in PAGES if (ROOT / name).with_suffix(".ipynb").exists()]
+
+
+def test_chapters_and_their_figures_are_numbered() -> None:
+    numbers = []
+    for name in chapters():
+        page = soup(SITE / name)
+        if page.h1.find(class_="section-number") is None:  # the reference is not numbered
+            continue
+        chapter = page.h1.find(class_="section-number").get_text().rstrip(". ")
+        numbers.append(int(chapter))
+        shown = [caption.get_text() for caption in page.select("figcaption .caption-number")]
+        assert shown == [f"Figure {chapter}.{i} " for i in range(1, len(shown) + 1)], name
+        for figure in page.select("figure:has(> figcaption)"):
+            assert figure.select("img, svg, .dashboard"), f"{name}: a caption without its picture"
+    assert sorted(numbers) == list(range(1, len(numbers) + 1))
+
+
+def test_quotes_become_callouts_and_links_to_sources_citations() -> None:
+    for name in chapters():
+        page = soup(SITE / name)
+        assert not page.select("main blockquote"), name
+        cited = page.select('main a[href*="references.html#"]')
+        assert cited, name
+        assert all("citation" in link["class"] for link in cited), name
+    titles = [t.get_text() for t in soup(SITE / "book/basics.html").select(".admonition-title")]
+    assert "Pitfall: the graph is gone" in titles
+
+
+def test_code_that_is_a_public_name_links_to_its_reference() -> None:
+    for name in chapters():
+        for code in soup(SITE / name).select("main p code"):
+            if code.get_text() in autograd_lib.__all__:
+                assert code.find_parent("a"), f"{name}: {code.get_text()}"
+    page = soup(SITE / "book" / "basics.html")
+    links = {code.get_text(): code.find_parent("a") for code in page.select("main p code")}
+    assert links["plot_graph"]["href"] == "api/memory.html#autograd_lib.plot_graph"
+    assert links["torch.no_grad()"]["href"].endswith("generated/torch.no_grad.html")
+
+
+def test_folds_say_what_they_show() -> None:
+    prompts = {
+        summary.select_one(".collapsed").get_text()
+        for name in chapters()
+        for summary in soup(SITE / name).select("details.hide > summary")
+    }
+    assert prompts == {f"Show the {what}" for what in ("answer", "code", "imports", "solution")}
+
+
+def test_a_published_book_links_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "book" / "_tools"))
+    book_site, notebooks = (importlib.import_module(n) for n in ("book_site", "notebooks"))
+    url = "https://github.com/someone/book"
+    config = types.SimpleNamespace(html_theme_options={"repository_url": url + "/"})
+    env = types.SimpleNamespace(doc2path=lambda name: ROOT / f"{name}.ipynb")
+    app = types.SimpleNamespace(config=config, env=env, srcdir=ROOT)
+    links = book_site.published(app, "book/basics")
+    assert links == {
+        "Source": f"{url}/blob/main/book/basics.ipynb",
+        "Report a mistake": f"{url}/issues/new",
+        "Open in Colab": "https://colab.research.google.com/github/someone/book/blob/main/"
+        "book/basics.ipynb",
+    }
+    line = notebooks.install_line(url).splitlines()[-1]
+    assert line == f'# %pip install "autograd-by-experiment[chapters] @ git+{url}"'
+    assert not soup(SITE / "book" / "basics.html").select('a[href*="colab"]'), "no address is set"
+
+
 def test_each_chapter_is_offered_as_a_notebook() -> None:
-    chapters = [name for name in PAGES if (ROOT / name).with_suffix(".ipynb").exists()]
-    assert chapters
-    for name in chapters:
+    assert chapters()
+    for name in chapters():
         link = soup(SITE / name).select_one(".notebook-link a")["href"]
         offered = (SITE / name).parent / link
         assert offered.read_bytes() == (ROOT / name).with_suffix(".ipynb").read_bytes()

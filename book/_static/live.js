@@ -162,7 +162,10 @@
       const above = button("Run all above", () => runAll(cells.slice(0, number)));
       if (number === 0) above.disabled = true;
       const bar = make("div", { className: "live-bar" }, this.run, above, button("Reset", () => this.reset()), this.state);
-      this.source.closest(".cell_input").append(bar);
+      const fold = this.source.closest("details");
+      // Code that is folded alone can be run without being unfolded.
+      if (fold && !fold.contains(this.output)) fold.after(bar);
+      else this.source.closest(".cell_input").append(bar);
       this.element = element;
     }
 
@@ -239,8 +242,9 @@
   const status = make("span", { className: "live-status", role: "status", textContent: "Python starts with the first cell." });
   let queue = Promise.resolve();
 
-  // One after the other, until one fails.
+  // One after the other, until one fails. The answer to a question unfolds for who runs its cell.
   function runAll(some) {
+    if (some.length === 1) all("details.below-input", some[0].element).forEach((fold) => (fold.open = true));
     queue = queue.then(async () => {
       for (const [index, cell] of some.entries()) {
         status.textContent = `Running cell ${index + 1} of ${some.length}.`;
