@@ -76,7 +76,15 @@ def test_names_of_pytorch_have_addresses(monkeypatch: pytest.MonkeyPatch) -> Non
         "torch.autograd.gradcheck": "generated/torch.autograd.gradcheck.gradcheck.html",
     }.items():
         assert pages.address(name) == f"https://docs.pytorch.org/docs/stable/{page}"
-    for name in ("torch", "torch.nope", "nn.Nope", "torch.utils", "model.forward", "compare"):
+    for name in (
+        "torch",
+        "torch.nope",
+        "torch.dtype",
+        "nn.Nope",
+        "torch.utils",
+        "model.forward",
+        "compare",
+    ):
         assert pages.address(name) is None
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import book_math
 import book_search
 import torch
+import torch_pages
 from docutils import nodes
 from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx import addnodes
@@ -33,12 +34,6 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 import autograd_lib
 
 ROOT = Path(__file__).parents[2]
-TORCH_DOCS = "https://docs.pytorch.org/docs/stable/"
-TORCH_PAGES = {
-    "torch.Tensor": "tensors.html",
-    "torch.nn.Module": "generated/torch.nn.Module.html",
-    "torch.nn.modules.module.Module": "generated/torch.nn.Module.html",
-}
 FOREIGN = re.compile(r"(torch|numpy|matplotlib|collections|typing)\b|[a-z]+$")
 
 
@@ -249,16 +244,16 @@ def quoted_name(
 
 
 def resolve_foreign(app: Sphinx, env: BuildEnvironment, node: Any, content: Any) -> Any:
-    """Link the two PyTorch types that signatures are full of; let other foreign names be text.
+    """Link the PyTorch types of signatures; let other foreign names be text.
 
     A name of this library that does not resolve stays a warning.
     """
     target = node.get("reftarget", "")
     if node.get("refdomain") != "py":
         return None
-    page = TORCH_PAGES.get(target) if node["reftype"] == "class" else None
+    page = torch_pages.address(target) if node["reftype"] == "class" else None
     if page is not None:
-        return nodes.reference("", "", content, internal=False, refuri=TORCH_DOCS + page)
+        return nodes.reference("", "", content, internal=False, refuri=page)
     from_annotation = "refexplicit" not in node
     return content if from_annotation or FOREIGN.match(target) else None
 

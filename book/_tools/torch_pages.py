@@ -34,8 +34,12 @@ OTHERS = {
     "torch.autograd.grad": "generated/torch.autograd.grad.html",
     "torch.autograd.gradcheck": "generated/torch.autograd.gradcheck.gradcheck.html",
     "torch.autograd.gradgradcheck": "generated/torch.autograd.gradcheck.gradgradcheck.html",
+    "torch.enable_grad": "generated/torch.enable_grad.html",
     "torch.inference_mode": "generated/torch.autograd.grad_mode.inference_mode.html",
+    "torch.nn.modules.module.Module": "generated/torch.nn.Module.html",
     "torch.nn.utils.clip_grad_norm_": "generated/torch.nn.utils.clip_grad_norm_.html",
+    "torch.no_grad": "generated/torch.no_grad.html",
+    "torch.optim.Optimizer": "optim.html#torch.optim.Optimizer",
 }
 SHORT = {"nn": "torch.nn", "F": "torch.nn.functional"}
 
@@ -53,17 +57,18 @@ def address(name: str) -> str | None:
         return None
     if name in OTHERS:
         return DOCS + OTHERS[name]
-    module = name.rpartition(".")[0]
-    if not exists(name):
+    module, found = name.rpartition(".")[0], named(name)
+    if not callable(found):
         return None
     if module in ONE_PAGE:
         return f"{DOCS}{ONE_PAGE[module]}#{name}"
-    return f"{DOCS}generated/{name}.html" if module in GENERATED else None
+    is_attribute = module == "torch" and isinstance(found, type)  # torch.dtype, torch.device
+    return f"{DOCS}generated/{name}.html" if module in GENERATED and not is_attribute else None
 
 
-def exists(name: str) -> bool:
-    """Say whether this PyTorch has the name."""
-    found = importlib.import_module("torch")
+def named(name: str) -> object:
+    """Return what this PyTorch calls so, or None."""
+    found: object = importlib.import_module("torch")
     for part in name.split(".")[1:]:
         found = getattr(found, part, None)
-    return callable(found)
+    return found
