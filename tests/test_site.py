@@ -226,11 +226,11 @@ def test_code_that_is_a_public_name_links_to_its_reference() -> None:
 
 
 def test_folds_say_what_they_show() -> None:
-    prompts = {
-        summary.select_one(".collapsed").get_text()
-        for name in chapters()
-        for summary in soup(SITE / name).select("details.hide > summary")
-    }
+    prompts = set()
+    for name in chapters():
+        for fold in soup(SITE / name).select("details.hide"):
+            prompts.add(prompt := fold.select_one("summary .collapsed").get_text())
+            assert (prompt == "Show the answer") == ("below-input" in fold["class"])
     assert prompts == {f"Show the {what}" for what in ("answer", "code", "imports", "solution")}
 
 

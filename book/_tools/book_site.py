@@ -22,7 +22,7 @@ import book_search
 import torch
 import torch_pages
 from docutils import nodes
-from myst_nb.sphinx_ import NbMetadataCollector
+from myst_nb.sphinx_ import HideCodeCellNode, NbMetadataCollector
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -162,24 +162,22 @@ class FoldAdmonitions(SphinxPostTransform):
 class NamePrompts(SphinxPostTransform):
     """Let the line that unfolds a part of a cell say what it shows."""
 
-    default_priority = 198  # before myst-nb folds the cells
+    default_priority = 200  # after myst-nb has folded the cells
     formats = ("html",)
 
     def run(self, **kwargs: Any) -> None:
         """Rename the prompts of the page at hand."""
-        for node in self.document.findall(nodes.container):
-            if "hide_mode" not in node:
-                continue
-            code = node.astext()
-            if "tag_solution" in node["classes"]:
-                what = "solution"
-            elif node["hide_mode"] == "output":
+        for fold in self.document.findall(HideCodeCellNode):
+            code = fold.astext()
+            if "below-input" in fold["classes"]:
                 what = "answer"
+            elif "tag_solution" in fold.parent["classes"]:
+                what = "solution"
             elif re.match(r"(import|from) ", code) and "autograd_lib" in code:
                 what = "imports"
             else:
                 continue
-            node["prompt_show"], node["prompt_hide"] = f"Show the {what}", f"Hide the {what}"
+            fold["prompt_show"], fold["prompt_hide"] = f"Show the {what}", f"Hide the {what}"
 
 
 def parse_property(self: GoogleDocstring) -> list[str]:
@@ -324,4 +322,4 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("build-finished", finish, priority=900)
     write_folded(app)
     GoogleDocstring._parse_attribute_docstring = parse_property
-    return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": 1}
+    return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": 2}
