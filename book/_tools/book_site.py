@@ -167,17 +167,19 @@ class NamePrompts(SphinxPostTransform):
 
     def run(self, **kwargs: Any) -> None:
         """Rename the prompts of the page at hand."""
-        for fold in self.document.findall(HideCodeCellNode):
-            code = fold.astext()
-            if "below-input" in fold["classes"]:
-                what = "answer"
-            elif "tag_solution" in fold.parent["classes"]:
-                what = "solution"
-            elif re.match(r"(import|from) ", code) and "autograd_lib" in code:
-                what = "imports"
-            else:
-                continue
-            fold["prompt_show"], fold["prompt_hide"] = f"Show the {what}", f"Hide the {what}"
+        for cell in self.document.findall(nodes.container):
+            # Of what it wraps myst-nb does not note the parent.
+            for fold in [part for part in cell.children if isinstance(part, HideCodeCellNode)]:
+                code = fold.astext()
+                if "below-input" in fold["classes"]:
+                    what = "answer"
+                elif "tag_solution" in cell["classes"]:
+                    what = "solution"
+                elif re.match(r"(import|from) ", code) and "autograd_lib" in code:
+                    what = "imports"
+                else:
+                    continue
+                fold["prompt_show"], fold["prompt_hide"] = f"Show the {what}", f"Hide the {what}"
 
 
 def parse_property(self: GoogleDocstring) -> list[str]:
