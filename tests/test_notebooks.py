@@ -438,19 +438,20 @@ def anchors_of(file: str, notebook: NotebookNode) -> set[str]:
 
 
 def folds_are_answered(notebook: NotebookNode) -> Iterator[str]:
-    """An answer is folded below a question, and the next sentence gives it."""
-    for before, cell, after in zip(
-        notebook.cells, notebook.cells[1:], notebook.cells[2:], strict=False
-    ):
+    """Answers are folded below a question, and the next sentence gives them."""
+    text = [cell.source if cell.cell_type == "markdown" else None for cell in notebook.cells]
+    for i, cell in enumerate(notebook.cells):
         if "hide-output" not in tags(cell):
             continue
-        if before.cell_type != "markdown" or "?" not in before.source:
+        question = next(filter(None, reversed(text[:i])), "")
+        below = next(filter(None, text[i + 1 :]), "")
+        answer = re.sub(r"^\*Figure\. .*\*\s*", "", below)
+        if "?" not in question:
             yield f"a folded answer without a question above it: {opening(cell)}"
-        answer = re.sub(r"^\*Figure\. .*\*\s*", "", after.source)
-        if after.cell_type != "markdown" or not answer or answer.startswith(("#", ">", "|")):
+        if not answer or answer.startswith(("#", ">", "|")):
             yield f"a folded answer that no sentence below gives: {opening(cell)}"
         elif re.match(r"[^.:!]*\?", answer):
-            yield f"a folded answer followed by another question: {opening(after)}"
+            yield f"a folded answer followed by another question: {answer[:50]!r}"
 
 
 CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1|(?<!`)`[^`\n]+`(?!`)|\$\$.*?\$\$|\$[^$\n]+\$", re.S | re.M)
