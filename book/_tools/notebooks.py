@@ -81,6 +81,15 @@ def minutes(notebook: NotebookNode) -> int:
     return round(words / WORDS_A_MINUTE + lines / LINES_A_MINUTE)
 
 
+def with_times(table: str) -> str:
+    """Return the start page with the time that each chapter takes, at the end of its row."""
+
+    def timed(row: re.Match[str]) -> str:
+        return f"{row[1]} {minutes(nbformat.read(BOOK / row[2], as_version=4))} min |"
+
+    return re.sub(r"^(\|.*\]\((\w+\.ipynb)\).*\|) \d+ min \|$", timed, table, flags=re.M)
+
+
 def normalize(notebook: NotebookNode) -> NotebookNode:
     """Return a copy in the stored form; a notebook in that form comes back equal."""
     notebook = nbformat.from_dict(notebook)
@@ -156,6 +165,8 @@ def main() -> None:
     for i, path in enumerate(paths, 1):
         print(f"[{i}/{len(paths)}] {path.name}", flush=True)
         execute(path)
+    start = BOOK / "index.md"
+    start.write_text(with_times(start.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
