@@ -575,7 +575,7 @@ def test_every_chapter_is_in_the_contents() -> None:
 
 def test_the_start_page_says_how_long_each_chapter_takes() -> None:
     start = (BOOK / "index.md").read_text(encoding="utf-8")
-    assert len(re.findall(r"\| \d+ min \|$", start, re.M)) == 10
+    assert len(re.findall(r"\| \d+ \|$", start, re.M)) == 10
     assert notebooks.with_times(start) == start, "`make notebooks` writes the times"
 
 

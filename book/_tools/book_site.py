@@ -175,7 +175,7 @@ class NamePrompts(SphinxPostTransform):
                     what = "answer"
                 elif "tag_solution" in cell["classes"]:
                     what = "solution"
-                elif re.match(r"(import|from) ", code) and "autograd_lib" in code:
+                elif re.search(r"^(import|from) autograd_lib", code, re.MULTILINE):
                     what = "imports"
                 else:
                     continue

@@ -85,9 +85,9 @@ def with_times(table: str) -> str:
     """Return the start page with the time that each chapter takes, at the end of its row."""
 
     def timed(row: re.Match[str]) -> str:
-        return f"{row[1]} {minutes(nbformat.read(BOOK / row[2], as_version=4))} min |"
+        return f"{row[1]} {minutes(nbformat.read(BOOK / row[2], as_version=4))} |"
 
-    return re.sub(r"^(\|.*\]\((\w+\.ipynb)\).*\|) \d+ min \|$", timed, table, flags=re.M)
+    return re.sub(r"^(\|.*\]\((\w+\.ipynb)\).*\|) \d+ \|$", timed, table, flags=re.M)
 
 
 def normalize(notebook: NotebookNode) -> NotebookNode:
