@@ -401,6 +401,7 @@ def test_each_control_changes_its_picture(name: str, tab: Any) -> None:
         controls = figure.locator("input, select").all()
         assert controls
         for control in controls:
+            assert control.get_attribute("data-lm-suppress-shortcuts") == "true", "JupyterLab"
             control.focus()
             seen = set()
             for key in ("Home", "End"):
@@ -419,6 +420,7 @@ def test_each_control_changes_its_dashboard(name: str, tab: Any) -> None:
         controls = figure.locator("input[type=range], select").all()
         assert controls
         for control in controls:
+            assert control.get_attribute("data-lm-suppress-shortcuts") == "true", "JupyterLab"
             control.focus()
             seen = set()
             for key in ("Home", "End"):
@@ -513,6 +515,8 @@ SEARCHES = {
     "set_to_none": "training.html",
     "mixed precision": "checkpointing_amp.html",
     "checkpoint": "checkpointing_amp.html",
+    "out of memory": "checkpointing_amp.html",
+    "overfit": "training.html",
     "loss scale": "checkpointing_amp.html#the-loss-scale",
     "torch.compile": "benchmarking.html#eager-against-compiled",
     "FSDP": "distributed.html",

@@ -17,6 +17,9 @@
       control.nextElementSibling.value = label;
     });
   };
-  controls.forEach(control => control.addEventListener("input", show));
+  controls.forEach(control => {
+    control.dataset.lmSuppressShortcuts = true; // JupyterLab leaves the keys to it
+    control.addEventListener("input", show);
+  });
   show();
 })();

@@ -60,7 +60,9 @@ def _words(element: nodes.Element) -> str:
     """Text as one reads it: formulas lose their commands."""
     found = []
     for node in element.findall(nodes.Text):
-        parents = _parents(node, element)
+        parents = list(_parents(node, element))
+        if any(isinstance(parent, nodes.raw) for parent in parents):
+            continue
         is_formula = any(isinstance(parent, nodes.math | nodes.math_block) for parent in parents)
         found.append(COMMANDS.sub(" ", node) if is_formula else node)
     return "".join(found)

@@ -36,6 +36,8 @@ def offer_wheel(app: Sphinx, config: Config) -> None:
         f"pip install ./{wheel.name}",
         "# and what `autograd-lib train digits_cnn` needs",
         f"pip install './{wheel.name}[train]'",
+        "# and what every chapter needs",
+        f"pip install './{wheel.name}[chapters]'",
     ]
     config.myst_substitutions |= {
         "wheel": f"{{download}}`{wheel.name} </{path}>`",
