@@ -166,6 +166,7 @@ def wav2vec2() -> tuple[nn.Module, Batch]:
         **layers,
         num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
+        layerdrop=0.0,  # chance that no dropout module announces
         mask_time_prob=0.0,
         pad_token_id=0,
     )
