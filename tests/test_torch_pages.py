@@ -61,15 +61,15 @@ PUBLISHED = {
 }
 WITHOUT_PAGE = {
     "another library's": "numpy.linalg.norm",
-    "imported there by chance": "torch.library.Any",
+    "copy of F.conv1d": "torch.conv1d",
+    "imported there by chance": "torch.cuda.lru_cache",
     "misspelled": "torch.autograd.grda",
     "no name but a module": "torch.utils",
     "of a submodule that is not treated": "torch.utils.flop_counter.FlopCounterMode",
     "plain word": "compare",
-    "private": "torch._C._nn.linear",
     "private function": "torch._assert_async",
+    "private": "torch._C._nn.linear",
     "torch itself": "torch",
-    "undocumented copy of F.conv1d": "torch.conv1d",
     "undocumented function": "torch.relu",
     "undocumented variant": "torch.detach_copy",
     "value": "torch.float32",
