@@ -64,30 +64,6 @@ def test_examples_of_the_formula_tool(book_math: Any) -> None:
     assert result.failed == 0
 
 
-def test_names_of_pytorch_have_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "book" / "_tools"))
-    pages = importlib.import_module("torch_pages")
-    assert doctest.testmod(pages).failed == 0
-    for name, page in {
-        "torch.no_grad": "generated/torch.no_grad.html",
-        "nn.Linear": "generated/torch.nn.Linear.html",
-        "F.mse_loss": "generated/torch.nn.functional.mse_loss.html",
-        "torch.utils.checkpoint.checkpoint": "checkpoint.html#torch.utils.checkpoint.checkpoint",
-        "torch.autograd.gradcheck": "generated/torch.autograd.gradcheck.gradcheck.html",
-    }.items():
-        assert pages.address(name) == f"https://docs.pytorch.org/docs/stable/{page}"
-    for name in (
-        "torch",
-        "torch.nope",
-        "torch.dtype",
-        "nn.Nope",
-        "torch.utils",
-        "model.forward",
-        "compare",
-    ):
-        assert pages.address(name) is None
-
-
 def test_a_formula_is_typeset_or_rejected_by_name(book_math: Any) -> None:
     html = book_math.render(r"\frac{1}{2}", display=False)
     assert "<mfrac>" in html

@@ -17,6 +17,7 @@ DOCS = "https://docs.pytorch.org/docs/stable/"
 # Looked up in the pages of PyTorch 2.13 as they are published.
 PUBLISHED = {
     "F.linear_cross_entropy": "generated/torch.nn.functional.linear_cross_entropy.html",
+    "F.mse_loss": "generated/torch.nn.functional.mse_loss.html",
     "F.scaled_dot_product_attention": (
         "generated/torch.nn.functional.scaled_dot_product_attention.html"
     ),
@@ -63,6 +64,10 @@ WITHOUT_PAGE = {
     "another library's": "numpy.linalg.norm",
     "copy of F.conv1d": "torch.conv1d",
     "imported there by chance": "torch.cuda.lru_cache",
+    "a method of something else": "model.forward",
+    "an attribute's type": "torch.dtype",
+    "misspelled class": "nn.Nope",
+    "misspelled at the top": "torch.nope",
     "misspelled": "torch.autograd.grda",
     "no name but a module": "torch.utils",
     "of a submodule that is not treated": "torch.utils.flop_counter.FlopCounterMode",

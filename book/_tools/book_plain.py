@@ -16,6 +16,7 @@ from typing import Any
 
 import torch_pages
 from docutils import nodes
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.transforms.post_transforms import SphinxPostTransform
@@ -23,7 +24,7 @@ from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
 
 CALLOUTS = {"Pitfall": "warning", "Note": "note", "Tip": "tip"}
-REFERENCES = "book/references"
+SOURCES = re.compile(r"(?:^|/)references\.html#")
 CALL = re.compile(r"([A-Za-z_][\w.]*)(?:\(.*\))?$", re.DOTALL)  # a name, or a call of it
 
 logger = logging.getLogger(__name__)
@@ -45,21 +46,15 @@ class Callouts(SphinxTransform):
             if kind is None or not isinstance(first[0], nodes.strong):
                 continue
             title = nodes.title("", "", *first.pop(0).children)
-            _strip(title, -1, str.rstrip, ".")
-            if first.children:
-                _strip(first, 0, str.lstrip, None)
-            else:
+            if isinstance(title[-1], nodes.Text):
+                title[-1] = nodes.Text(title[-1].rstrip("."))
+            if not first.children:
                 quote.pop(0)
+            elif isinstance(first[0], nodes.Text):
+                first[0] = nodes.Text(first[0].lstrip())
             callout = nodes.admonition("", title, *quote.children, classes=["admonition", kind])
             callout.source, callout.line = quote.source, quote.line
             quote.replace_self(callout)
-
-
-def _strip(parent: nodes.Element, index: int, how: Any, what: str | None) -> None:
-    """Strip the first or last text of a paragraph, if it is plain text."""
-    text = parent[index]
-    if isinstance(text, nodes.Text):
-        parent[index] = nodes.Text(how(str(text), what))
 
 
 class Captions(SphinxTransform):
@@ -131,14 +126,14 @@ class LinkNames(SphinxPostTransform):
         """Link those of the page at hand."""
         for literal in list(self.document.findall(nodes.literal)):
             found = CALL.match(literal.astext())
-            if found is None or _within(literal, nodes.reference, nodes.title, nodes.pending):
+            if found is None or _within(literal, nodes.reference, nodes.title, pending_xref):
                 continue
-            link = self.own(found[1], literal) or self.foreign(found[1])
+            link = self.own(found[1]) or self.foreign(found[1])
             if link is not None:
                 literal.replace_self(link)
                 link.append(literal)
 
-    def own(self, name: str, literal: nodes.literal) -> nodes.Element | None:
+    def own(self, name: str) -> nodes.Element | None:
         """Return a link to a name of this library, or None."""
         full = f"autograd_lib.{name.removeprefix('autograd_lib.')}"
         place = self.env.get_domain("py").objects.get(full)
@@ -155,7 +150,7 @@ class LinkNames(SphinxPostTransform):
 
 def _within(node: nodes.Node, *kinds: type) -> bool:
     while node is not None:
-        if isinstance(node, kinds) or getattr(node, "tagname", "") == "pending_xref":
+        if isinstance(node, kinds):
             return True
         node = node.parent
     return False
@@ -169,7 +164,7 @@ class Citations(SphinxPostTransform):
     def run(self, **kwargs: Any) -> None:
         """Mark those of the page at hand."""
         for link in self.document.findall(nodes.reference):
-            if re.search(rf"(^|/){REFERENCES.rpartition('/')[2]}\.html#", link.get("refuri", "")):
+            if SOURCES.search(link.get("refuri", "")):
                 link["classes"].append("citation")
 
 

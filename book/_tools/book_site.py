@@ -77,8 +77,6 @@ def mend(body: str) -> str:
     """Repair what assistive technology stumbles over in the HTML of the packages used here."""
     # This label hides the text beside it ("Show the code") from a screen reader.
     body = body.replace(' aria-label="Toggle hidden content"', "")
-    # A list of sources holds list items; the role that docutils gives them is withdrawn.
-    body = body.replace(' role="doc-biblioentry"', ' role="listitem"')
     # An empty corner of a table heads nothing.
     body = body.replace('<th class="head"><p></p></th>', "<td></td>")
 
