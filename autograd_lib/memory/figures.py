@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["plot_graph", "plot_memory"]
 
 _MOST_NODES = 400  # a Transformer of six blocks; the picture of more would have too many pixels
+_TEXT = 8  # points
+_ROW = 0.56  # inches: two lines of text, and an arrow to the next row
 _MOST_MODULES = 8  # with a color of their own
 _OUTSIDE = "outside of modules"
 _COLORS = (
@@ -81,30 +83,35 @@ def plot_graph(tensor: Tensor, model: nn.Module | None = None, ax: Axes | None =
     names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
     order = [*TopologicalSorter(inputs).static_order()][::-1]
     inputs = {node: inputs[node] for node in order}
+    counted = {s._cdata for s in storages([getattr(node, "variable", None) for node in inputs])}
+    labels = {node: _label(node, names, counted) for node in inputs}
     places = _places(inputs)
-    width, depth = (1 + max(ends) for ends in zip(*places.values(), strict=True))
-    ax = sized_axes("plot_graph", ax, (max(4.0, 1.7 * width), max(2.5, 0.62 * depth)))
-    leaves = {node: node.variable for node in inputs if hasattr(node, "variable")}
-    counted = {storage._cdata for storage in storages(list(leaves.values()))}
-    style: dict[str, Any] = {"arrowstyle": "->", "color": _GREY, "shrinkA": 13, "shrinkB": 13}
+    widths = np.zeros(1 + max(column for column, _ in places.values()))  # of columns, in inches
+    for node, (column, _) in places.items():
+        longest = max(map(len, labels[node].split("\n")))
+        widths[column] = max(widths[column], 0.3 + 0.07 * longest)
+    height = _ROW * (1 + max(row for _, row in places.values()))
+    ax = sized_axes("plot_graph", ax, (widths.sum(), height))
+    ax.set(xlim=(0, widths.sum()), ylim=(height, 0))
+    from matplotlib.text import OffsetFrom  # noqa: PLC0415
+
+    text: dict[str, Any] = {"ha": "center", "va": "center", "size": _TEXT, "color": "black"}
+    middles, boxes = widths.cumsum() - widths / 2, {}
     for node, (column, row) in places.items():
-        for place in (places[following] for following in inputs[node]):
-            bend = -0.35 if place[0] == column and place[1] > row + 1 else 0.0  # around the boxes
-            arrow = {**style, "connectionstyle": f"arc3,rad={bend}"}
-            ax.annotate("", xy=place, xytext=(column, row), arrowprops=arrow)
-    for node, place in places.items():
-        leaf = leaves.get(node)
-        if leaf is not None:
-            label = names.get(id(leaf)) or f"leaf {list(leaf.shape)}"
-        else:
-            nbytes = _saved_bytes(node, counted)
-            label = node.name().removesuffix("0").removesuffix("Backward").rpartition("::")[2]
-            label += f"\n{readable_bytes(nbytes)}" if nbytes else ""
-        face, edge = ("#E5F1F8", _COLORS[0]) if leaf is None else ("#E5F5F0", _COLORS[2])
+        is_leaf = hasattr(node, "variable")
+        face, edge = ("#E5F5F0", _COLORS[2]) if is_leaf else ("#E5F1F8", _COLORS[0])
         box = {"boxstyle": "round,pad=0.3", "facecolor": face, "edgecolor": edge}
-        ax.text(*place, label, ha="center", va="center", size=8, color="black", bbox=box)
-    ax.set_xlim(-0.7, width - 0.3)
-    ax.set_ylim(depth - 0.4, -0.6)
+        place = middles[column], _ROW * (row + 0.5)
+        boxes[node] = ax.text(*place, labels[node], bbox=box, **text)
+    to_edge = 0.3 * _TEXT + 0.5  # points from a text to the edge of its box
+    style = {"arrowstyle": "->", "color": _GREY, "shrinkA": 0, "shrinkB": 0}
+    for node in inputs:
+        for below in inputs[node]:
+            across, down = np.subtract(places[below], places[node])
+            # A long arrow goes around the boxes that it passes, or behind them.
+            arrow = {**style, "connectionstyle": f"arc3,rad={-0.35 * (across == 0 < down - 1)}"}
+            start, end = OffsetFrom(boxes[node], (0.5, 0)), OffsetFrom(boxes[below], (0.5, 1))
+            ax.annotate("", (0, to_edge), (0, -to_edge), end, start, arrow, zorder=4 / down)
     ax.axis("off")
     return ax
 
@@ -225,6 +232,15 @@ def _places(inputs: dict[Any, list[Any]]) -> dict[Any, tuple[int, int]]:
         places[node] = taken[rows[node]], rows[node]
         taken[rows[node]] += 1
     return places
+
+
+def _label(node: Any, names: dict[int, str], counted: set[int]) -> str:
+    """Return what the box of a node says: a leaf's name or shape, or an operation and its bytes."""
+    if hasattr(node, "variable"):
+        return names.get(id(node.variable)) or f"leaf {list(node.variable.shape)}"
+    nbytes = _saved_bytes(node, counted)
+    name = node.name().removesuffix("0").removesuffix("Backward").rpartition("::")[2]
+    return f"{name}\n{readable_bytes(nbytes)}" if nbytes else name
 
 
 def _saved_bytes(node: Any, counted: set[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import weakref
 
 import matplotlib.pyplot as plt
@@ -101,6 +102,31 @@ def test_a_transformer_of_six_blocks_can_be_drawn():
     assert len(set(places)) == len(places) > 158  # a GPT-2 of two layers has so many
     assert {name for name, _ in model.named_parameters()} <= set(labels(ax))
     ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("dpi", [72, 160])
+def test_an_arrow_reaches_from_box_to_box(dpi):
+    x = torch.ones(3, requires_grad=True)
+    ax = plot_graph(x.exp().sin())  # a column: two boxes of two lines, and one of one
+    ax.figure.savefig(io.BytesIO(), dpi=dpi, bbox_inches="tight")
+    ax.figure.set_dpi(dpi)
+    ax.figure.canvas.draw()
+    two_points = dpi / 36  # a head keeps room for its miter
+    boxes = [text.get_bbox_patch().get_window_extent() for text in ax.texts if text.get_text()]
+    drawn = [text.arrow_patch.get_window_extent() for text in ax.texts if not text.get_text()]
+    for arrow, above, below in zip(drawn, boxes, boxes[1:], strict=False):
+        assert arrow.y1 == pytest.approx(above.y0, abs=two_points)
+        assert arrow.y0 == pytest.approx(below.y1, abs=two_points)
+        assert arrow.height > 0.1 * dpi
+    assert len(drawn) == 2
+
+
+def test_a_small_graph_is_a_narrow_picture():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    ax = plot_graph(model(torch.ones(5, 3)).square().sum(), model)
+    width = ax.figure.get_size_inches()[0]
+    (size,) = {text.get_size() for text in ax.texts if text.get_text()}
+    assert size / 72 * 358 / width > 11  # pixels high, on a page of 390 pixels
 
 
 def test_shared_weights_are_one_leaf():
