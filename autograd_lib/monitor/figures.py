@@ -326,9 +326,9 @@ def _row_pitch(ax: Axes, rows: int) -> float:
 
 
 def _name_rows(ax: Axes, names: Sequence[str]) -> None:
-    """Name the rows from top to bottom, as many as stay legible."""
-    size = 9 if len(names) <= 24 else 7.5
-    every = max(1, int(np.ceil(1.25 * size / _row_pitch(ax, len(names)))))
+    """Name the rows from top to bottom, evenly, as many as stay legible."""
+    size, most = 10, 12  # smaller or more names cannot be read on a phone
+    every = int(np.ceil(max(1.25 * size / _row_pitch(ax, len(names)), len(names) / most)))
     shown = range(0, len(names), every)
     common = common_prefix(names)
     ax.set_yticks(shown, [_short_name(names[at].removeprefix(common)) for at in shown], size=size)

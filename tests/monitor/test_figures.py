@@ -269,6 +269,20 @@ def test_names_are_drawn_as_they_are_and_not_as_formulas() -> None:
     assert as_drawn(ax.yaxis.label) == rf"magnitude of the elements of {names[0]}"
 
 
+@pytest.mark.parametrize(("parameters", "named"), [(1, 1), (12, 12), (13, 7), (37, 10), (200, 12)])
+def test_a_dozen_rows_are_named_and_all_are_drawn(parameters: int, named: int) -> None:
+    names = [f"{i}.weight" for i in range(parameters)]
+    history = make_history(random_norms(parameters=parameters), names)
+    for draw in (plot_gradient_flow, plot_gradient_heatmap):
+        ax = draw(history)
+        labels = ax.get_yticklabels()
+        assert len(labels) == named
+        assert [label.get_text() for label in labels] == names[:: -(-parameters // 12)]
+        assert all(label.get_size() == 10 for label in labels)
+        assert ax.get_ylim() == (parameters - 0.5, -0.5)
+    assert len(line(plot_gradient_flow(history), "median").get_xdata()) == parameters
+
+
 def test_a_parameter_of_a_compiled_model_is_named() -> None:
     names = ["_orig_mod.0.weight"]
     ax = plot_gradient_flow(make_history([[1.0]], names))
