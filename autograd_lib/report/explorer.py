@@ -189,7 +189,7 @@ def _control(name: str, values: list[Any]) -> Control:
         raise TypeError(
             f"explore: expected {name!r} to be numbers or strings, at least one, got {values!r}"
         )
-    return Control(name, [v if is_menu else f"{v:.10g}" for v in values], is_menu)
+    return Control(name, [v if is_menu else f"{v:.10g}".replace("-", "−") for v in values], is_menu)
 
 
 def _svg(figure: Figure) -> str:
@@ -207,4 +207,5 @@ def _svg(figure: Figure) -> str:
             figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     finally:
         plt.close(figure)  # pyplot keeps its figures open until told
-    return text.getvalue()
+    # Else a browser would draw one space for several.
+    return text.getvalue().replace("<text ", '<text xml:space="preserve" ')

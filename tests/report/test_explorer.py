@@ -181,6 +181,20 @@ def test_labels_tell_values_apart() -> None:
         lambda n: draw(n, "line"), alt=lambda n: "", n=(n for n in [1234567, 1234568])
     )
     assert explorer.controls[0].labels == ["1234567", "1234568"]
+    explorer = explore(lambda n: draw(n, "line"), alt=lambda n: "", n=[-0.5, 1e-9])
+    assert explorer.controls[0].labels == ["−0.5", "1e−09"], "the minus sign of an axis"
+
+
+def test_spaces_of_a_title_stay(tab: Any) -> None:
+    frames = [
+        explore(lambda x, t=t: draw(x, t), alt=lambda x: "", x=[1]).frames[0]
+        for t in ("a b", "a   b")
+    ]
+    widths = []
+    for frame in frames:
+        tab.set_content(frame[frame.index("<svg") :])
+        widths.append(tab.locator("text").last.evaluate("text => text.getComputedTextLength()"))
+    assert widths[1] > widths[0] + 3
 
 
 # --- dashboard: what it sends ---------------------------------------------------------------------
