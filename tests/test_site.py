@@ -496,6 +496,8 @@ SEARCHES = {
     "loss scale": "checkpointing_amp.html#the-loss-scale",
     "torch.compile": "benchmarking.html#eager-against-compiled",
     "FSDP": "distributed.html",
+    "accumulate": "checkpointing_amp.html#accumulation",
+    "gradient accumulation": "checkpointing_amp.html#accumulation",
 }
 
 

@@ -23,11 +23,11 @@
   const COMMON = new Set(
     "a an and are as at be by can do does for from how i in is it my of on or that the this to was what when where which why with".split(" "),
   );
-  const ENDINGS = /(?:ations?|ating|ated|ates?|ions?|ings?|ed|es|s|e)$/;
+  const ENDINGS = "(?:ations?|ating|ated|ates?|ions?|ings?|ed|es|s|e)";
   const escape = (text) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
 
   function stem(word) {
-    const short = word.replace(ENDINGS, "");
+    const short = word.replace(new RegExp(`${ENDINGS}$`), "");
     return short.length >= 4 ? short : word;
   }
 
@@ -36,13 +36,21 @@
     .replace(/\bin[- ]place\b/g, "inplace")
     .replace(/\bout of memory\b/g, "oom")
     .replace(/\b(automatic )?mixed precision\b/g, "amp");
-  const typed = plain.match(/[\p{L}\p{N}_]+/gu) || [];
-  const telling = typed.filter((word) => !COMMON.has(word));
-  const words = telling.length > 0 ? telling : typed;
+  const split = (text) => text.match(/[\p{L}\p{N}_]+/gu) || [];
+  const telling = (words) => words.filter((word) => !COMMON.has(word.toLowerCase()));
+  const typed = split(plain);
+  const words = telling(typed).length > 0 ? telling(typed) : typed;
   // A word of the query matches at the start of a word, or after an underscore of a name.
-  const source = words.map((word) => `(?<![\\p{L}\\p{N}])${SAME[word] || escape(stem(word))}`);
+  const begin = "(?<![\\p{L}\\p{N}])";
+  const source = words.map((word) => begin + (SAME[word] || escape(stem(word))));
   const starts = source.map((pattern) => new RegExp(pattern, "giu"));
-  const whole = source.map((pattern) => new RegExp(`${pattern}(?:s|ed|ing)?(?![\\p{L}])`, "giu"));
+  // In a title the word itself tells more than one with another ending, and that more than a longer.
+  const grades = words.map((word, i) => [
+    [1, new RegExp(`${begin}${SAME[word] || escape(word)}s?(?!\\p{L})`, "iu")],
+    [0.8, new RegExp(`${source[i]}${ENDINGS}?(?!\\p{L})`, "iu")],
+    [0.6, new RegExp(source[i], "iu")],
+    [0, /^/],
+  ]);
   const phrase = new RegExp(
     typed.map((word) => SAME[word] || escape(stem(word))).join("[\\p{L}\\p{N}]*[^\\p{L}\\p{N}]+"),
     "iu",
@@ -60,7 +68,7 @@
       printed,
       // Exercises, sources, summaries and the table of contents repeat what a section has said;
       // a chapter explains what the reference lists.
-      weight: REPEATS.test(title) || file.endsWith("/index.html") ? 0.5 : /\/api\//.test(file) ? 0.8 : 1,
+      weight: REPEATS.test(title) || file.endsWith("/index.html") ? 0.5 : /\/api\//.test(file) ? 0.7 : 1,
     })),
   );
   const average = places.reduce((sum, place) => sum + place.text.length, 0) / places.length;
@@ -74,16 +82,20 @@
     let total = 0;
     let matched = 0;
     const length = 0.5 + place.text.length / (2 * average);
+    // A title that says little else is about the query.
+    const parts = place.title.replace(/_|(?<=\p{Ll})(?=\p{Lu}\p{Ll})/gu, " "); // of a name
+    const named = telling(split(parts));
+    const asked = named.filter((word) => starts.some((pattern) => count(word, pattern)));
+    const share = asked.length / (named.length || 1);
     starts.forEach((pattern, i) => {
-      // A whole word of a title tells more than the beginning of one.
-      const title = count(place.title, pattern) && (count(place.title, whole[i]) ? 1 : 0.6);
+      const [title] = grades[i].find(([, form]) => form.test(place.title));
       const page = Math.min(count(place.pageTitle, pattern), 1);
       const body = count(place.text, pattern);
       const printed = count(place.printed, pattern);
       if (title + body + printed === 0) return;
       matched += 1;
       const often = (n) => n / (n + 1.5 * length);
-      total += rarity[i] * (3 * title + page + 2 * often(body) + often(printed));
+      total += rarity[i] * ((2 + 2 * share) * title + page + 2 * often(body) + often(printed));
     });
     if (matched === 0) return 0;
     const all = rarity.reduce((sum, value) => sum + value, 0);
