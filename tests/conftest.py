@@ -6,11 +6,14 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from autograd_lib import benchmark
+
+sys.path.append(str(Path(__file__).parents[1] / "book" / "_tools"))  # tests import them by name
 
 # Else each of xdist's workers, and each process that it starts, has as many threads as there are
 # cores, which then wait in turns.

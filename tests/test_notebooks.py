@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import importlib.util
 import re
 import sys
 import warnings
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import nbformat
+import notebooks
 import pytest
 import yaml
 from myst_parser.mdit_to_docutils.base import default_slugify
@@ -27,9 +27,6 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
-_spec = importlib.util.spec_from_file_location("notebooks", BOOK / "_tools" / "notebooks.py")
-notebooks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(notebooks)
 
 Rule = Callable[[NotebookNode], Iterator[str]]
 

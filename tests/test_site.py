@@ -6,7 +6,6 @@ the tests skip and say why; with REQUIRE_BROWSER=1 in the environment they fail 
 
 from __future__ import annotations
 
-import doctest
 import importlib.metadata
 import json
 import platform
@@ -18,7 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus, unquote, urlsplit
 
+import book_site
 import bs4
+import notebooks
 import pytest
 from axe_playwright_python import sync_playwright as axe
 from browser import chromium, give_up
@@ -39,45 +40,14 @@ pages = pytest.mark.parametrize("name", PAGES or [None], ids=lambda name: name o
 
 
 @pytest.fixture(autouse=True)
-def site(request: pytest.FixtureRequest) -> None:
-    if not PAGES and "book_math" not in request.fixturenames:
+def site() -> None:
+    if not PAGES:
         give_up("no built site in _build/html: run `make book` first")
 
 
 @cache
 def soup(path: Path) -> Any:
     return bs4.BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-
-
-# --- tools of the build ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def book_math(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "book" / "_tools"))
-    return importlib.import_module("book_math")
-
-
-def test_examples_of_the_formula_tool(book_math: Any) -> None:
-    result = doctest.testmod(book_math)
-    assert result.attempted > 0
-    assert result.failed == 0
-
-
-def test_a_formula_is_typeset_or_rejected_by_name(book_math: Any) -> None:
-    html = book_math.render(r"\frac{1}{2}", display=False)
-    assert "<mfrac>" in html
-    assert 'class="katex-html"' in html
-    with pytest.raises(ValueError, match=r"Undefined control sequence: \\foo"):
-        book_math.render(r"\foo", display=True)
-
-
-def test_only_fonts_in_use_are_served(book_math: Any) -> None:
-    plain = book_math.stylesheet([book_math.render("x", display=False)])
-    assert plain[1] == {"KaTeX_Main-Regular.woff2", "KaTeX_Math-Italic.woff2"}
-    assert plain[0].count("@font-face") == 2
-    bold = book_math.stylesheet([book_math.render(r"\mathbf{x} \in \mathbb{R}", display=False)])
-    assert bold[1] - plain[1] >= {"KaTeX_Main-Bold.woff2", "KaTeX_AMS-Regular.woff2"}
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -210,9 +180,7 @@ def test_folds_say_what_they_show() -> None:
     assert prompts == {f"Show the {what}" for what in ("answer", "code", "imports", "solution")}
 
 
-def test_a_published_book_links_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "book" / "_tools"))
-    book_site, notebooks = (importlib.import_module(n) for n in ("book_site", "notebooks"))
+def test_a_published_book_links_its_source() -> None:
     url = "https://github.com/someone/book"
     config = types.SimpleNamespace(html_theme_options={"repository_url": url + "/"})
     env = types.SimpleNamespace(doc2path=lambda name: ROOT / f"{name}.ipynb")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import doctest
-import importlib
 import pkgutil
 import re
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
+import torch_pages
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
 DOCS = "https://docs.pytorch.org/docs/stable/"
@@ -82,12 +81,6 @@ WITHOUT_PAGE = {
 }
 
 
-@pytest.fixture
-def torch_pages(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BOOK / "_tools"))
-    return importlib.import_module("torch_pages")
-
-
 def names_in_the_book() -> set[str]:
     texts = [page.read_text(encoding="utf-8") for page in BOOK.rglob("*.md")]
     for chapter in BOOK.glob("*.ipynb"):
@@ -99,21 +92,21 @@ def names_in_the_book() -> set[str]:
     }
 
 
-def test_examples(torch_pages: Any) -> None:
+def test_examples() -> None:
     assert doctest.testmod(torch_pages) == (0, 2)
 
 
 @pytest.mark.parametrize(("name", "page"), PUBLISHED.items(), ids=str)
-def test_a_name_leads_to_its_page(torch_pages: Any, name: str, page: str) -> None:
+def test_a_name_leads_to_its_page(name: str, page: str) -> None:
     assert torch_pages.address(name) == DOCS + page
 
 
 @pytest.mark.parametrize("name", WITHOUT_PAGE.values(), ids=WITHOUT_PAGE)
-def test_what_has_no_page_is_not_linked(torch_pages: Any, name: str) -> None:
+def test_what_has_no_page_is_not_linked(name: str) -> None:
     assert torch_pages.address(name) is None
 
 
-def test_every_linked_name_exists_in_torch(torch_pages: Any) -> None:
+def test_every_linked_name_exists_in_torch() -> None:
     linked = {name for name in names_in_the_book() if torch_pages.address(name)}
     assert "torch.no_grad" in linked
     for name in linked | set(torch_pages.PLACES):

@@ -174,4 +174,4 @@ def setup(app: Sphinx) -> dict[str, Any]:
         app.add_transform(transform)
     for transform in (FigureOfCell, LinkNames, Citations):
         app.add_post_transform(transform)
-    return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": 1}
+    return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": 2}

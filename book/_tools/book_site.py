@@ -28,7 +28,6 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
 from sphinx.ext.napoleon.docstring import GoogleDocstring
-from sphinx.locale import admonitionlabels
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 import autograd_lib
@@ -128,35 +127,6 @@ def published(app: Sphinx, name: str) -> dict[str, str]:
     return links
 
 
-class folded(nodes.General, nodes.Element):  # noqa: N801 (docutils names its nodes so)
-    """An admonition of class `dropdown`: it opens without a script."""
-
-
-class folded_title(nodes.TextElement):  # noqa: N801
-    """The line of a folded admonition that stays visible."""
-
-
-class FoldAdmonitions(SphinxPostTransform):
-    """Turn every admonition of class `dropdown` into a folded one."""
-
-    default_priority = 200
-    formats = ("html",)
-
-    def run(self, **kwargs: Any) -> None:
-        """Replace them in the page at hand."""
-        for node in list(self.document.findall(nodes.Admonition)):
-            if "dropdown" not in node["classes"]:
-                continue
-            if isinstance(node[0], nodes.title):
-                title = node.pop(0).children
-            else:
-                title = [nodes.Text(admonitionlabels[node.tagname])]
-            classes = ["admonition", node.tagname, *node["classes"]]
-            new = folded("", folded_title("", "", *title), ids=node["ids"], classes=classes)
-            new.extend(node.children)
-            node.replace_self(new)
-
-
 class NamePrompts(SphinxPostTransform):
     """Let the line that unfolds a part of a cell say what it shows."""
 
@@ -185,26 +155,6 @@ def parse_property(self: GoogleDocstring) -> list[str]:
     self._what = ""
     self._parse()
     return []
-
-
-def write_folded(app: Sphinx) -> None:
-    """Register the HTML of folded admonitions."""
-
-    def tag(name: str) -> tuple[Any, Any]:
-        def enter(translator: Any, node: nodes.Element) -> None:
-            extra = {"open": ""} if "toggle-shown" in node["classes"] else {}
-            css = "admonition-title" if name == "summary" else ""
-            translator.body.append(translator.starttag(node, name, "", CLASS=css, **extra))
-
-        def leave(translator: Any, node: nodes.Element) -> None:
-            translator.body.append(f"</{name}>\n")
-
-        return enter, leave
-
-    app.add_node(folded, html=tag("details"))
-    app.add_node(folded_title, html=tag("summary"))
-    app.add_post_transform(FoldAdmonitions)
-    app.add_post_transform(NamePrompts)
 
 
 def read_formulas(*event: Any) -> None:
@@ -320,6 +270,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", read_formulas, priority=400)  # before Napoleon
     app.connect("autodoc-process-signature", readable_default)
     app.connect("build-finished", finish, priority=900)
-    write_folded(app)
+    app.add_post_transform(NamePrompts)
     GoogleDocstring._parse_attribute_docstring = parse_property
-    return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": 2}
+    return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": 3}
