@@ -4,6 +4,7 @@ Gradients read, saved memory counted, training steps compared side by side; ever
 importable from here. Importing loads torch, NumPy and the standard library only.
 """
 
+from autograd_lib.applications import Solution, solve_ode
 from autograd_lib.benchmark import Comparison, Ratio, compare
 from autograd_lib.callbacks import lightning_callback, transformers_callback
 from autograd_lib.checkpointing import CheckpointPlan, plan_checkpoints
@@ -112,6 +113,7 @@ __all__ = [
     "Ratio",
     "SavedTensors",
     "Settings",
+    "Solution",
     "Task",
     "Trial",
     "TuningReport",
@@ -156,6 +158,7 @@ __all__ = [
     "safe_sqrt",
     "saved_tensors",
     "scale_gradient",
+    "solve_ode",
     "straight_through",
     "taylor_solution",
     "top_eigenvalues",
