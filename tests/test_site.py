@@ -180,6 +180,13 @@ def test_folds_say_what_they_show() -> None:
     assert prompts == {f"Show the {what}" for what in ("answer", "code", "imports", "solution")}
 
 
+def test_long_names_in_a_table_break_between_their_parts() -> None:
+    name = '<code><span class="pre">tensor.register_hook</span></code>'
+    inside, outside = book_site.mend(f"<td>{name}</td><p>{name}</p>").split("<p>")
+    assert "tensor.<wbr>register_<wbr>hook" in inside
+    assert name in outside
+
+
 def test_a_published_book_links_its_source() -> None:
     url = "https://github.com/someone/book"
     config = types.SimpleNamespace(html_theme_options={"repository_url": url + "/"})

@@ -73,11 +73,20 @@ def run_record(executed: float | None) -> dict[str, Any]:
 
 
 def mend(body: str) -> str:
-    """Repair what assistive technology stumbles over in the HTML of the packages used here."""
+    """Repair what readers stumble over in the HTML of the packages used here."""
     # This label hides the text beside it ("Show the code") from a screen reader.
     body = body.replace(' aria-label="Toggle hidden content"', "")
     # An empty corner of a table heads nothing.
     body = body.replace('<th class="head"><p></p></th>', "<td></td>")
+
+    def breakable(cell: re.Match[str]) -> str:
+        # Long names in a narrow column break where their parts meet.
+        def name(code: re.Match[str]) -> str:
+            return re.sub(r"(?<=[._])(?=\w)", "<wbr>", code[0])
+
+        return re.sub(r'(?<=<span class="pre">)[^<]+', name, cell[0])
+
+    body = re.sub(r"<(t[dh])\b.*?</\1>", breakable, body, flags=re.DOTALL)
 
     def as_lines(signature: re.Match[str]) -> str:
         # Sphinx sets a long signature as a list of definitions without anything defined.
