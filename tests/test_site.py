@@ -181,10 +181,14 @@ def test_folds_say_what_they_show() -> None:
 
 
 def test_long_names_in_a_table_break_between_their_parts() -> None:
-    name = '<code><span class="pre">tensor.register_hook</span></code>'
-    inside, outside = book_site.mend(f"<td>{name}</td><p>{name}</p>").split("<p>")
-    assert "tensor.<wbr>register_<wbr>hook" in inside
-    assert name in outside
+    long, short = (
+        f'<code><span class="pre">{name}</span></code>'
+        for name in (".module.register_forward_hook", "get_gradient_norms")
+    )
+    inside, outside = book_site.mend(f"<td>{long}{short}</td><p>{long}</p>").split("<p>")
+    assert ">.module.<wbr>register_<wbr>forward_<wbr>hook<" in inside
+    assert short in inside
+    assert long in outside
 
 
 def test_a_published_book_links_its_source() -> None:

@@ -82,9 +82,9 @@ def mend(body: str) -> str:
     def breakable(cell: re.Match[str]) -> str:
         # Long names in a narrow column break where their parts meet.
         def name(code: re.Match[str]) -> str:
-            return re.sub(r"(?<=[._])(?=\w)", "<wbr>", code[0])
+            return re.sub(r"(?<=\w[._])(?=\w)", "<wbr>", code[0])
 
-        return re.sub(r'(?<=<span class="pre">)[^<]+', name, cell[0])
+        return re.sub(r'(?<=<span class="pre">)[^<]{21,}', name, cell[0])
 
     body = re.sub(r"<(t[dh])\b.*?</\1>", breakable, body, flags=re.DOTALL)
 
