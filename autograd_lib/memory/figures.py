@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["plot_graph", "plot_memory"]
 
 _MOST_NODES = 400  # a Transformer of six blocks; the picture of more would have too many pixels
-_TEXT = 8  # points
 _ROW = 0.56  # inches: two lines of text, and an arrow to the next row
 _MOST_MODULES = 8  # with a color of their own
 _OUTSIDE = "outside of modules"
@@ -81,8 +80,7 @@ def plot_graph(tensor: Tensor, model: nn.Module | None = None, ax: Axes | None =
             "in a picture; draw the output of a submodule or of a smaller model"
         )
     names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-    order = [*TopologicalSorter(inputs).static_order()][::-1]
-    inputs = {node: inputs[node] for node in order}
+    inputs = {node: inputs[node] for node in [*TopologicalSorter(inputs).static_order()][::-1]}
     counted = {s._cdata for s in storages([getattr(node, "variable", None) for node in inputs])}
     labels = {node: _label(node, names, counted) for node in inputs}
     places = _places(inputs)
@@ -95,18 +93,17 @@ def plot_graph(tensor: Tensor, model: nn.Module | None = None, ax: Axes | None =
     ax.set(xlim=(0, widths.sum()), ylim=(height, 0))
     from matplotlib.text import OffsetFrom  # noqa: PLC0415
 
-    text: dict[str, Any] = {"ha": "center", "va": "center", "size": _TEXT, "color": "black"}
+    text: dict[str, Any] = {"ha": "center", "va": "center", "size": 8, "color": "black"}
     middles, boxes = widths.cumsum() - widths / 2, {}
     for node, (column, row) in places.items():
         is_leaf = hasattr(node, "variable")
         face, edge = ("#E5F5F0", _COLORS[2]) if is_leaf else ("#E5F1F8", _COLORS[0])
         box = {"boxstyle": "round,pad=0.3", "facecolor": face, "edgecolor": edge}
-        place = middles[column], _ROW * (row + 0.5)
-        boxes[node] = ax.text(*place, labels[node], bbox=box, **text)
-    to_edge = 0.3 * _TEXT + 0.5  # points from a text to the edge of its box
+        boxes[node] = ax.text(middles[column], _ROW * (row + 0.5), labels[node], bbox=box, **text)
+    to_edge = 0.3 * 8 + 0.5  # points from a text to the edge of its box
     style = {"arrowstyle": "->", "color": _GREY, "shrinkA": 0, "shrinkB": 0}
-    for node in inputs:
-        for below in inputs[node]:
+    for node, reached in inputs.items():
+        for below in reached:
             across, down = np.subtract(places[below], places[node])
             # A long arrow goes around the boxes that it passes, or behind them.
             arrow = {**style, "connectionstyle": f"arc3,rad={-0.35 * (across == 0 < down - 1)}"}

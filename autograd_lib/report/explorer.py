@@ -93,16 +93,10 @@ class Explorer(Interactive):
         """Return the figure as HTML that stands alone: pictures, controls and script."""
         # Most lines of the pictures are the same in all of them: each is written once.
         lines: dict[str, int] = {}
-        frames = [
-            [lines.setdefault(line, len(lines)) for line in frame.splitlines()]
-            for frame in self.frames
-        ]
-        state = {
-            "labels": [control.labels for control in self.controls],
-            "lines": list(lines),
-            "frames": frames,
-            "alts": self.alts,
-        }
+        drawn = map(str.splitlines, self.frames)
+        frames = [[lines.setdefault(line, len(lines)) for line in frame] for frame in drawn]
+        labels = [control.labels for control in self.controls]
+        state = {"labels": labels, "lines": list(lines), "frames": frames, "alts": self.alts}
         start = 0
         for control in self.controls:
             start = start * len(control.labels) + control.start
@@ -175,12 +169,10 @@ def explore(
             f"explore: expected at least one control, as in explore(draw, x=[0, 1]), and at most "
             f"{_MOST_FRAMES} pictures, got {count} combinations of values for {len(controls)}"
         )
-    combinations = [
-        dict(zip(choices, combination, strict=True))
-        for combination in itertools.product(*choices.values())
-    ]
-    frames = [_svg(draw(**combination)) for combination in combinations]
-    return Explorer(controls, frames, [alt(**combination) for combination in combinations])
+    each = itertools.product(*choices.values())
+    states = [dict(zip(choices, chosen, strict=True)) for chosen in each]
+    frames = [_svg(draw(**state)) for state in states]
+    return Explorer(controls, frames, [alt(**state) for state in states])
 
 
 def _control(name: str, values: list[Any]) -> Control:
