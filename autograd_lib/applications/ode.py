@@ -62,7 +62,8 @@ def solve_ode(
         rtol: the error of a step that is allowed, relative to the state. The root mean square over
             a state of error / (atol + rtol |y|) is held below 1.
         atol: the error that is allowed beside it, in units of the state.
-        order: of the Taylor series, at least 2. If None, $\lceil -\ln(rtol) / 2 \rceil + 1$.
+        order: of the Taylor series, at least 2. If None, $\lceil -0.7 \ln(rtol) \rceil + 1$, which
+            is above the optimum of Jorba & Zou, since here calls cost more than arithmetic.
         gradient: "recompute" saves the state at each step and takes the step again in backward.
             "backprop" saves what each step saves; the gradient is the same bit for bit. "adjoint"
             solves a second equation backward in time, by dopri5 (Chen et al. 2018, "Neural Ordinary
@@ -218,7 +219,7 @@ def _checked_options(
     """Return the order."""
     least = 10 * torch.finfo(y0.dtype).eps
     if order is None and rtol >= least:
-        order = max(math.ceil(-math.log(rtol) / 2) + 1, 2)
+        order = max(math.ceil(-0.7 * math.log(rtol)) + 1, 2)
     for name, value, fits, expected in (
         ("method", method, method in ("taylor", "dopri5"), "'taylor' or 'dopri5'"),
         ("gradient", gradient, gradient in _GRADIENTS, " or ".join(map(repr, _GRADIENTS))),

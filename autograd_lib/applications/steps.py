@@ -8,13 +8,16 @@ tensors of the shape `()`, or `(batch,)` where each sample has steps of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from autograd_lib.higher_order.recording import differentiable
 from autograd_lib.higher_order.solution import RightHandSide
 
 Field = Callable[..., Tensor]  # f(t, y, *leaves)
@@ -187,6 +190,25 @@ class Dopri5(_Method):
 _COMPILED: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
+class _Compiled(Function):
+    """The polynomial and the end of a step, with a backward that is compiled too.
+
+    The graph that `torch.compile` makes for autograd itself keeps each intermediate value.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, replay: Any, pull: Any, *inputs: Tensor) -> Any:
+        ctx.pull = pull
+        ctx.save_for_backward(*inputs)
+        return replay(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("solve_ode: compile=True has no second derivative; leave it")
+        return None, None, *ctx.pull(*grads, *ctx.saved_tensors)
+
+
 def compile_steps(
     f: Any, steps: Taylor | Dopri5, now: Tensor, inputs: Sequence[Any], leaves: list[Tensor]
 ) -> None:
@@ -194,6 +216,20 @@ def compile_steps(
 
     `inputs` are y and the arguments of f as they were given, `leaves` the tensors among them.
     """
+
+    def pull(of_polynomial: Tensor, of_end: Tensor, *inputs: Tensor) -> list[Tensor | None]:
+        """The gradients of the inputs of a step."""
+        with torch.enable_grad():
+            own = [x.detach().requires_grad_(differentiable(x)) for x in inputs]
+            found = torch.autograd.grad(
+                steps.replay(*own),
+                [x for x in own if x.requires_grad],
+                (of_polynomial, of_end),
+                materialize_grads=True,
+            )
+        rest = iter(found)
+        return [next(rest) if x.requires_grad else None for x in own]
+
     y = inputs[0]
     shapes = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in inputs]
     key = repr(
@@ -204,8 +240,15 @@ def compile_steps(
         # No tensor twice, which make_fx would take for one.
         example, own = (now, y, torch.ones_like(now)), [x.clone() for x in leaves]
         with torch.no_grad():
+            grads = steps.replay(*example, *own)
             known[key] = [
-                torch.compile(make_fx(steps.attempt)(*example, y.clone(), *own), fullgraph=True),
-                torch.compile(make_fx(steps.replay)(*example, *own), fullgraph=True),
+                torch.compile(make_fx(function)(*inputs), fullgraph=True)
+                for function, inputs in (
+                    (steps.attempt, (*example, y.clone(), *own)),
+                    (steps.replay, (*example, *own)),
+                    (pull, (*grads, *example, *own)),
+                )
             ]
-    steps.attempt, steps.replay = known[key]  # type: ignore[method-assign]
+    attempt, replay, pulled = known[key]
+    steps.attempt = attempt  # type: ignore[method-assign]
+    steps.replay = partial(_Compiled.apply, replay, pulled)  # type: ignore[method-assign]

@@ -152,6 +152,8 @@ class Walk:
 
     def _read(self, polynomial: Tensor, times: Tensor, start: Tensor) -> Tensor:
         """The values of a polynomial at times of the shape (n,) or, by sample, (n, batch)."""
+        if not len(times):  # most steps hold no output
+            return polynomial[:0]
         if times.dim() == start.dim():
             times = times.reshape(-1, *[1] * start.dim())
         return horner(polynomial, spread(times - start, polynomial[0], start.dim()))

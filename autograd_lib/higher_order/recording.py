@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -258,10 +259,7 @@ class Recorder(TorchDispatchMode):
         def higher(values: Values, n: int) -> Tensor:
             """From `y' = d x'`, with d the derivative."""
             x, d = values[at], values[derivative]
-            z, add = x[n] * d[0], accumulation()
-            for j in range(1, n):
-                z = add(z, x[j], d[n - j], value=j / n)
-            return z
+            return sum_of_products(x[n:0:-1], d[:n], [j / n for j in range(n, 0, -1)])
 
         y: Tensor = self.extend(self.record(func, args, kwargs), higher)
         self.known[key] = y
@@ -269,10 +267,25 @@ class Recorder(TorchDispatchMode):
         return y
 
 
-def accumulation() -> Callable[..., Tensor]:
-    """`addcmul`, in place where no transform of torch.func may give the product more dimensions."""
+_SMALL = 1024  # elements, below which a call costs more than its arithmetic
+
+
+def sum_of_products(a: list[Tensor], b: list[Tensor], weights: list[float] | None = None) -> Tensor:
+    """The sum of `a[k] * b[k] * weights[k]`, of which the first weight is 1."""
+    x, y = a[0], b[0]
+    alike = (x.shape, x.dtype) == (y.shape, y.dtype) and x.numel() <= _SMALL
+    if alike and len(a) > 2 and get_proxy_mode() is None:  # a compiler fuses the sum better
+        products = torch.stack(a) * torch.stack(b)
+        if weights is None:
+            return products.sum(0)
+        return torch.tensordot(torch.tensor(weights, dtype=x.dtype, device=x.device), products, 1)
+    # In place where no transform of torch.func may give the product more dimensions.
     inside = torch._C._functorch.maybe_current_level() is not None
-    return torch.addcmul if inside else Tensor.addcmul_
+    add: Callable[..., Tensor] = torch.addcmul if inside else Tensor.addcmul_
+    total = x * y
+    for k in range(1, len(a)):
+        total = add(total, a[k], b[k], value=1 if weights is None else weights[k])
+    return total
 
 
 class FunctionMode(TorchFunctionMode):

@@ -16,9 +16,9 @@ from autograd_lib.higher_order.recording import (
     Compute,
     Recorder,
     Values,
-    accumulation,
     differentiable,
     no_rule,
+    sum_of_products,
     tensors_in,
 )
 from autograd_lib.higher_order.rules.arithmetic import _integer_power
@@ -150,14 +150,16 @@ def _bilinear(record: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
 
     def higher(values: Values, n: int) -> Tensor:
         a, b = values[i], values[j]
-        add = accumulation() if elementwise else lambda z, a, b: z + func(a, b, *rest)
         half = (n + 1) // 2 if square else n + 1
-        z = func(a[0], b[n], *rest)
-        for k in range(1, half):
-            z = add(z, a[k], b[n - k])
+        if elementwise:
+            z = sum_of_products(a[:half], b[n : n - half : -1] if half <= n else b[::-1])
+        else:
+            z = func(a[0], b[n], *rest)
+            for k in range(1, half):
+                z = z + func(a[k], b[n - k], *rest)
         if not square:
             return z
-        return z + z if n % 2 else add(z + z, a[half], a[half])
+        return z + z if n % 2 else torch.addcmul(z + z, a[half], a[half])
 
     return record.extend(record.record(func, args, kwargs), higher)
 

@@ -391,18 +391,32 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(order: int) -> int:
+def operations(order: int, y0: Tensor = START) -> int:
     with Operations() as counter:
-        taylor_solution(lotka_volterra, START, order)
+        taylor_solution(lotka_volterra, y0, order)
     return counter.count
 
 
 def test_the_cost_grows_as_the_square_of_the_order() -> None:
     """Two products, one of k + 1 terms at order k each, and eleven operations besides."""
-    counts = [operations(k) for k in range(4, 10)]
+    counts = [operations(k, START.expand(2000, -1)) for k in range(4, 10)]
     steps = [after - before for before, after in itertools.pairwise(counts)]
     assert {after - before for before, after in itertools.pairwise(steps)} == {2}
     assert steps[0] <= 2 * 5 + 11
+
+
+def test_small_tensors_take_as_many_calls_at_each_order() -> None:
+    """Two products, each of two stacks, a product and a sum, and six operations besides."""
+    counts = [operations(k) for k in range(4, 10)]
+    steps = {after - before for before, after in itertools.pairwise(counts)}
+    assert steps == {2 * 4 + 6}
+
+
+@pytest.mark.parametrize("act", [torch.tanh, torch.sin, F.silu, lambda y: y * y, lambda y: y**3])
+def test_small_and_large_tensors_have_the_same_coefficients(act: Any) -> None:
+    net, y0 = network(act), torch.rand(400, 2, dtype=torch.float64)
+    large = taylor_solution(net, y0, 9)
+    torch.testing.assert_close(taylor_solution(net, y0[:3], 9), large[:, :3], rtol=1e-12, atol=0)
 
 
 class Tagged(Tensor):
