@@ -131,7 +131,8 @@ def fixed_point(
     Raises:
         TypeError: if `z0` is not floating point.
         ValueError: if `f` returns another shape than that of `z0`, or closes over a tensor that
-            requires a gradient, which would silently get none.
+            requires a gradient, which would silently get none, or differentiates inside by
+            `torch.autograd.grad`, whose graph looks the same; `torch.func.grad` is what works.
         RuntimeError: if either iteration does not converge.
         NotImplementedError: under `torch.func` or in forward mode.
 
@@ -166,8 +167,10 @@ def fixed_point(
         )
     if first.requires_grad:
         raise ValueError(
-            "fixed_point: f closes over a tensor that requires a gradient, expected it among args; "
-            "pass it, as in fixed_point(lambda z, w: ..., z0, w), or pass the module itself as f"
+            "fixed_point: expected f to return no graph for arguments without one, got a tensor "
+            "that requires a gradient: either f closes over a tensor that requires a gradient; pass "
+            "it, as in fixed_point(lambda z, w: ..., z0, w), or pass the module itself as f; or f "
+            "differentiates by torch.autograd.grad with create_graph; use torch.func.grad in f"
         )
     solve = partial(_anderson, tol=tol, max_iter=max_iter)
     return _Implicit.apply(step, solve, z0.detach(), *tensors)

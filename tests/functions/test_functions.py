@@ -765,6 +765,22 @@ def test_fixed_point_of_a_module() -> None:
         fixed_point(lambda z: cell(z, x), z0)
 
 
+def test_fixed_point_of_a_step_of_descent() -> None:
+    """The minimum of (z² - a)², found by gradients inside f, is the root of a."""
+    a, z0 = torch.tensor(4.0, dtype=torch.float64, requires_grad=True), torch.tensor(1.5).double()
+    value = lambda z, a: (z * z - a).square() / 64  # noqa: E731
+    root = fixed_point(lambda z, a: z - torch.func.grad(value)(z, a), z0, a, tol=1e-13)
+    assert (root.item(), torch.autograd.grad(root, a)[0].item()) == pytest.approx((2, 0.25))
+
+    @torch.enable_grad()
+    def step(z: Tensor, a: Tensor) -> Tensor:
+        z.requires_grad_()
+        return z - torch.autograd.grad(value(z, a), z, create_graph=True)[0]
+
+    with pytest.raises(ValueError, match=r"differentiates by torch.autograd.grad .* torch.func.gr"):
+        fixed_point(step, z0, a)
+
+
 def test_acceleration_solves_what_does_not_contract() -> None:
     """By itself z = b - 3 z diverges; its solution is b / 4."""
     b = points(5).requires_grad_()

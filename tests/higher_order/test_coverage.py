@@ -9,6 +9,8 @@ situation changes sides unseen.
 from __future__ import annotations
 
 import collections
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,3 +146,9 @@ def test_counts() -> None:
     total = collections.Counter(of.source for of in SITUATIONS.values())
     assert {source: (followed[source], n) for source, n in total.items()} == BY_SOURCE
     assert followed.total() >= total.total() * 282 / 302
+
+
+def test_the_reference_says_what_is_followed() -> None:
+    page = (Path(__file__).parents[2] / "book/api/higher_order.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| (\d+) of (\d+) \|", page)
+    assert [(int(followed), int(total)) for followed, total in rows] == [*BY_SOURCE.values()]
