@@ -60,7 +60,7 @@ def solve_ode(
         args: further arguments of `f`: tensors, nested in lists and dicts too, and other values.
         method: "taylor" or "dopri5".
         rtol: the error of a step that is allowed, relative to the state. The root mean square over
-            a state of error / (atol + rtol |y|) is held below 1.
+            a state of `error / (atol + rtol * |y|)` is held below 1.
         atol: the error that is allowed beside it, in units of the state.
         order: of the Taylor series, at least 2. If None, $\lceil -0.7 \ln(rtol) \rceil + 1$, which
             is above the optimum of Jorba & Zou, since here calls cost more than arithmetic.
