@@ -168,9 +168,9 @@ def fixed_point(
     if first.requires_grad:
         raise ValueError(
             "fixed_point: expected f to return no graph for arguments without one, got a tensor "
-            "that requires a gradient: either f closes over a tensor that requires a gradient; pass "
-            "it, as in fixed_point(lambda z, w: ..., z0, w), or pass the module itself as f; or f "
-            "differentiates by torch.autograd.grad with create_graph; use torch.func.grad in f"
+            "that requires a gradient: either f closes over a tensor that requires a gradient; "
+            "pass it, as in fixed_point(lambda z, w: ..., z0, w), or pass the module itself as f; "
+            "or f differentiates by torch.autograd.grad; use torch.func.grad inside f"
         )
     solve = partial(_anderson, tol=tol, max_iter=max_iter)
     return _Implicit.apply(step, solve, z0.detach(), *tensors)

@@ -777,7 +777,7 @@ def test_fixed_point_of_a_step_of_descent() -> None:
         z.requires_grad_()
         return z - torch.autograd.grad(value(z, a), z, create_graph=True)[0]
 
-    with pytest.raises(ValueError, match=r"differentiates by torch.autograd.grad .* torch.func.gr"):
+    with pytest.raises(ValueError, match=r"differentiates by torch.autograd.grad; use torch.func"):
         fixed_point(step, z0, a)
 
 
