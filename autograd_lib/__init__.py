@@ -4,7 +4,17 @@ Gradients read, saved memory counted, training steps compared side by side; ever
 importable from here. Importing loads torch, NumPy and the standard library only.
 """
 
-from autograd_lib.applications import Solution, solve_ode
+from autograd_lib.applications import (
+    Attack,
+    MaskingReport,
+    Solution,
+    adapt,
+    attack,
+    implicit_adapt,
+    masking_report,
+    minimal_perturbation,
+    solve_ode,
+)
 from autograd_lib.benchmark import Comparison, Ratio, compare
 from autograd_lib.callbacks import lightning_callback, transformers_callback
 from autograd_lib.checkpointing import CheckpointPlan, plan_checkpoints
@@ -87,6 +97,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdvancedAutogradExamples",
+    "Attack",
     "AutogradConfig",
     "AutogradExamples",
     "AutogradTrainingSystem",
@@ -107,6 +118,7 @@ __all__ = [
     "GradientReport",
     "GradientStatistics",
     "Issue",
+    "MaskingReport",
     "NoiseScale",
     "NonFinite",
     "NonFiniteGuard",
@@ -117,6 +129,8 @@ __all__ = [
     "Task",
     "Trial",
     "TuningReport",
+    "adapt",
+    "attack",
     "autotune",
     "biharmonic",
     "check_gradients_exist",
@@ -134,6 +148,7 @@ __all__ = [
     "hessian_diagonal",
     "hessian_trace",
     "hvp",
+    "implicit_adapt",
     "jet",
     "jet_rule",
     "laplacian",
@@ -145,6 +160,8 @@ __all__ = [
     "low_memory_gelu",
     "low_memory_relu",
     "low_memory_silu",
+    "masking_report",
+    "minimal_perturbation",
     "missing_gradients",
     "peak_bytes",
     "plan_checkpoints",

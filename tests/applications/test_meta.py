@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
 
-from autograd_lib.applications.meta import adapt, implicit_adapt
+from autograd_lib import adapt, implicit_adapt
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
