@@ -4,6 +4,9 @@
 against an own dopri5 that is compiled the same way. `ode_network`: a network 2-50-2, forward and
 backward, at 1e-7. `ode_samples`: 256 systems with steps of their own, forward, against torchode.
 `ode_errors`: outputs between steps and events of an oscillator, in units of the tolerance.
+`meta`: 25 sinusoid tasks adapted by 20 steps, and 4 with many points by 16 and 64 steps, against
+TorchOpt and higher. `attacks`: PGD on digits at equal steps against torchattacks, and linear models
+against their exact rates, with foolbox.
 What is not installed is left out (benchmarks/requirements.txt). Writes records to
 autograd_lib/report/records/.
 """
@@ -21,9 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from autograd_lib import Comparison, Ratio, compare, solve_ode
+from autograd_lib import (
+    Comparison,
+    Ratio,
+    adapt,
+    attack,
+    compare,
+    minimal_perturbation,
+    solve_ode,
+)
 from autograd_lib.report import RECORDS
 from autograd_lib.report.stored import this_environment
 
@@ -266,6 +279,164 @@ def ode_errors(options: argparse.Namespace) -> list[Goal]:
     return goals
 
 
+def sinusoids(tasks: int, points: int) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Any, Any]]:
+    torch.manual_seed(0)
+    layers = nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)
+    amplitude, phase = torch.rand(tasks, 1, 1) * 4.9 + 0.1, torch.rand(tasks, 1, 1) * math.pi
+    x = torch.rand(2, tasks, points, 1) * 10 - 5
+    y = amplitude * torch.sin(x - phase)
+    return nn.Sequential(*layers), (x[0], y[0]), (x[1], y[1])
+
+
+def adapted(problem: Any, steps: int, **options: Any) -> Thunk:
+    model, support, (inputs, targets) = problem
+    parameters = list(model.parameters())
+
+    def run() -> Any:
+        fast = adapt(model, F.mse_loss, support, steps, 0.01, tasks=True, **options)
+        found = torch.vmap(lambda w, x: functional_call(model, w, (x,)))(fast, inputs)
+        loss = (found - targets).square().mean((1, 2)).sum()
+        return torch.autograd.grad(loss, parameters)
+
+    return run
+
+
+def adapted_by_peers(problem: Any, steps: int) -> dict[str, Thunk]:
+    model, support, query = problem
+    parameters = list(model.parameters())
+    runs: dict[str, Thunk] = {}
+    if torchopt := peer("torchopt"):
+
+        def by_torchopt() -> Any:
+            optimizer = torchopt.MetaSGD(model, lr=0.01)
+            states = [torchopt.extract_state_dict(o, by="reference") for o in (model, optimizer)]
+            total = torch.zeros(())
+            for x, y, inputs, targets in zip(*support, *query, strict=True):
+                for _ in range(steps):
+                    optimizer.step(F.mse_loss(model(x), y))
+                total = total + F.mse_loss(model(inputs), targets)
+                for part, state in zip((model, optimizer), states, strict=True):
+                    torchopt.recover_state_dict(part, state)
+            return torch.autograd.grad(total, parameters)
+
+        runs["TorchOpt"] = by_torchopt
+    if higher := peer("higher"):
+
+        def by_higher() -> Any:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            sums = [torch.zeros_like(p) for p in parameters]
+            for x, y, inputs, targets in zip(*support, *query, strict=True):
+                loop = higher.innerloop_ctx(model, optimizer, copy_initial_weights=False)
+                with loop as (fast, steps_of):
+                    for _ in range(steps):
+                        steps_of.step(F.mse_loss(fast(x), y))
+                    loss = F.mse_loss(fast(inputs), targets)
+                    found = torch.autograd.grad(loss, parameters)
+                sums = [a + b for a, b in zip(sums, found, strict=True)]
+            return sums
+
+        runs["higher"] = by_higher
+    return runs
+
+
+def meta(options: argparse.Namespace) -> list[Goal]:
+    goals: list[Goal] = []
+    peaks: dict[int, float] = {}
+    for tasks, points, steps in ((25, 10, 20), (4, 400, 16), (4, 400, 64)):
+        problem = sinusoids(tasks, points)
+        runs = adapted_by_peers(problem, steps) | {"adapt": adapted(problem, steps)}
+        if points > 10:
+            runs["adapt, sqrt"] = adapted(problem, steps, checkpoint="sqrt")
+        expected, notes = runs["adapt"](), {}
+        for name, run in runs.items():
+            pairs = zip(run(), expected, strict=True)
+            off = max((a - b).abs().max().item() / b.abs().max().item() for a, b in pairs)
+            notes[name] = {"difference": off}
+        found = report(options, f"meta_{tasks}_{steps}", runs, notes)
+        if points == 10:
+            text = "25 tasks, 20 steps: adapt / TorchOpt"
+            goals.append((text, 0.25, ratio(found, "adapt", "TorchOpt")))
+            continue
+        peaks[steps] = found.peak_bytes["adapt, sqrt"]
+        if steps == 64 and "TorchOpt" in found.names:
+            share = peaks[64] / found.peak_bytes["TorchOpt"]
+            goals.append(("64 steps: peak of sqrt / TorchOpt's", 0.1, share))
+            goals.append(("the same in time", 2.0, ratio(found, "adapt, sqrt", "TorchOpt")))
+    goals.append(("peak of sqrt at 64 steps / at 16", 1.3, peaks[64] / peaks[16]))
+    return goals
+
+
+def trained_on_digits() -> tuple[nn.Module, Tensor, Tensor]:
+    data = importlib.import_module("sklearn.datasets").load_digits()
+    x = torch.tensor(data.images / 16, dtype=torch.float32)[:, None]
+    y = torch.tensor(data.target)
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[:1200]), y[:1200]).backward()
+        optimizer.step()
+    return model.eval(), x[1200:1712], y[1200:1712]
+
+
+def attacks(options: argparse.Namespace) -> list[Goal]:
+    goals: list[Goal] = []
+    model, x, y = trained_on_digits()
+    runs: dict[str, Thunk] = {}
+    notes: dict[str, dict[str, float]] = {}
+    torchattacks = peer("torchattacks")
+    for eps in (0.02, 0.05, 0.1, 0.2):
+        rates = {"attack": attack(model, x, y, eps, bounds=(0, 1)).success.float().mean().item()}
+        if torchattacks:
+            theirs = torchattacks.PGD(model, eps=eps, alpha=2.5 * eps / 20, steps=20)
+            wrong = model(theirs(x, y)).argmax(1) != y
+            rates["torchattacks PGD"] = wrong.float().mean().item()
+            text = f"digits at {eps}: success of torchattacks / attack"
+            goals.append((text, 1.0, rates["torchattacks PGD"] / rates["attack"]))
+        notes[f"success at {eps}"] = rates
+    if torchattacks:
+        pgd = torchattacks.PGD(model, eps=0.1, alpha=0.0125, steps=20)
+        runs["torchattacks PGD"] = lambda: pgd(x, y)
+    runs["attack"] = lambda: attack(model, x, y, 0.1, bounds=(0, 1))
+    found = report(options, "attacks", runs, notes)
+    goals.append(
+        ("digits: time / torchattacks PGD", 1.1, ratio(found, "attack", "torchattacks PGD"))
+    )
+
+    torch.manual_seed(0)
+    linear, points = nn.Linear(20, 2), torch.rand(200, 20)
+    weight = (linear.weight[0] - linear.weight[1]).detach()
+    logits = linear(points).detach()
+    labels, gap = logits.argmax(1), (logits[:, 0] - logits[:, 1]).abs()
+    exact = gap / weight.abs().sum() < 0.05
+    for scale in (1.0, 1e3, 1e6):
+        scaled = nn.Sequential(linear, Times(scale))
+        missed = (attack(scaled, points, labels, 0.05).success != exact).sum().item()
+        goals.append((f"linear, logits times {scale:g}: wrong verdicts", 0.0, float(missed)))
+        if torchattacks:
+            theirs = torchattacks.PGD(scaled, eps=0.05, alpha=0.00625, steps=20)
+            rate = (scaled(theirs(points, labels)).argmax(1) != labels).float().mean()
+            print(f"torchattacks PGD at {scale:g}: {rate:.3f} of {exact.float().mean():.3f}")
+        if foolbox := peer("foolbox"):
+            judged = foolbox.PyTorchModel(scaled, bounds=(0, 1))
+            *_, hit = foolbox.attacks.LinfPGD(steps=20)(judged, points, labels, epsilons=0.05)
+            print(f"foolbox LinfPGD at {scale:g}: {hit.float().mean():.3f}")
+    smallest = minimal_perturbation(linear, points, labels).distance / (gap / weight.norm())
+    goals.append(("linear: smallest distance / exact, largest", 1.002, smallest.max().item()))
+    return goals
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 def summary(goals: list[Goal]) -> None:
     print("\ngoals")
     for text, most, found in goals:
@@ -282,6 +453,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Goal]]] = {
     "ode_network": ode_network,
     "ode_samples": ode_samples,
     "ode_errors": ode_errors,
+    "meta": meta,
+    "attacks": attacks,
 }
 
 
