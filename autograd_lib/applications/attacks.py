@@ -95,8 +95,9 @@ def attack(
     $x_{k+1} = \Pi(x_k + \alpha s(\nabla_x \ell))$ with $s$ the sign or, for the 2-norm, the unit
     vector, and $\Pi$ the projection onto the ball and the bounds (Madry et al. 2018, "Towards deep
     learning models resistant to adversarial attacks"). The loss is by default the margin of the
-    logits, whose gradient does not vanish where a model is sure of itself (Carlini & Wagner 2017).
-    The best of all iterates is returned, that of the last step too.
+    logits, whose gradient does not vanish where a model is sure of itself (Carlini & Wagner 2017);
+    it is smoothed over the other classes in the first half of the steps. The best of all iterates
+    is returned, that of the last step too.
 
     Args:
         model: maps inputs to logits (N, C). It is attacked in eval mode; its mode, buffers,
@@ -130,27 +131,30 @@ def attack(
         ([True, False], [-0.5, 1.5])
     """
     _check(x, y, eps, bounds, norm=norm in (2, math.inf), steps=steps >= 1, restarts=restarts >= 1)
-    if loss not in _LOSSES:
+    if loss not in ("margin", "cross_entropy"):
         raise ValueError(f"attack: expected loss to be 'margin' or 'cross_entropy', got {loss!r}")
     length = 2.5 * eps / steps if step_size is None else step_size
     generator = generator or torch.Generator(x.device).manual_seed(0)
     x = x.detach()
     with _attacked(model):
-        best = _Best(x, y, targets, norm)
+        best, ball = _Best(x, y, targets, norm), _Ball(x, eps, norm, bounds)
         for restart in range(restarts):
-            start = _random(x, eps, norm, generator) if restart else torch.zeros_like(x)
-            point = _inside(x, start, eps, norm, bounds)
-            for _ in range(steps):
-                point = point.requires_grad_()
+            point = ball.inside(x + _random(x, eps, norm, generator)) if restart else x
+            for k in range(steps):
+                point = point.detach().requires_grad_()
                 logits = _logits(model, point, y)
-                value = _LOSSES[loss](logits, y, targets).sum()
-                (gradient,) = torch.autograd.grad(value, point)
-                point = point.detach()
-                best.see(point, logits.detach(), gradient)
-                delta = point - x + length * _direction(gradient, norm)
-                point = _inside(x, delta, eps, norm, bounds)
+                gap = _margin(logits, y, targets)
+                value = -gap
+                if loss == "cross_entropy":
+                    value = F.softplus(-_margin(logits, y, targets, smooth=True))
+                elif 2 * k < steps:  # all other classes first, then the largest one alone
+                    value = -_margin(logits, y, targets, smooth=True)
+                (gradient,) = torch.autograd.grad(value.sum(), point)
+                best.see(point.detach(), logits.detach(), gap.detach(), gradient)
+                point = ball.inside(point.detach() + length * _direction(gradient, norm))
             with torch.no_grad():
-                best.see(point, _logits(model, point, y))
+                logits = _logits(model, point, y)
+                best.see(point, logits, _margin(logits, y, targets))
     return best.attack()
 
 
@@ -194,14 +198,15 @@ def minimal_perturbation(
     _check(x, y, 0.0, bounds, steps=steps >= 1)
     x, sizes = x.detach(), (-1, *[1] * (x.dim() - 1))
     with _attacked(model):
-        best, delta, radius = _Best(x, y, None, 2.0, nearest=True), torch.zeros_like(x), None
+        best, ball = _Best(x, y, None, 2.0, nearest=True), _Ball(x, math.inf, 2, bounds)
+        delta, radius = torch.zeros_like(x), None
         for k in range(steps):
-            point = _inside(x, delta, math.inf, 2, bounds).requires_grad_()
+            point = ball.inside(x + delta).requires_grad_()
             logits = _logits(model, point, y)
             margin = _margin(logits, y, None)
             (gradient,) = torch.autograd.grad(-margin.sum(), point)
             point, margin = point.detach(), margin.detach()
-            best.see(point, logits.detach(), gradient)
+            best.see(point, logits.detach(), margin, gradient)
             if radius is None:
                 first = (margin.abs() / gradient.flatten(1).norm(dim=1).clamp(min=1e-30)).clamp(
                     min=1e-12
@@ -217,12 +222,13 @@ def minimal_perturbation(
             for _ in range(12):
                 middle = (wrong + right) / 2
                 logits = _logits(model, x + middle, y)
-                fooled = (_margin(logits, y, None) < 0).reshape(sizes)
+                gap = _margin(logits, y, None)
+                fooled = (gap < 0).reshape(sizes)
                 wrong, right = (
                     torch.where(fooled, middle, wrong),
                     torch.where(fooled, right, middle),
                 )
-                best.see(x + middle, logits)
+                best.see(x + middle, logits, gap)
     return best.attack()
 
 
@@ -271,11 +277,12 @@ def masking_report(
     far = _FAR * max(eps, x.abs().max().item())
     generator = torch.Generator(x.device).manual_seed(0)
     with _attacked(model), torch.no_grad():
-        best = _Best(x, y, None, norm)
+        best, ball = _Best(x, y, None, norm), _Ball(x, eps, norm, bounds)
         for _ in range(20):
             noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            point = _inside(x, eps * _direction(noise, norm), eps, norm, bounds)
-            best.see(point, _logits(model, point, y))
+            point = ball.inside(x + eps * _direction(noise, norm))
+            logits = _logits(model, point, y)
+            best.see(point, logits, _margin(logits, y, None))
     rates = {
         "fgsm": attack(model, x, y, eps, steps=1, step_size=eps, **options).success,
         "pgd": pgd.success,
@@ -315,9 +322,10 @@ class _Best:
         self.zero = torch.zeros_like(y, dtype=torch.bool)
         self.score: Tensor | None = None
 
-    def see(self, point: Tensor, logits: Tensor, gradient: Tensor | None = None) -> None:
-        gap, margin = _margin(logits, self.y, self.targets), _margin(logits, self.y, None)
-        score = gap
+    def see(
+        self, point: Tensor, logits: Tensor, gap: Tensor, gradient: Tensor | None = None
+    ) -> None:
+        margin, score = gap if self.targets is None else _margin(logits, self.y, None), gap
         if self.nearest:  # what is right has a score above 0
             wrong = -1 / (1 + _size(point - self.x, self.norm))
             score = torch.where(gap < 0, wrong, gap)
@@ -325,7 +333,8 @@ class _Best:
             self.score = torch.where(gap < 0, -torch.inf, score)
             self.gap, self.margin = gap, margin
         better = score < self.score
-        self.inputs[better] = point[better]
+        chosen = better.reshape(-1, *[1] * (point.dim() - 1))
+        self.inputs = torch.where(chosen, point, self.inputs)
         self.score = torch.where(better, score, self.score)
         self.gap, self.margin = (
             torch.where(better, new, old) for new, old in ((gap, self.gap), (margin, self.margin))
@@ -338,22 +347,16 @@ class _Best:
         return Attack(self.inputs, self.gap < 0, self.margin, distance, self.zero)
 
 
-def _margin(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
-    """The logit of y minus the largest other one, or the largest other one minus the target's."""
-    label = y if targets is None else targets
-    own = F.one_hot(label, logits.shape[1]).bool()
-    others = logits.masked_fill(own, -torch.inf).amax(1)
-    gap = logits.gather(1, label[:, None])[:, 0] - others
+def _margin(logits: Tensor, y: Tensor, targets: Tensor | None, smooth: bool = False) -> Tensor:
+    """The logit of y minus the largest other one, or the largest other one minus the target's.
+
+    `smooth` takes the logarithm of the sum of their exponentials for the largest one, and has the
+    gradient of cross-entropy, up to a positive factor that does not vanish.
+    """
+    label = (y if targets is None else targets)[:, None]
+    others = logits.scatter(1, label, -torch.inf)
+    gap = logits.gather(1, label)[:, 0] - (others.logsumexp(1) if smooth else others.amax(1))
     return gap if targets is None else -gap
-
-
-def _entropy(logits: Tensor, y: Tensor, targets: Tensor | None) -> Tensor:
-    label, sign = (y, 1) if targets is None else (targets, -1)
-    return sign * F.cross_entropy(logits, label, reduction="none")
-
-
-# What an attack raises.
-_LOSSES = {"margin": lambda *args: -_margin(*args), "cross_entropy": _entropy}
 
 
 def _logits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -380,25 +383,30 @@ def _direction(gradient: Tensor, norm: float) -> Tensor:
     return F.normalize(flat, dim=1).reshape(gradient.shape)
 
 
-def _inside(
-    x: Tensor, delta: Tensor, eps: float, norm: float, bounds: tuple[float, float] | None
-) -> Tensor:
-    """Project x + delta onto the ball and the bounds; what rounding puts outside comes back."""
-    if norm == math.inf:
-        delta = delta.clamp(-eps, eps)
-    elif eps < math.inf:
-        size = _size(delta, norm).reshape(-1, *[1] * (x.dim() - 1))
-        delta = delta * (eps / size.clamp(min=eps or 1.0))
-    point = x + delta if bounds is None else (x + delta).clamp(*bounds)
-    for _ in range(4):
-        far = _size(point - x, norm) > eps
-        if not far.any():
-            break
-        outside = far.reshape(-1, *[1] * (x.dim() - 1))
+class _Ball:
+    """The inputs within eps of x and within the bounds."""
+
+    def __init__(
+        self, x: Tensor, eps: float, norm: float, bounds: tuple[float, float] | None
+    ) -> None:
+        self.x, self.eps, self.norm = x, eps, norm
+        self.bounds: Any = bounds
         if norm == math.inf:
-            outside = (point - x).abs() > eps
-        point = torch.where(outside, point.nextafter(x), point)
-    return point
+            low, high = x - eps, x + eps
+            # What rounding puts beyond eps comes back.
+            low = torch.where(x - low > eps, low.nextafter(x), low)
+            high = torch.where(high - x > eps, high.nextafter(x), high)
+            self.bounds = [edge.clamp(*bounds) if bounds else edge for edge in (low, high)]
+
+    def inside(self, point: Tensor) -> Tensor:
+        """Project onto the ball."""
+        if self.norm == 2 and self.eps < math.inf:
+            sizes = (-1, *[1] * (point.dim() - 1))
+            size = _size(point - self.x, 2).clamp(min=self.eps or 1.0).reshape(sizes)
+            point = self.x + (point - self.x) * (self.eps / size)
+            while (far := _size(point - self.x, 2) > self.eps).any():
+                point = torch.where(far.reshape(sizes), point.nextafter(self.x), point)
+        return point if self.bounds is None else torch.clamp(point, *self.bounds)
 
 
 def _random(x: Tensor, eps: float, norm: float, generator: torch.Generator) -> Tensor:
