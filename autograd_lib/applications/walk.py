@@ -134,6 +134,9 @@ class Walk:
         def sign_at(s: Tensor) -> Tensor:
             return self._sign(now + s, horner(polynomial, spread(s, polynomial[0], now.dim())))
 
+        for power in (40, 30, 20, 10):  # it may come back before the first probe
+            if (sign == 0).any():
+                sign = torch.where((sign == 0) & (h != 0), sign_at(h * 2.0**-power), sign)
         low, high = torch.zeros_like(h), h
         hit = torch.zeros_like(h, dtype=torch.bool)
         for probe in range(1, _PROBES + 1):
@@ -185,7 +188,8 @@ class Walk:
             now, h = now + moved, h - moved
         polynomial, end = self.steps.replay(now, y, h, *leaves)
         if step.hit.any():
-            h = torch.where(step.hit, self._refined(now, h, polynomial), h)
+            if torch.is_grad_enabled():
+                h = torch.where(step.hit, self._refined(now, h, polynomial), h)
             end = horner(polynomial, spread(h, y, self.steps.dims))
         after = step.end + (now - now.detach()) + (h - h.detach())
         return self._read(polynomial, times, now), end, after

@@ -206,16 +206,19 @@ def test_the_adjoint_agrees_where_it_may(method: str) -> None:
 
 
 def test_the_adjoint_says_when_it_lost_its_way() -> None:
-    k, y0 = wide(1.0).requires_grad_(), wide(0.5).requires_grad_()
+    """The solution of y' = -k sin y has tan(y / 2) = tan(y0 / 2) exp(-k t)."""
+    k, y0 = wide(1.0).requires_grad_(), wide(2.0).requires_grad_()
 
     def contracting(t: Tensor, y: Tensor, k: Tensor) -> Tensor:
-        return k * (y - y**3)
+        return -k * torch.sin(y)
 
-    ys = solve_ode(contracting, y0, [0.0, 15.0], k, gradient="adjoint").ys
-    with pytest.warns(RuntimeWarning, match="parted from the forward one by .* tolerances"):
-        torch.autograd.grad(ys[-1], k, retain_graph=True)
-    exact = solve_ode(contracting, y0, [0.0, 15.0], k, **TIGHT).ys
-    assert abs(torch.autograd.grad(exact[-1], k)[0]) < 1e-8  # all that is known of the closed form
+    exact = math.exp(-60) / math.cos(1) ** 2
+    ys = solve_ode(contracting, y0, [0.0, 60.0], k, gradient="adjoint").ys
+    with pytest.warns(RuntimeWarning, match=r"parted from the forward one by .* tolerances"):
+        (wrong,) = torch.autograd.grad(ys[-1], y0, retain_graph=True)
+    assert abs(wrong - exact) > 1
+    recomputed = solve_ode(contracting, y0, [0.0, 60.0], k).ys
+    assert abs(torch.autograd.grad(recomputed[-1], y0)[0] - exact) < 1e-6
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(ys[-1], k, create_graph=True)
     solution = solve_ode(contracting, y0, [0.0, 1.0], k, gradient="adjoint")
@@ -326,6 +329,30 @@ def test_gradients_of_events_by_finite_differences() -> None:
     assert state[1] < 0
     assert torch.autograd.gradcheck(flight, inputs, eps=1e-5, atol=1e-6)
     assert torch.autograd.gradgradcheck(flight, inputs, eps=1e-5, atol=1e-4)
+
+
+def test_an_event_that_is_zero_at_the_start_may_come_back_soon() -> None:
+    """A throw is one exact step, in which the ball lands before the first place looked at."""
+    start, v = wide(0.0, 5.0), 5.0
+    throw = lambda t, y: torch.stack([y[1], torch.full_like(y[0], -9.81)])  # noqa: E731
+    for end in (2.0, 10.0, 1000.0):
+        for method in METHODS:
+            found = solve_ode(throw, start, [0.0, end], method=method, event=lambda t, y: y[0])
+            assert found.event_time is not None
+            assert torch.allclose(found.event_time, wide(2 * v / 9.81), rtol=1e-6)
+    # A ball that bounces: the state at an event is the start of what follows.
+    again = solve_ode(throw, found.ys[-1] * wide(1.0, -0.5), [0.0, 9.0], event=lambda t, y: y[0])
+    assert again.event_time is not None
+    assert torch.allclose(again.event_time, wide(v / 9.81), rtol=1e-6)
+
+
+def test_between_times_without_gradients() -> None:
+    k, start = wide(1.0, 2.0).requires_grad_(), wide([[1.0, 0.0], [1.0, 0.0]])
+    spin = lambda t, y, k: k[:, None] * torch.stack([y[:, 1], -y[:, 0]], 1)  # noqa: E731
+    found = solve_ode(spin, start, [0, 3], k, event=lambda t, y: y[:, 0], per_sample=True)
+    with torch.no_grad():
+        assert not found.at(0.5).requires_grad
+    torch.testing.assert_close(found.at(0.5)[:, 0], torch.cos(0.5 * k), rtol=1e-6, atol=1e-6)
 
 
 def test_an_event_that_does_not_occur_is_nan() -> None:
