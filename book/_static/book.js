@@ -120,7 +120,8 @@ for (const block of all(".cell_input .highlight, .bd-article > section .highligh
 }
 
 // --- what is wider than the page scrolls inside itself, also from the keyboard -------------------
-const WIDE = "pre, .math-scroll, .pst-scrollable-table-container, .output.text_html, dt.sig";
+const WIDE =
+  "pre, .math-scroll, .pst-scrollable-table-container, .output.text_html, dt.sig, .cell_output:has(> img)";
 // The style sheet shades the side at which it goes on.
 function showMore(element) {
   const left = element.scrollLeft > 1;
@@ -138,6 +139,13 @@ const resized = new ResizeObserver((entries) => {
   }
 });
 for (const element of all(WIDE)) resized.observe(element);
+
+// A figure of several panels stays as large as one of a single panel is on a phone, and scrolls.
+for (const figure of all(".cell_output > img")) {
+  const keep = () => (figure.style.minWidth = `${Math.round(0.35 * figure.naturalWidth)}px`);
+  if (figure.complete) keep();
+  else figure.addEventListener("load", keep);
+}
 
 // --- printing: light, and nothing folded ---------------------------------------------------------
 let folded = [];
