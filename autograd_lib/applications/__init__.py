@@ -9,14 +9,18 @@ from autograd_lib.applications.attacks import (
 )
 from autograd_lib.applications.meta import adapt, implicit_adapt
 from autograd_lib.applications.ode import Solution, solve_ode
+from autograd_lib.applications.posterior import Posterior, Prediction, laplace_posterior
 
 __all__ = [
     "Attack",
     "MaskingReport",
+    "Posterior",
+    "Prediction",
     "Solution",
     "adapt",
     "attack",
     "implicit_adapt",
+    "laplace_posterior",
     "masking_report",
     "minimal_perturbation",
     "solve_ode",
