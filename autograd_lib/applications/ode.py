@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from autograd_lib.applications.steps import Dopri5, Field, Taylor, compile_steps, spread
 from autograd_lib.applications.walk import Event, Walk
 from autograd_lib.functions.forward_mode import transforming
-from autograd_lib.higher_order.inputs import check_floating, check_tensor
+from autograd_lib.higher_order.inputs import check_floating
+from autograd_lib.higher_order.recording import differentiable
 from autograd_lib.higher_order.solution import RightHandSide
 
 __all__ = ["Solution", "solve_ode"]
@@ -68,8 +69,9 @@ def solve_ode(
             "backprop" saves what each step saves; the gradient is the same bit for bit. "adjoint"
             solves a second equation backward in time, by dopri5 (Chen et al. 2018, "Neural Ordinary
             Differential Equations"); its gradient can be wrong where the equation loses memory.
-        event: a function `event(t, y)` that returns a scalar. The solution ends where it first
-            changes its sign. If it is zero at the start it counts once it has left zero.
+        event: a function `event(t, y)` that returns a floating-point scalar. The solution ends
+            where it first changes its sign, which is looked at in eight places of each step. If it
+            is zero at the start it counts once it has left zero.
         per_sample: the first dimension of y0 is a batch of independent systems, each with steps of
             its own. f is given t of shape (batch,), the event returns (batch,).
         max_steps: the most steps.
@@ -117,12 +119,18 @@ def solve_ode(
             message += "; or use method='dopri5'"
         raise type(error)(message) from error
     if event is not None:
-        hidden = [*hidden, _shaped("event", event(now.to(y.real.dtype), y), y.real, dims)]
+        value = _shaped("event", event(now.to(y.real.dtype), y), y.real, dims)
+        if gradient != "backprop" and value.requires_grad:
+            raise ValueError(
+                "solve_ode: event closes over a tensor that requires a gradient, which would get "
+                "none; make it a component of the state with the slope 0, or use "
+                "gradient='backprop'"
+            )
+        hidden = [*hidden, value]
     if gradient != "backprop" and any(x.requires_grad for x in hidden):
         raise ValueError(
-            "solve_ode: f or event closes over a tensor that requires a gradient, which would get "
-            "none; pass it through args, or pass the module itself as f, or use "
-            "gradient='backprop'"
+            "solve_ode: f closes over a tensor that requires a gradient, which would get none; "
+            "pass it through args, or pass the module itself as f, or use gradient='backprop'"
         )
     if compile:
         compile_steps(f, steps, now, (y, *tree_flatten(args)[0]), own)
@@ -154,7 +162,8 @@ class Solution:
     Attributes:
         ys: the states at the times t, of the shape `(len(t), *y0.shape)`; after an event its state.
         steps: how many steps were taken, of all samples together.
-        evaluations: how often f was evaluated, or its record for a Taylor series.
+        evaluations: how often f was evaluated; for a Taylor series how often its record was
+            extended, each time with one evaluation more that checks the step.
         event_time: the time of the event, NaN where it did not occur; None without an event.
         event_state: the state at that time, NaN where it did not occur.
     """
@@ -193,6 +202,8 @@ def _checked_times(y0: Any, t: Any) -> Tensor:
             "solve_ode: expected to be called outside torch.func transforms and forward mode, for "
             "the steps depend on values; use backward(), and per_sample=True for a batch of systems"
         )
+    if isinstance(y0, Mapping):
+        raise TypeError("solve_ode: expected y0 to be one tensor, got a dict; torch.cat its values")
     check_floating("solve_ode", y0, "y0")
     times = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
     times = times.to(y0.device, torch.float64)
@@ -223,7 +234,13 @@ def _checked_options(
     for name, value, fits, expected in (
         ("method", method, method in ("taylor", "dopri5"), "'taylor' or 'dopri5'"),
         ("gradient", gradient, gradient in _GRADIENTS, " or ".join(map(repr, _GRADIENTS))),
-        ("rtol", rtol, rtol >= least, f"at least {least:.1e}, ten times the spacing of {y0.dtype}"),
+        (
+            "rtol",
+            rtol,
+            rtol >= least,
+            f"at least {least:.1e}, ten times the spacing of {y0.dtype} "
+            "(give a larger one, or y0.double())",
+        ),
         ("atol", atol, atol >= 0, "0 or more"),
         ("order", order, isinstance(order, int) and order >= 2, "an integer of 2 or more"),
         ("per_sample", per_sample, not per_sample or y0.dim(), "False, as y0 has no dimension"),
@@ -259,10 +276,12 @@ def _flat(f: Callable[..., Tensor], args: Any) -> tuple[list[Tensor], Field]:
 def _shaped(name: str, value: Any, y: Tensor, dims: int | None = None) -> Tensor:
     """Check a result of f, which is like y, or of an event, which has its first dimensions."""
     shape = y.shape[:dims]
-    if check_tensor("solve_ode", value).shape != shape:
+    if not isinstance(value, Tensor) or value.shape != shape or not differentiable(value):
+        tensor = isinstance(value, Tensor)
+        got = f"{value.dtype} {tuple(value.shape)}" if tensor else type(value).__name__
         raise ValueError(
-            f"solve_ode: expected {name} to return the shape {tuple(shape)}, got "
-            f"{tuple(value.shape)}"
+            f"solve_ode: expected {name} to return a floating-point tensor of the shape "
+            f"{tuple(shape)}, got {got}"
         )
     return value
 

@@ -105,10 +105,12 @@ class Walk:
                 x.flatten(self.steps.dims).abs().amax(-1).flatten()[i] for x in (y, slope)
             )
             pole = now.flatten()[i] + torch.copysign(size / rise, h.flatten()[i])
+            cause = "f is not finite there; see that it stays defined"
+            if pole.isfinite():
+                cause = f"the solution seems to have a pole near t = {pole:.6g}; end before it"
             raise RuntimeError(
                 f"solve_ode: the step at t = {now.flatten()[i]:.9g} became {h.flatten()[i]:.1e}, "
-                f"with |y| = {size:.3g}: f is not finite there, or the solution has a pole, by its "
-                f"last values near t = {pole:.6g}; end before it"
+                f"with |y| = {size:.3g}: {cause}"
             )
         if self.attempts > self.max_steps:
             raise RuntimeError(
