@@ -104,6 +104,8 @@ class DerivativeReport(Table):
         title = f"wrong: {', '.join(wrong)}" if wrong else agreement
         unknown = [k for k in range(len(self.fit)) if not self._resolved(k)]
         if unknown:
+            if not wrong:
+                title = "undecided" if unknown[0] <= 1 else f"to order {unknown[0] - 1} {agreement}"
             title += f"; the fit does not resolve f from order {unknown[0]} on, scale v"
         rows: list[Row] = []
         for k, value in enumerate(self.fit):
