@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from autograd_lib.applications.again import pulled_back
 from autograd_lib.core.batches import call, described, own_loss, read_batch, targets_of
 from autograd_lib.core.snapshot import ModuleState, own_generators, torch_generators
 from autograd_lib.functions.forward_mode import transforming
@@ -326,10 +327,7 @@ def _check_alone(loss: Tensor, weights: _Tensors) -> None:
 
 
 class _Segment(Function):
-    """Steps of a loop that keep nothing but their inputs: backward takes them again.
-
-    `torch.utils.checkpoint` cannot do this: the inner gradient would unpack what it holds at once.
-    """
+    """Steps of a loop that keep nothing but their inputs: backward takes them again."""
 
     @staticmethod
     def forward(
@@ -343,19 +341,11 @@ class _Segment(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
-        with ctx.scene.again(), torch.enable_grad():
-            given = zip(ctx.saved_tensors, needed, strict=True)
-            inputs = [t.view_as(t) if needs else t.detach() for t, needs in given]
-            outputs = ctx.loop.segments(inputs, *ctx.steps)
-        pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
-        wanted = [t for t, needs in zip(inputs, needed, strict=True) if needs]
-        create = torch.is_grad_enabled()
-        ys, gs = zip(*pairs, strict=True)
-        found = iter(
-            torch.autograd.grad(ys, wanted, gs, create_graph=create, materialize_grads=True)
-        )
-        return None, None, *(next(found) if needs else None for needs in needed)
+        def run(*tensors: Tensor) -> list[Tensor]:
+            with ctx.scene.again():
+                return ctx.loop.segments(tensors, *ctx.steps)
+
+        return None, None, *pulled_back(run, ctx.saved_tensors, grads)
 
 
 def implicit_adapt(

@@ -200,13 +200,13 @@ class _Compiled(Function):
     def forward(ctx: Any, replay: Any, pull: Any, *inputs: Tensor) -> Any:
         ctx.pull = pull
         ctx.save_for_backward(*inputs)
-        return replay(*inputs)
+        return replay(*(x.detach() for x in inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError("solve_ode: compile=True has no second derivative; leave it")
-        return None, None, *ctx.pull(*grads, *ctx.saved_tensors)
+        return None, None, *ctx.pull(*grads, *(x.detach() for x in ctx.saved_tensors))
 
 
 def compile_steps(

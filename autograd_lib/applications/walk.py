@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.utils.checkpoint import checkpoint
 
+from autograd_lib.applications.again import pulled_back
 from autograd_lib.applications.steps import Dopri5, Taylor, horner, spread
 
 Event = Callable[[Tensor, Tensor], Tensor]
@@ -260,23 +261,7 @@ class _Again(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        create = torch.is_grad_enabled()
-        with torch.enable_grad():
-            inputs = [
-                x
-                if not x.requires_grad
-                else x.view_as(x)
-                if create
-                else x.detach().requires_grad_()
-                for x in ctx.saved_tensors
-            ]
-            t, y, *leaves = inputs
-            found = ctx.walk.take(ctx.step, t[0], t[ctx.places], y, leaves)
-        outputs, grads = zip(
-            *((x, g) for x, g in zip(found, grads, strict=True) if x.requires_grad), strict=True
-        )
-        wanted = [x for x in inputs if x.requires_grad]
-        sums = iter(
-            torch.autograd.grad(outputs, wanted, grads, create_graph=create, allow_unused=True)
-        )
-        return None, None, None, None, *(next(sums) if x.requires_grad else None for x in inputs)
+        def run(t: Tensor, y: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            return ctx.walk.take(ctx.step, t[0], t[ctx.places], y, leaves)
+
+        return None, None, None, None, *pulled_back(run, ctx.saved_tensors, grads)
