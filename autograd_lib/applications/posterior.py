@@ -356,7 +356,9 @@ class _Factors:
         self.rows += len(x)
         for column in root.unbind(-1) if self.seen else ():
             places = [output for _, output in self.seen.values()]
-            found = torch.autograd.grad((outputs * column).sum(), places, retain_graph=True)
+            found = torch.autograd.grad(
+                (outputs * column).sum(), places, retain_graph=True, materialize_grads=True
+            )
             for module, g in zip(self.seen, found, strict=True):
                 self._add(module, 0, g.flatten(0, -2))
         for module, (a, _) in self.seen.items():
@@ -369,6 +371,11 @@ class _Factors:
         sums[place] = sums[place] + rows.T @ rows
 
     def of(self, block: _Planned) -> tuple[Tensor, Tensor]:
+        if block.module not in self.sums:
+            raise ValueError(
+                f"laplace_posterior: expected the data to pass {block.names[0]}, which was not "
+                "used; freeze it by requires_grad_(False)"
+            )
         outputs, inputs = self.sums[block.module]
         return outputs / self.rows, inputs
 

@@ -189,6 +189,21 @@ def test_predictions_are_differentiable_in_the_inputs(structure: str, likelihood
     assert torch.autograd.gradcheck(uncertain, (new,))
 
 
+def test_torch_differentiates_mapped_gradients_of_layer_norm_wrongly() -> None:
+    """Why `_jacobians` is not `vmap(jacrev(...))`; once this fails, it can be."""
+    weight, x = wide(8), wide(2, 8, seed=1).requires_grad_()
+
+    def output(weight: Tensor, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (8,), weight).sin().sum()
+
+    slope = torch.func.grad(output)
+    mapped = torch.vmap(slope, (None, 0))(weight, x).square().sum()
+    looped = torch.stack([slope(weight, row) for row in x]).square().sum()
+    torch.testing.assert_close(mapped, looped)
+    wrong, right = (torch.autograd.grad(loss, x)[0] for loss in (mapped, looped))
+    assert not torch.allclose(wrong, right, rtol=0.01)
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_samples_have_the_covariance(structure: str) -> None:
     x, y = regression(2)
@@ -251,6 +266,33 @@ def test_the_model_is_left_as_it_was() -> None:
         for (a, b), (c, d) in zip(before, after, strict=True)
     )
     assert not any(m._forward_hooks for m in model.modules())
+
+
+class Idle(nn.Module):
+    """Has a layer that nothing uses, and one whose result is thrown away."""
+
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.layer, self.idle = nn.Linear(4, 2).double(), nn.Linear(4, 2).double()
+        self.calls = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.calls:
+            self.idle(x)
+        return self.layer(x)
+
+
+def test_layers_without_effect_keep_their_prior() -> None:
+    x, y = wide(12, 4), wide(12, 2, seed=1)
+    kron, full = (
+        laplace_posterior(Idle(True), [(x, y)], structure=s, prior_precision=4.0)
+        for s in ("kron", "full")
+    )
+    torch.testing.assert_close(kron.predict(x).covariance, full.predict(x).covariance)
+    torch.testing.assert_close(kron._blocks[1].values, torch.zeros(10).double())
+    with pytest.raises(ValueError, match=r"the data to pass idle.weight, which was not used"):
+        laplace_posterior(Idle(False), [(x, y)], structure="kron")
+    laplace_posterior(Idle(False), [(x, y)], structure="diag")
 
 
 MODEL, X, Y = nn.Linear(4, 2).double(), wide(6, 4), wide(6, 2)
