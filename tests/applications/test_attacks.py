@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import DEVICES
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -228,6 +229,20 @@ def test_targets_are_reached() -> None:
     assert found.success.float().mean() > 0.9
     entropy = attack(model, x, y, 0.5, targets=targets, loss="cross_entropy", bounds=(0.0, 1.0))
     assert entropy.success.float().mean() > 0.9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_device_is_that_of_the_inputs(device: str) -> None:
+    x, y = (t.to(device) for t in points())
+    model = Scaled().to(device)
+    for norm in (math.inf, 2):
+        found = attack(model, x, y, 0.1, norm=norm, restarts=2)
+        assert found.inputs.device.type == device
+        assert torch.equal(
+            found.success.cpu(), attack(Scaled(), x.cpu(), y.cpu(), 0.1, norm=norm).success
+        )
+    assert minimal_perturbation(model, x, y).success.all()
+    assert not masking_report(model, x, y, 0.1).masked
 
 
 def test_inputs_of_any_shape_and_the_repr() -> None:

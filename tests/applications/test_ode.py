@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import DEVICES
 from scipy.integrate import RK45, solve_ivp
 from torch import Tensor, nn
 
@@ -444,6 +445,29 @@ def test_compiled_steps_give_the_same_values_and_gradients(method: str) -> None:
         model.first.weight.mul_(2)
     after = solve_ode(model, y0, [0, 1, 2], 1.5, method=method, order=6, compile=True)
     assert not torch.allclose(before.ys[1:], after.ys[1:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_the_device_is_that_of_the_state(device: str, method: str, per_sample: bool) -> None:
+    y0 = torch.ones(3, 2, dtype=torch.float64, device=device).requires_grad_()
+    p = RATES.to(device).requires_grad_()
+    found = solve_ode(
+        lotka_volterra,
+        y0,
+        [0.0, 1.0, 2.0],
+        p,
+        method=method,
+        per_sample=per_sample,
+        event=lambda t, y: y[..., 0].sum(-1) - 100.0 if not per_sample else y[:, 0] - 100.0,
+    )
+    assert found.event_time is not None
+    assert found.event_time.isnan().all()
+    values = [found.ys, found.at(0.5), *torch.autograd.grad(found.ys.sum(), [y0, p])]
+    assert {x.device.type for x in values} == {device}
+    on_cpu = solve_ode(lotka_volterra, y0.detach().cpu(), [0.0, 1.0, 2.0], RATES, method=method)
+    torch.testing.assert_close(found.ys.detach().cpu(), on_cpu.ys, rtol=1e-6, atol=1e-7)
 
 
 def test_float32_and_the_tolerance_that_it_allows() -> None:

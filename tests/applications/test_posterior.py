@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import DEVICES
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.func import functional_call, hessian
@@ -237,6 +238,16 @@ def test_the_prior_that_makes_the_data_most_likely(structure: str) -> None:
     fit = laplace_posterior(model, batches, "classification", structure=structure).fit_prior()
     assert fit.noise == 1
     assert fit.log_evidence() > fit.log_evidence(fit.prior_precision * 1.5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_device_is_that_of_the_model(device: str, structure: str) -> None:
+    model, (x, y) = mixed().to(device), (wide(12, 4).to(device), wide(12, 2, seed=1).to(device))
+    posterior = laplace_posterior(model, [(x, y)], structure=structure).fit_prior()
+    assert posterior.predict(x).covariance.device.type == device
+    assert posterior.sample(2)["last.bias"].device.type == device
+    assert posterior.log_evidence().device.type == device
 
 
 def test_the_last_layer_alone() -> None:
