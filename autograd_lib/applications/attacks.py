@@ -312,7 +312,7 @@ def masking_report(
 class _Best:
     """The best iterate of each input: that of the lowest margin, or the nearest wrong one.
 
-    The first one seen is x itself, which is best wherever the model is wrong about it.
+    An attack shows it x itself first, which is best wherever the model is wrong about it.
     """
 
     def __init__(

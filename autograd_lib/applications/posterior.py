@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -274,17 +275,22 @@ class _Planned(NamedTuple):
     module: nn.Linear | None = None
 
 
+@contextlib.contextmanager
+def _hooked(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _last_layer(model: nn.Module, x: Tensor) -> nn.Linear:
     """The linear layer that is called last."""
     called: list[nn.Linear] = []
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    handles = [m.register_forward_hook(lambda m, *_: called.append(m)) for m in layers]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _hooked(layers, lambda module, *_: called.append(module)), torch.no_grad():
+        model(x)
     if not called:
         raise ValueError("laplace_posterior: expected a linear layer for weights='last', got none")
     return called[-1]
@@ -340,13 +346,8 @@ class _Factors:
     def run(self, model: nn.Module, x: Tensor, likelihood: str) -> Tensor:
         """Return the outputs, after adding what they say of the factors."""
         self.seen: dict[Any, tuple[Tensor, Tensor]] = {}
-        handles = [layer.register_forward_hook(self._see) for layer in self.layers]
-        try:
-            with torch.enable_grad():
-                outputs = model(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with _hooked(self.layers, self._see), torch.enable_grad():
+            outputs = model(x)
         if outputs.dim() != 2 or len(outputs) != len(x):
             raise ValueError(
                 f"laplace_posterior: expected outputs of the shape ({len(x)}, outputs), got "

@@ -141,10 +141,8 @@ class Dopri5(_Method):
 
     evaluations = 6
 
-    def replay(
-        self, now: Tensor, y: Tensor, h: Tensor, *leaves: Tensor, slope: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._stages(now, y, h, slope, *leaves)[:2]
+    def replay(self, now: Tensor, y: Tensor, h: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+        return self._stages(now, y, h, None, *leaves)[:2]
 
     def _stages(
         self, now: Tensor, y: Tensor, h: Tensor, slope: Tensor | None, *leaves: Tensor
